@@ -1,0 +1,237 @@
+"""A scripted model server on loopback: what a coding agent's CLI talks to in a test, instead of a model.
+
+    with ModelServer(Run("sed -i s/8/10/ train.py"), Say("done")) as server:
+        subprocess.run(["claude", "-p"], env={"ANTHROPIC_BASE_URL": server.url, ...})
+    assert "the prompt" in server.requests[0].user_text
+
+It speaks as much of three streaming APIs as the CLIs need: Anthropic Messages (claude), OpenAI Responses (codex) and
+Chat Completions (opencode, vibe). A script is a list of turns; every request that offers tools takes one, and the last
+turn answers for ever. Requests without tools (a CLI asks for a title, a count, a health check) take none.
+"""
+
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import count
+from typing import Self
+
+# -----------------------------------------------------------------------------
+# Turns of a script
+
+
+@dataclass(frozen=True)
+class Run:
+    """Calls the CLI's own shell tool."""
+
+    command: str
+
+
+@dataclass(frozen=True)
+class Say:
+    """Answers with text, which ends the agent's work."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Status:
+    """Refuses with an HTTP status and, where given, a Retry-After."""
+
+    code: int
+    retry_after_seconds: int | None = None
+
+
+@dataclass(frozen=True)
+class Hang:
+    """Accepts the request and never answers."""
+
+
+Turn = Run | Say | Status | Hang
+
+# -----------------------------------------------------------------------------
+# What a request says
+
+
+@dataclass(frozen=True)
+class Request:
+    path: str
+    headers: dict[str, str]
+    body: dict
+
+    @property
+    def tools(self) -> dict[str, dict]:
+        """Name -> JSON schema of the arguments of each tool on offer; the APIs differ in where they put both."""
+        tools = [tool.get("function", tool) for tool in self.body.get("tools") or []]
+        return {tool["name"]: tool.get("parameters") or tool.get("input_schema") for tool in tools if "name" in tool}
+
+    @property
+    def user_text(self) -> str:
+        """All that the user's side said, joined: a prompt must be in it whole."""
+        messages = self.body.get("messages") or self.body.get("input") or []
+        return "\n".join(text for m in messages if m.get("role") == "user" for text in texts(m.get("content")))
+
+
+def texts(content: str | list | None) -> list[str]:
+    if isinstance(content, str):
+        return [content]
+    return [part["text"] for part in content or [] if "text" in part]
+
+
+def shell_call(request: Request, command: str) -> tuple[str, dict]:
+    """The name of the CLI's shell tool and the arguments that its schema wants for the command."""
+    name = next(name for name in SHELL_TOOLS if name in request.tools)
+    schema = request.tools[name]
+    values = {field: command if field in ("command", "cmd") else "an edit" for field in schema["properties"]}
+    return name, {field: values[field] for field in schema.get("required", [])}
+
+
+SHELL_TOOLS = ("Bash", "bash", "exec_command")  # claude's; opencode's and vibe's; codex's
+
+# -----------------------------------------------------------------------------
+# The three streams. Each takes the request, its number and a turn, and gives (event, data) pairs.
+
+
+def anthropic_messages(request: Request, number: int, turn: Run | Say):
+    if isinstance(turn, Say):
+        stop_reason, block = "end_turn", {"type": "text", "text": ""}
+        delta = {"type": "text_delta", "text": turn.text}
+    else:
+        name, arguments = shell_call(request, turn.command)
+        stop_reason, block = "tool_use", {"type": "tool_use", "id": f"toolu_{number}", "name": name, "input": {}}
+        delta = {"type": "input_json_delta", "partial_json": json.dumps(arguments)}
+    message = {"id": f"msg_{number}", "type": "message", "role": "assistant", "model": request.body["model"]}
+    usage = {"input_tokens": 1, "output_tokens": 1}
+    message |= {"content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}
+    for data in (
+        {"type": "message_start", "message": message},
+        {"type": "content_block_start", "index": 0, "content_block": block},
+        {"type": "content_block_delta", "index": 0, "delta": delta},
+        {"type": "content_block_stop", "index": 0},
+        {"type": "message_delta", "delta": {"stop_reason": stop_reason}, "usage": usage},
+        {"type": "message_stop"},
+    ):
+        yield data["type"], data
+
+
+def openai_responses(request: Request, number: int, turn: Run | Say):
+    if isinstance(turn, Say):
+        item = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": turn.text}]}
+    else:
+        name, arguments = shell_call(request, turn.command)
+        item = {"type": "function_call", "call_id": f"call_{number}", "name": name, "arguments": json.dumps(arguments)}
+    item["id"] = f"item_{number}"
+    usage = {"input_tokens": 1, "output_tokens": 1, "total_tokens": 2}
+    for data in (
+        {"type": "response.created", "response": {"id": f"resp_{number}"}},
+        {"type": "response.output_item.done", "output_index": 0, "item": item},
+        {"type": "response.completed", "response": {"id": f"resp_{number}", "usage": usage}},
+    ):
+        yield data["type"], data
+
+
+def chat_completions(request: Request, number: int, turn: Run | Say):
+    if isinstance(turn, Say):
+        finish_reason, delta = "stop", {"role": "assistant", "content": turn.text}
+    else:
+        name, arguments = shell_call(request, turn.command)
+        call = {"index": 0, "id": f"call_{number}", "type": "function"}
+        call["function"] = {"name": name, "arguments": json.dumps(arguments)}
+        finish_reason, delta = "tool_calls", {"role": "assistant", "content": "", "tool_calls": [call]}
+    chunk = {"id": f"chat_{number}", "object": "chat.completion.chunk", "created": 0, "model": request.body["model"]}
+    usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
+    yield None, chunk | {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
+    yield None, chunk | {"choices": [{"index": 0, "delta": {}, "finish_reason": finish_reason}], "usage": usage}
+    yield None, "[DONE]"
+
+
+STREAMS = {"/messages": anthropic_messages, "/responses": openai_responses, "/chat/completions": chat_completions}
+
+# -----------------------------------------------------------------------------
+# The server
+
+
+class ModelServer(ThreadingHTTPServer):
+    """Serves a script from a thread on 127.0.0.1, port and all in `url`, until the `with` block ends."""
+
+    daemon_threads = True
+
+    def __init__(self, *script: Turn):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.requests: list[Request] = []  # those that took a turn, in order
+        self.numbers = count()
+        self.closing = threading.Event()  # lets go of the requests that hang
+        self.lock = threading.Lock()
+        self.play(*script)
+
+    def play(self, *script: Turn) -> None:
+        """Puts another script in the place of the one that plays."""
+        with self.lock:
+            self.script = list(script)
+
+    def turn(self, request: Request) -> Turn:
+        if not request.tools:
+            return Say("a title")
+        with self.lock:
+            self.requests.append(request)
+            return self.script.pop(0) if len(self.script) > 1 else self.script[0]
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.closing.set()
+        self.shutdown()
+        self.server_close()
+
+    def handle_error(self, request, client_address) -> None:
+        pass  # a CLI that was killed in the middle of an answer
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: ModelServer
+
+    def do_GET(self):
+        self.send_error(404)
+
+    do_HEAD = do_GET
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        path = self.path.partition("?")[0]
+        stream = next((STREAMS[end] for end in STREAMS if path.endswith(end)), None)
+        if stream is None:
+            self.send_error(404)
+            return
+        request = Request(path, dict(self.headers), json.loads(body))
+        match self.server.turn(request):
+            case Hang():
+                self.server.closing.wait()
+            case Status() as turn:
+                self.refuse(turn)
+            case turn:
+                self.answer(stream(request, next(self.server.numbers), turn))
+
+    def answer(self, events: Iterator[tuple[str | None, dict | str]]) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        for event, data in events:
+            line = data if isinstance(data, str) else json.dumps(data)
+            self.wfile.write((f"event: {event}\n" if event else "").encode() + f"data: {line}\n\n".encode())
+
+    def refuse(self, turn: Status) -> None:
+        body = json.dumps({"type": "error", "error": {"type": "scripted", "message": f"scripted {turn.code}"}}).encode()
+        self.send_response(turn.code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        if turn.retry_after_seconds is not None:
+            self.send_header("Retry-After", str(turn.retry_after_seconds))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args) -> None:
+        pass
