@@ -1,0 +1,124 @@
+"""report.py: what a person reads in the morning, `uv run loop.py report` and `uv run loop.py audit`.
+
+The report tells what was kept, what each change gained and whether that gain is larger than the noise, and draws
+progress.png. The audit gives the honest number: baseline and champion again, on seeds that the run never used, on the
+validation split and on the sealed test split.
+"""
+
+import itertools
+import os
+import statistics
+from pathlib import Path
+
+from loop import ASSUMED_SIGMA, METRIC, Crash, Ratchet, Row, is_resolved, noise, parse_ledger, scores
+from plumbing import UserError, say
+
+
+def report(ratchet: Ratchet | None, ledger: str | None) -> int:
+    """Print the table of kept changes and draw progress.png; of a run, or of any ledger file."""
+    desk = Path(__file__).resolve().parent
+    path = Path(ledger) if ledger else ratchet.ledger if ratchet.ledger.exists() else desk / "results.tsv"
+    try:
+        rows, bad = parse_ledger(path.read_text(errors="replace"))
+    except OSError as error:
+        raise UserError(f"no ledger at {path} ({error.strerror}): start a run with 'uv run loop.py --agent random'") from error
+    if bad:
+        say(f"warning: {bad} lines of {path} are no rows and were left out")
+    if not (values := scores(rows)):
+        raise UserError(f"{path} holds no scored row yet: 'uv run loop.py status' tells what is running")
+    kept = {row.commit: row.description for row in rows if row.status == "keep"} or {next(iter(values)): "no row was kept"}
+    first, best = next(iter(kept)), next(reversed(kept))
+    count = {kind: sum(row.status == kind for row in rows) for kind in ("keep", "discard", "crash")}
+    print(f"{len(rows)} rows: " + ", ".join(f"{n} {kind} ({n / len(rows):.0%})" for kind, n in count.items()))
+    if ratchet and ratchet.events():
+        print(pace(ratchet.events()))
+    low, high = statistics.fmean(values[best]), statistics.fmean(values[first])
+    print(f"best {low:.6f} ({best}), baseline {high:.6f}, gain {high - low:.6f} bpb ({(high - low) / high:.2%})\n")
+
+    sigma = noise(rows)
+    print(f"{'kept':8} {METRIC:>8} {'gain':>9}  {'':12} description")
+    print(f"{first:8} {high:8.6f} {'':9}  {'':12} {kept[first]}")
+    for before, commit in itertools.pairwise(kept):
+        gain = statistics.fmean(values[before]) - statistics.fmean(values[commit])
+        word = "resolved" if is_resolved(values[before], values[commit], sigma or ASSUMED_SIGMA) else "within noise"
+        print(f"{commit:8} {statistics.fmean(values[commit]):8.6f} {gain:9.6f}  {word:12} {kept[commit]}")
+    source = "from commits that were run more than once" if sigma else "assumed; --replicates 3 measures it"
+    print(f"\nnoise of one run: {sigma or ASSUMED_SIGMA:.6f} bpb ({source}); resolved: over twice the gain's standard error")
+    plot(rows, desk / "progress.png")
+    print(f"picture: {desk / 'progress.png'}")
+    return 0
+
+
+def pace(events: list[dict]) -> str:
+    """Runs an hour and the share of wall time in which training or evaluation ran, over all sessions of a timeline."""
+    runs = [event["seconds"] for event in events if event["event"] == "measured"]
+    wall = sum(max(0, b["at"] - a["at"]) for a, b in itertools.pairwise(events) if b["event"] != "session") or 1e-9
+    return f"{len(runs) / wall * 3600:.1f} runs an hour, training or evaluating {sum(runs) / wall:.1%} of the time"
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Every run a dot, the kept ones labelled, the running best a step line."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here, since it takes a second to import
+    from matplotlib.figure import Figure
+
+    kept = [(i, row) for i, row in enumerate(rows) if row.status == "keep"]
+    kept = kept or [(i, row) for i, row in enumerate(rows) if row.status == "discard"][:1]
+    others = [(i, row.val_bpb) for i, row in enumerate(rows) if row.status == "discard"]
+    crashed = [i for i, row in enumerate(rows) if row.status == "crash"]
+    low, high = min(row.val_bpb for _, row in kept), max(row.val_bpb for _, row in kept)
+    room = (high - low) or 0.01 * abs(high) or 0.01
+    low, high = low - 0.10 * room, high + 0.25 * room  # most failures are far above: they would flatten the rest
+
+    figure = Figure(figsize=(14, 7), dpi=110, layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot([i for i, _ in others], [y for _, y in others], "o", color="#bbbbbb", markersize=4, label="discarded")
+    axes.plot(crashed, [high] * len(crashed), "x", color="#c0392b", markersize=6, label="crashed", clip_on=False)
+    steps = [*kept, (len(rows) - 1, kept[-1][1])]
+    axes.step([i for i, _ in steps], [row.val_bpb for _, row in steps], where="post", color="#2e7d32", label="best")
+    axes.plot([i for i, _ in kept], [row.val_bpb for _, row in kept], "o", color="#2e7d32", markersize=6, label="kept")
+    gains = {i: old.val_bpb - new.val_bpb for (_, old), (i, new) in itertools.pairwise(kept)}
+    named = {kept[0][0], *sorted(gains, key=gains.get, reverse=True)[:30]}  # more would not be legible
+    for i, row in kept:
+        if i in named:
+            place = {"textcoords": "offset points", "rotation": 35, "fontsize": 8}
+            axes.annotate(row.description[:45], (i, row.val_bpb), (4, 6), **place)
+    above = sum(y > high for _, y in others)
+    axes.set_ylim(low, high)
+    axes.set_xlabel("run" + (f" ({above} discarded ones are above the frame)" if above else ""))
+    axes.set_ylabel("validation bits per byte (lower is better)")
+    axes.set_title(f"{len(rows)} runs, {len(kept)} kept: {kept[0][1].val_bpb:.4f} to {kept[-1][1].val_bpb:.4f}")
+    axes.grid(alpha=0.25)
+    axes.legend(loc="upper right")
+    FigureCanvasAgg(figure).print_png(path)
+
+
+def audit(ratchet: Ratchet, replicates: int) -> int:
+    """Train baseline and champion, alternating, on fresh seeds; print mean and deviation on both splits."""
+    if not ratchet.rows:
+        raise UserError("there are no rows to audit: 'uv run loop.py --agent random' starts a run")
+    commits = {"baseline": ratchet.rows[0].commit, "champion": ratchet.champion[:7]}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in commits}
+    for _ in range(replicates):
+        seed = int.from_bytes(os.urandom(4), "big")  # no run of the loop has it, and no edit can foresee it
+        for name, commit in commits.items():
+            folder = ratchet.new_folder()
+            ratchet.running = f"audit of the {name} {commit}, seed {seed}"
+            say(f"{folder.name}: {ratchet.running}")
+            try:
+                record, _ = ratchet.execute(commit, seed, folder, audit=True)
+            except Crash as crash:
+                raise UserError(f"the {name} crashed: {crash} (log runs/{folder.name}/run.log)") from None
+            found[name].append((record[METRIC], record["test_bpb"]))
+            say(f"  validation {record[METRIC]:.6f}, test {record['test_bpb']:.6f}")
+    ratchet.note("stopped")
+    print(f"{'':9} {'commit':8} {'validation bpb':>21} {'sealed test bpb':>21}   ({replicates} fresh seeds each)")
+    means = {}
+    for name, pairs in found.items():
+        columns = list(zip(*pairs, strict=True))
+        means[name] = [statistics.fmean(column) for column in columns]
+        spread = [statistics.stdev(column) if replicates > 1 else 0.0 for column in columns]
+        cells = [f"{mean:.6f} ± {sigma:.6f}" for mean, sigma in zip(means[name], spread, strict=True)]
+        print(f"{name:9} {commits[name]:8} {cells[0]:>21} {cells[1]:>21}")
+    gains = [before - after for before, after in zip(means["baseline"], means["champion"], strict=True)]
+    print(f"{'gain':9} {'':8} {gains[0]:>21.6f} {gains[1]:>21.6f}")
+    return 0

@@ -1,0 +1,200 @@
+"""Shared by the loop's tests: a scratch repository whose prepare.py and train.py take milliseconds instead of minutes.
+
+loop.py, plumbing.py, report.py and agents/ are the real ones; so are git, the processes and the signals.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+FAKE_PREPARE = '''
+"""A domain that costs nothing: describe() and finish() as the real prepare.py has them."""
+import hashlib, json, os, pathlib, sys
+
+PROFILE = os.environ.get("AUTORESEARCH_PROFILE", "fake")
+if PROFILE not in ("fake", "other"):
+    print(f"error: unknown profile {PROFILE!r}", file=sys.stderr)
+    sys.exit(2)
+CACHE = pathlib.Path(os.environ["AUTORESEARCH_CACHE"])
+FILES = ("val.bin", "tokenizer.bin")
+
+def digests():
+    return {name: hashlib.sha256((CACHE / name).read_bytes()).hexdigest() for name in FILES}
+
+def describe():
+    prepared = (CACHE / "manifest.json").exists()
+    manifest = json.loads((CACHE / "manifest.json").read_text()) if prepared else {"files": {}}
+    return {"profile": PROFILE, "reason": "test", "time_budget": 1, "seed": 42, "cache": str(CACHE), "prepared": prepared,
+            "problem": None if prepared else "no manifest", "manifest": str(CACHE / "manifest.json"), "digest": "d" * 64,
+            "files": manifest["files"], "rows": {"val": 7, "test": 5}, "device": "cpu", "device_name": "cpu",
+            "lock": str(CACHE / "cpu.lock"), "free_gb": 0.0, "prepare_sha256": hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()}
+
+def finish(score, memory=512.0, **changes):
+    """What evaluate_bpb and the summary do: the record, then the printed lines."""
+    record = {"val_bpb": float(score), "profile": PROFILE, "split": "val", "seed": int(os.environ.get("AUTORESEARCH_SEED", 42)),
+              "training_seconds": 1.0, "rows": 7, "tokens": 70, "bytes": 210, "digest": "d" * 64, "files": digests(),
+              "prepare_sha256": describe()["prepare_sha256"]}
+    if os.environ.get("AUTORESEARCH_AUDIT") == "1":
+        record |= {"test_bpb": float(score) + 0.01, "test_rows": 5}
+    if "AUTORESEARCH_RESULT" in os.environ:
+        pathlib.Path(os.environ["AUTORESEARCH_RESULT"]).write_text(json.dumps(record | changes))
+    print(f"---\\nval_bpb:          {score:.6f}\\npeak_vram_mb:     {memory:.1f}")
+
+if __name__ == "__main__":
+    CACHE.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        (CACHE / name).write_bytes(name.encode() * 100)
+    (CACHE / "manifest.json").write_text(json.dumps({"files": digests()}))
+'''
+
+FAKE_TRAIN = '''
+"""Bits per byte fall with DEPTH up to 12; the seed moves them by NOISE."""
+import os, time
+import prepare
+
+# ---- Knobs ----
+DEPTH = 4  # layers
+LR = 0.1  # learning rate
+SECONDS = 0.0  # seconds of pretended training
+NOISE = 0.0  # bpb for each step of the seed
+# ---- The rest ----
+
+time.sleep(SECONDS)
+seed = int(os.environ.get("AUTORESEARCH_SEED", 42))
+prepare.finish(1.0 + abs(DEPTH - 12) / 100 + abs(LR - 0.1) / 10 + NOISE * (seed - 42))
+'''
+
+IGNORED = "results.tsv\nrun.log\nruns\nexperiment.txt\nSTOP\nprogress.png\n__pycache__/\n"
+
+
+class Desk:
+    """A scratch checkout with the real loop.py, and a person's hands: run it, kill it, look at what it left."""
+
+    def __init__(self, folder: Path):
+        self.path, self.cache, self.outside = folder / "desk", folder / "cache", folder / "outside"
+        for path in (self.path / "agents", self.outside, folder / "home"):
+            path.mkdir(parents=True)
+        for name in ("loop.py", "plumbing.py", "report.py", "agents/clis.py", "agents/random_search.py"):
+            (self.path / name).write_text((ROOT / name).read_text())
+        self.set_constant("plumbing.py", "KILL_GRACE", "0.5")
+        self.set_constant("loop.py", "BACKOFF", "0.05, 0.2")
+        self.set_constant("loop.py", "POLL", "0.1")
+        self.set_constant("loop.py", "STARTUP_ALLOWANCE", "8")
+        (self.path / "prepare.py").write_text(FAKE_PREPARE)
+        (self.path / "train.py").write_text(FAKE_TRAIN)
+        (self.path / "program.md").write_text("# Instructions\n\nLower val_bpb.\n")
+        (self.path / ".gitignore").write_text(IGNORED)
+        self.env = {"PATH": os.environ["PATH"], "HOME": str(folder / "home"), "AUTORESEARCH_CACHE": str(self.cache)}
+        self.git("init", "-q", "-b", "main")
+        self.commit("start")
+
+    def set_constant(self, file: str, name: str, value: str) -> None:
+        text, count = re.subn(rf"(?m)^{name} = .*$", f"{name} = {value}", (self.path / file).read_text())
+        assert count == 1, name
+        (self.path / file).write_text(text)
+
+    def set_knob(self, **knobs) -> None:
+        for name, value in knobs.items():
+            self.set_constant("train.py", name, str(value))
+
+    def git(self, *args: str) -> str:
+        command = ["git", "-c", "user.name=person", "-c", "user.email=person@localhost", *args]
+        return subprocess.run(command, cwd=self.path, check=True, capture_output=True, text=True).stdout.strip()
+
+    def commit(self, message: str) -> str:
+        self.git("add", "-A")
+        self.git("commit", "-q", "-m", message)
+        return self.git("rev-parse", "HEAD")
+
+    def agent(self, body: str) -> str:
+        """An --agent-cmd that runs this Python on the desk; `knob(NAME)` reads, `knob(NAME, value)` edits, `say(text)` describes."""
+        self.agents = getattr(self, "agents", 0) + 1
+        path = self.outside / f"agent{self.agents}.py"
+        head = """
+            import os, pathlib, re, subprocess, sys, time
+            OUTSIDE = pathlib.Path(__file__).parent
+            prompt = sys.stdin.read()
+            def knob(name, value=None):
+                text = pathlib.Path("train.py").read_text()
+                if value is not None:
+                    pathlib.Path("train.py").write_text(re.sub(rf"(?m)^{name} = [^ #]+", f"{name} = {value}", text))
+                return float(re.search(rf"(?m)^{name} = ([^ #]+)", text)[1])
+            def say(text):
+                pathlib.Path("experiment.txt").write_text(text)
+            def count(name="count"):
+                with open(OUTSIDE / name, "a") as file:
+                    file.write("x")
+                return len((OUTSIDE / name).read_text())
+        """
+        path.write_text(textwrap.dedent(head) + textwrap.dedent(body))
+        return f"{sys.executable} {path}"
+
+    def popen(self, *args: str, **env: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, str(self.path / "loop.py"), *args],
+            cwd=self.path,
+            env=self.env | env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def loop(self, *args: str, timeout: float = 60, **env: str) -> subprocess.CompletedProcess:
+        process = self.popen(*args, **env)
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            out, err = process.communicate()
+            raise AssertionError(f"loop.py {args} took over {timeout} s:\n{out}\n{err}") from None
+        return subprocess.CompletedProcess(args, process.returncode, out, err)
+
+    def home(self, tag: str = "t") -> Path:
+        return self.path / ".git" / "autoresearch" / tag
+
+    def rows(self, tag: str = "t") -> list[list[str]]:
+        lines = (self.home(tag) / "results.tsv").read_text().splitlines()
+        assert lines[0] == "commit\tval_bpb\tmemory_gb\tstatus\tdescription"
+        return [line.split("\t") for line in lines[1:]]
+
+    def statuses(self, tag: str = "t") -> list[str]:
+        return [row[3] for row in self.rows(tag)]
+
+    def events(self, tag: str = "t") -> list[dict]:
+        return [json.loads(line) for line in (self.home(tag) / "timeline.jsonl").read_text().splitlines()]
+
+    def orphans(self) -> list[str]:
+        """Command lines of living processes that carry this desk's mark."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                if f"AUTORESEARCH_MARK={self.path}".encode() in (folder / "environ").read_bytes():
+                    found.append((folder / "cmdline").read_text().replace("\0", " "))
+            except OSError:
+                continue
+        return found
+
+
+def wait_for(condition, seconds: float = 20.0):
+    """Poll until the condition is true; its value."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, "the condition did not come true"
+        time.sleep(0.01)
+    return value
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Desk:
+    return Desk(tmp_path)
