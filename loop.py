@@ -206,7 +206,7 @@ class Ratchet:
         self.tag = tag or (self.start_branch[13:] if self.start_branch.startswith("autoresearch/") else today)
         self.branch, self.refs = f"autoresearch/{self.tag}", f"refs/autoresearch/{self.tag}/"
         if "/" in self.tag or not self.git("check-ref-format", "--branch", self.branch, default=""):
-            raise UserError(f"--tag {self.tag!r} makes no valid branch name: use letters, digits and '-', as in {today}", 2)
+            raise UserError(f"--tag {self.tag!r} is no valid branch name: use letters, digits and '-', say {today}", 2)
         self.home = self.git.common / "autoresearch" / self.tag
         names = "results.tsv", "experiments", "bench", "timeline.jsonl"
         self.ledger, self.runs, self.bench, self.timeline = (self.home / name for name in names)
@@ -425,7 +425,8 @@ class Ratchet:
         if blob == self.git("rev-parse", f"{self.champion}:{EDITABLE}"):
             return f"{EDITABLE} is the champion's"
         rows = [*self.rows]  # a copy: the main thread appends
-        for row, tried in zip(rows, self.git("rev-parse", *(f"{row.commit}:{EDITABLE}" for row in rows)).split(), strict=True):
+        blobs = self.git("rev-parse", *(f"{row.commit}:{EDITABLE}" for row in rows)).split()
+        for row, tried in zip(rows, blobs, strict=True):
             if blob == tried:
                 return f"{EDITABLE} repeats {row.commit} ({row.status}: {row.description})"
         return ""
@@ -542,7 +543,8 @@ class Ratchet:
         """Baseline, then propose, run and record until asked to stop."""
         facts = self.facts
         ahead = facts["device"] == "cuda" if self.args.ahead is None else self.args.ahead
-        say(f"{self.branch}: profile {facts['profile']} ({facts['reason']}), {facts['device_name']}, {facts['time_budget']} s a run")
+        where = f"{facts['device_name']}, {facts['time_budget']} s of training a run"
+        say(f"{self.branch}: profile {facts['profile']} ({facts['reason']}), {where}; results.tsv, runs/")
         (self.desk / "STOP").unlink(missing_ok=True)  # an old one
         self.note("session")
         waiting: Future | None = None
@@ -762,7 +764,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     report = commands.add_parser("report", help="what was kept, what it gained, progress.png")
     report.add_argument("ledger", nargs="?", metavar="LEDGER", help="another ledger than this run's")
     audit = commands.add_parser("audit", help="baseline and champion again: fresh seeds, sealed test split")
-    for command, count, meaning in ((run, 1, "run the baseline N times, confirm small gains"), (audit, 3, "seeds each")):
+    for command, count, meaning in ((run, 1, "baseline runs; over 1: confirm small gains"), (audit, 3, "seeds each")):
         command.add_argument("--replicates", type=int, default=count, metavar="N", help=f"{meaning} (default {count})")
     for command in (run, status, report, audit):
         command.add_argument("--tag", help="name of the run (default: the current branch's, else today's date)")

@@ -21,12 +21,12 @@ def report(ratchet: Ratchet | None, ledger: str | None) -> int:
     try:
         rows, bad = parse_ledger(path.read_text(errors="replace"))
     except OSError as error:
-        raise UserError(f"no ledger at {path} ({error.strerror}): start a run with 'uv run loop.py --agent random'") from error
+        raise UserError(f"no ledger at {path} ({error.strerror}): 'uv run loop.py --agent random' makes one") from error
     if bad:
         say(f"warning: {bad} lines of {path} are no rows and were left out")
     if not (values := scores(rows)):
         raise UserError(f"{path} holds no scored row yet: 'uv run loop.py status' tells what is running")
-    kept = {row.commit: row.description for row in rows if row.status == "keep"} or {next(iter(values)): "no row was kept"}
+    kept = {row.commit: row.description for row in rows if row.status == "keep"} or {next(iter(values)): "none kept"}
     first, best = next(iter(kept)), next(reversed(kept))
     count = {kind: sum(row.status == kind for row in rows) for kind in ("keep", "discard", "crash")}
     print(f"{len(rows)} rows: " + ", ".join(f"{n} {kind} ({n / len(rows):.0%})" for kind, n in count.items()))
@@ -43,7 +43,7 @@ def report(ratchet: Ratchet | None, ledger: str | None) -> int:
         word = "resolved" if is_resolved(values[before], values[commit], sigma or ASSUMED_SIGMA) else "within noise"
         print(f"{commit:8} {statistics.fmean(values[commit]):8.6f} {gain:9.6f}  {word:12} {kept[commit]}")
     source = "from commits that were run more than once" if sigma else "assumed; --replicates 3 measures it"
-    print(f"\nnoise of one run: {sigma or ASSUMED_SIGMA:.6f} bpb ({source}); resolved: over twice the gain's standard error")
+    print(f"\nnoise of one run: {sigma or ASSUMED_SIGMA:.6f} bpb ({source}); resolved: over 2 standard errors")
     plot(rows, desk / "progress.png")
     print(f"picture: {desk / 'progress.png'}")
     return 0

@@ -4,8 +4,8 @@
     AUTORESEARCH_PROFILE=pocket python agents/random_search.py < /dev/null     # one edit by hand
 
 It starts from HEAD's train.py (the champion's), takes the knobs under the banner "Knobs", those of the profile's own
-block before the general ones, and writes what it did to experiment.txt. Changes named in results.tsv or in the prompt on
-standard input are not proposed again.
+block before the general ones, and writes what it did to experiment.txt. Changes named in results.tsv or in the prompt
+on standard input are not proposed again.
 """
 
 import ast
@@ -71,7 +71,7 @@ def propose(source: str, profile: str, seen: str, rng: random.Random) -> tuple[s
         description = f"{name} {old} -> {new}"
         if new != old and description not in seen:
             lines = source.splitlines(keepends=True)
-            lines[number] = KNOB.sub(lambda knob: f"{knob['indent']}{knob['name']} = {new!r}", lines[number])
+            lines[number] = KNOB.sub(rf"\g<indent>{name} = {new!r}", lines[number])
             return "".join(lines), description
     raise ValueError("every change at hand has been tried: the knobs are exhausted")
 

@@ -33,16 +33,21 @@ def digests():
 def describe():
     prepared = (CACHE / "manifest.json").exists()
     manifest = json.loads((CACHE / "manifest.json").read_text()) if prepared else {"files": {}}
-    return {"profile": PROFILE, "reason": "test", "time_budget": 1, "seed": 42, "cache": str(CACHE), "prepared": prepared,
-            "problem": None if prepared else "no manifest", "manifest": str(CACHE / "manifest.json"), "digest": "d" * 64,
-            "files": manifest["files"], "rows": {"val": 7, "test": 5}, "device": "cpu", "device_name": "cpu",
-            "lock": str(CACHE / "cpu.lock"), "free_gb": 0.0, "prepare_sha256": hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()}
+    return {
+        "profile": PROFILE, "reason": "test", "time_budget": 1, "seed": 42, "cache": str(CACHE), "prepared": prepared,
+        "problem": None if prepared else "no manifest", "manifest": str(CACHE / "manifest.json"), "digest": "d" * 64,
+        "files": manifest["files"], "rows": {"val": 7, "test": 5}, "device": "cpu", "device_name": "cpu",
+        "lock": str(CACHE / "cpu.lock"), "free_gb": 0.0,
+        "prepare_sha256": hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest(),
+    }
 
 def finish(score, memory=512.0, **changes):
     """What evaluate_bpb and the summary do: the record, then the printed lines."""
-    record = {"val_bpb": float(score), "profile": PROFILE, "split": "val", "seed": int(os.environ.get("AUTORESEARCH_SEED", 42)),
-              "training_seconds": 1.0, "rows": 7, "tokens": 70, "bytes": 210, "digest": "d" * 64, "files": digests(),
-              "prepare_sha256": describe()["prepare_sha256"]}
+    record = {
+        "val_bpb": float(score), "profile": PROFILE, "split": "val",
+        "seed": int(os.environ.get("AUTORESEARCH_SEED", 42)), "training_seconds": 1.0, "rows": 7, "tokens": 70, "bytes": 210, "digest": "d" * 64, "files": digests(),
+        "prepare_sha256": describe()["prepare_sha256"],
+    }
     if os.environ.get("AUTORESEARCH_AUDIT") == "1":
         record |= {"test_bpb": float(score) + 0.01, "test_rows": 5}
     if "AUTORESEARCH_RESULT" in os.environ:
@@ -116,7 +121,7 @@ class Desk:
         return self.git("rev-parse", "HEAD")
 
     def agent(self, body: str) -> str:
-        """An --agent-cmd that runs this Python on the desk; `knob(NAME)` reads, `knob(NAME, value)` edits, `say(text)` describes."""
+        """An --agent-cmd that runs this Python on the desk, with knob(NAME), knob(NAME, value), say(text), count()."""
         self.agents = getattr(self, "agents", 0) + 1
         path = self.outside / f"agent{self.agents}.py"
         head = """
