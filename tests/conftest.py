@@ -45,7 +45,8 @@ def finish(score, memory=512.0, **changes):
     """What evaluate_bpb and the summary do: the record, then the printed lines."""
     record = {
         "val_bpb": float(score), "profile": PROFILE, "split": "val",
-        "seed": int(os.environ.get("AUTORESEARCH_SEED", 42)), "training_seconds": 1.0, "rows": 7, "tokens": 70, "bytes": 210, "digest": "d" * 64, "files": digests(),
+        "seed": int(os.environ.get("AUTORESEARCH_SEED", 42)), "training_seconds": 1.0,
+        "rows": 7, "tokens": 70, "bytes": 210, "digest": "d" * 64, "files": digests(),
         "prepare_sha256": describe()["prepare_sha256"],
     }
     if os.environ.get("AUTORESEARCH_AUDIT") == "1":
