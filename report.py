@@ -6,7 +6,7 @@ validation split and on the sealed test split.
 """
 
 import itertools
-import os
+import secrets
 import statistics
 from pathlib import Path
 
