@@ -99,7 +99,7 @@ def audit(ratchet: Ratchet, replicates: int) -> int:
     commits = {"baseline": ratchet.rows[0].commit, "champion": ratchet.champion[:7]}
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in commits}
     for _ in range(replicates):
-        seed = int.from_bytes(os.urandom(4), "big")  # no run of the loop has it, and no edit can foresee it
+        seed = secrets.randbelow(10**9)  # no edit can foresee it
         for name, commit in commits.items():
             folder = ratchet.new_folder()
             ratchet.running = f"audit of the {name} {commit}, seed {seed}"
