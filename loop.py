@@ -100,8 +100,8 @@ def parse_ledger(text: str) -> tuple[list[Row], int]:
 
 
 def one_line(text: str, limit: int = 200) -> str:
-    """Fit for a cell of the ledger: no tab, newline or other control character."""
-    return " ".join(re.sub(r"[\x00-\x20\x7f-\x9f\u2028\u2029]+", " ", text).split())[:limit].rstrip()
+    """Fit for a cell of the ledger: no tab, newline or other control character, nor what UTF-8 cannot hold."""
+    return " ".join(re.sub(r"[\x00-\x20\x7f-\x9f\u2028\u2029\ud800-\udfff]+", " ", text).split())[:limit].rstrip()
 
 
 def scores(rows: list[Row]) -> dict[str, list[float]]:
@@ -160,8 +160,9 @@ def parse_log(log: str, key: str) -> float:
 def check_record(record: dict, expected: dict, printed: float) -> float:
     """The evaluator's own score; raises Crash where its record is not the one that this run had to write."""
     for key, want in expected.items():
-        if record.get(key) != want:
-            raise Crash(f"the evaluator's record has {key} {record.get(key)!r}, this run was to have {want!r}")
+        if (had := record.get(key) if isinstance(record, dict) else None) != want:
+            had, want = (one_line(repr(value), 30) for value in (had, want))
+            raise Crash(f"the evaluator's record has {key} {had}, this run was to have {want}")
     score = record.get(METRIC)
     if not isinstance(score, float) or not abs(score - printed) <= 1e-6:
         raise Crash(f"printed {METRIC} {printed} is not the evaluator's {score}")
