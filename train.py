@@ -13,10 +13,10 @@ num_steps, num_params_M, depth, startup_seconds, eval_seconds, seed, sample (tex
 import time
 
 PROCESS_STARTED = time.perf_counter()
-
 import gc
 import math
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,33 +25,29 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import flex_attention as flex
 from torch.optim.adamw import adamw
 
 import prepare
 from prepare import MAX_SEQ_LEN, PROFILE, SEED, TIME_BUDGET, UserError, training_seconds
 
 # ---- Knobs -----------------------------------------------------------------------------------------------------------
-# model
 DEPTH = 8  # layers
 ASPECT_RATIO = 64  # channels per layer: the width is DEPTH * ASPECT_RATIO, rounded up to a multiple of HEAD_DIM
 HEAD_DIM = 128  # channels per attention head
 WINDOW_PATTERN = "SSSL"  # attention window by layer, repeated: L whole sequence, S half of it; the last layer is L
-# batch
 TOTAL_BATCH_SIZE = 524288  # tokens per optimizer step, 2**19
 DEVICE_BATCH_SIZE = 128  # rows per micro-step, an upper bound: halved when the device runs out of memory
 LOSS_CHUNK = 32768  # tokens whose logits exist at the same time
-# optimizer
 EMBEDDING_LR = 0.6  # wte and value embeddings (AdamW)
 UNEMBEDDING_LR = 0.004  # lm_head (AdamW)
 MATRIX_LR = 0.04  # matrices inside the layers (Muon)
 SCALAR_LR = 0.5  # x0_lambdas; resid_lambdas take a hundredth of it (AdamW)
 WEIGHT_DECAY = 0.2  # Muon only, falls linearly to 0
 ADAM_BETAS = (0.8, 0.95)  # decay of the first and second moment
-# schedule
 WARMUP_RATIO = 0.0  # share of the time budget in which the learning rate rises from 0
 WARMDOWN_RATIO = 0.5  # share of the time budget in which it falls to FINAL_LR_FRAC
 FINAL_LR_FRAC = 0.0  # share of the peak learning rate that is left at the end
-# machine
 COMPILE = True  # torch.compile the model and Muon's update
 
 if PROFILE in ("pocket", "smoke"):  # CPU-sized values, chosen by measurement on two cores
@@ -74,10 +70,8 @@ def attention_mask(kind: str, T: int, window: int, device: torch.device):
     key = (kind, T, window, device)
     if key not in _masks:
         if kind == "flex":
-            from torch.nn.attention.flex_attention import create_block_mask
-
             visible = lambda b, h, q, k: (k <= q) & (q - k <= window)  # noqa: E731
-            _masks[key] = create_block_mask(visible, None, None, T, T, device=device)
+            _masks[key] = flex.create_block_mask(visible, None, None, T, T, device=device)
         else:
             _masks[key] = torch.ones(T, T, dtype=torch.bool, device=device).tril().triu(-window)
     return _masks[key]
@@ -92,8 +86,6 @@ def sdpa_attention(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, window: int) 
 
 
 def flex_attention(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, window: int) -> Tensor:
-    from torch.nn.attention import flex_attention as flex
-
     if not torch.compiler.is_compiling():  # eager, it would build the whole score matrix
         return sdpa_attention(q_BTHD, k_BTHD, v_BTHD, window)
     mask = attention_mask("flex", q_BTHD.size(1), window, q_BTHD.device)
@@ -105,7 +97,6 @@ def load_flash_attention() -> Callable:
     """FlashAttention-3 from the local hub cache, without a network; else downloaded, once."""
     from huggingface_hub import constants
     from kernels import get_kernel
-
     offline, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
     try:
         kernel = get_kernel(**FLASH_KERNEL)
@@ -137,32 +128,28 @@ def probe_attention(backend: Callable, T: int, window: int, device: torch.device
             raise ValueError(f"{name} differs from SDPA by {error:.3f}")
 
 
+# (q, k, v, window) -> y, all (B, T, heads, D): causal, scale 1/sqrt(D), k and v may have fewer heads
+attention: Callable = sdpa_attention  # the back-end in use, set by choose_attention
+
+
 def choose_attention(config: "GPTConfig", device: torch.device) -> str:
     """Select the first back-end that works on `device`, build the masks, return its name. CPU and MPS take SDPA."""
-    global _backend
+    global attention
     T, windows = config.sequence_len, sorted(set(window_sizes(config)))
     candidates = {"flash-attention-3": load_flash_attention, "flex": lambda: flex_attention}
+    for window in windows:
+        attention_mask("sdpa", T, window, device)
     for name, load in candidates.items() if device.type == "cuda" and COMPILE else ():
         try:
-            _backend = load()
+            attention = load()
             for window in windows if name == "flex" else ():
                 attention_mask(name, T, window, device)
-            probe_attention(torch.compile(_backend, dynamic=False), T, windows[0], device)
+            probe_attention(torch.compile(attention, dynamic=False), T, windows[0], device)
             return name
         except LOAD_ERRORS as error:
             log(f"attention: no {name}: {one_line(error)}")
-    _backend = sdpa_attention
-    for window in windows:
-        attention_mask("sdpa", T, window, device)
+    attention = sdpa_attention
     return "sdpa"
-
-
-def attention(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, window: int) -> Tensor:
-    """Causal sliding-window attention, scale 1/sqrt(D); k and v may have fewer heads. Returns (B, T, H, D)."""
-    return _backend(q_BTHD, k_BTHD, v_BTHD, window)
-
-
-_backend: Callable = sdpa_attention  # see choose_attention
 
 
 # ---- Model -----------------------------------------------------------------------------------------------------------
@@ -191,7 +178,7 @@ def norm(x: Tensor) -> Tensor:
 
 
 def rotate(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding, halves split (RoFormer, arXiv 2104.09864). cos and sin: (T, 1, D/2)."""
+    """Rotary positions, halves split (RoFormer, arXiv 2104.09864). cos and sin: (T, 1, D/2)."""
     x1, x2 = x_BTHD.chunk(2, dim=-1)
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
 
@@ -201,8 +188,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: GPTConfig, window: int, has_ve: bool):
         super().__init__()
-        self.head_dim = config.n_embd // config.n_head
-        self.window = window
+        self.head_dim, self.window = config.n_embd // config.n_head, window
         self.c_q = nn.Linear(config.n_embd, config.n_head * self.head_dim, bias=False)
         self.c_k = nn.Linear(config.n_embd, config.n_kv_head * self.head_dim, bias=False)
         self.c_v = nn.Linear(config.n_embd, config.n_kv_head * self.head_dim, bias=False)
@@ -220,10 +206,9 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: GPTConfig):
+    def __init__(self, C: int):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+        self.c_fc, self.c_proj = nn.Linear(C, 4 * C, bias=False), nn.Linear(4 * C, C, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c_proj(F.relu(self.c_fc(x)).square())
@@ -232,8 +217,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: GPTConfig, window: int, has_ve: bool):
         super().__init__()
-        self.attn = Attention(config, window, has_ve)
-        self.mlp = MLP(config)
+        self.attn, self.mlp = Attention(config, window, has_ve), MLP(config.n_embd)
 
     def forward(self, x: Tensor, ve: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
         x = x + self.attn(norm(x), ve, cos, sin)
@@ -246,16 +230,12 @@ def head_logits(x: Tensor, weight_VC: Tensor) -> Tensor:
 
 
 def head_loss(x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor) -> Tensor:
-    """Cross-entropy summed over the tokens whose target is not -1."""
     return F.cross_entropy(head_logits(x_NC, weight_VC), targets_N, ignore_index=-1, reduction="sum")
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """Mean of head_loss over the batch, LOSS_CHUNK tokens at a time.
-
-    The gradient is taken in the forward pass, so that the logits of one chunk only ever exist (those of a whole batch,
-    262,144 x 8192, are 8.6 GB in float32, several times over) and nothing is computed twice.
-    """
+    """Mean of head_loss, LOSS_CHUNK tokens at a time: the gradient is taken in the forward pass, so that the logits of
+    one chunk only ever exist (a whole batch's, 262,144 x 8192, are 8.6 GB) and nothing is computed twice."""
 
     @staticmethod
     def forward(ctx, x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor) -> Tensor:
@@ -277,10 +257,7 @@ class ChunkedLoss(torch.autograd.Function):
 
 
 class GPT(nn.Module):
-    """Rotary positions, QK norm, sliding windows, gated value embeddings, relu² MLP, soft-capped logits.
-
-    Build it under torch.device("meta"), then to_empty(device=...), then init_weights(). Design: nanochat.
-    """
+    """Build it under torch.device("meta"), then to_empty(device=...), then init_weights(). Design: nanochat's GPT."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -290,8 +267,7 @@ class GPT(nn.Module):
         blocks = [Block(config, window, layer in with_ve) for layer, window in enumerate(window_sizes(config))]
         self.transformer = nn.ModuleDict({"wte": nn.Embedding(V, config.n_embd), "h": nn.ModuleList(blocks)})
         self.lm_head = nn.Linear(config.n_embd, V, bias=False)
-        self.resid_lambdas = nn.Parameter(torch.empty(L))
-        self.x0_lambdas = nn.Parameter(torch.empty(L))
+        self.resid_lambdas, self.x0_lambdas = nn.Parameter(torch.empty(L)), nn.Parameter(torch.empty(L))
         self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(V, config.n_kv_head * head_dim) for i in with_ve})
         for name in ("cos", "sin"):
             self.register_buffer(name, torch.empty(config.sequence_len, 1, head_dim // 2), persistent=False)
@@ -304,18 +280,14 @@ class GPT(nn.Module):
         nn.init.normal_(self.lm_head.weight, std=0.001)
         nn.init.constant_(self.resid_lambdas, 1.0)
         nn.init.constant_(self.x0_lambdas, 0.1)
+        for matrix in (*self.transformer.h.parameters(), *self.value_embeds.parameters()):
+            nn.init.uniform_(matrix, -bound, bound)
         for name, matrix in self.transformer.h.named_parameters():
             if "c_proj" in name or "ve_gate" in name:
                 nn.init.zeros_(matrix)
-            else:
-                nn.init.uniform_(matrix, -bound, bound)
-        for embedding in self.value_embeds.values():
-            nn.init.uniform_(embedding.weight, -bound, bound)
 
-        T, _, half = self.cos.shape
-        device = self.cos.device
-        frequency = 10000.0 ** (-torch.arange(half, device=device) / half)
-        angle = torch.arange(T, device=device)[:, None, None] * frequency
+        device, (T, _, half) = self.cos.device, self.cos.shape
+        angle = torch.arange(T, device=device)[:, None, None] * 10000.0 ** (-torch.arange(half, device=device) / half)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.cos, self.sin = angle.cos().to(dtype), angle.sin().to(dtype)
         self.transformer.wte.to(dtype)
@@ -353,10 +325,9 @@ class GPT(nn.Module):
             ([self.x0_lambdas], SCALAR_LR, (0.96, 0.95)),
         ]
         groups = [{"kind": "adamw", "params": p, "lr": lr, "betas": betas} for p, lr, betas in adamw_groups]
-        by_shape: dict[torch.Size, list[nn.Parameter]] = {}
-        for matrix in self.transformer.h.parameters():
-            by_shape.setdefault(matrix.shape, []).append(matrix)
-        groups += [{"kind": "muon", "params": params, "lr": MATRIX_LR} for params in by_shape.values()]
+        matrices = list(self.transformer.h.parameters())
+        for shape in dict.fromkeys(p.shape for p in matrices):
+            groups.append({"kind": "muon", "params": [p for p in matrices if p.shape == shape], "lr": MATRIX_LR})
         return MuonAdamW(groups, compiled)
 
 
@@ -368,9 +339,8 @@ def model_config(vocab_size: int) -> GPTConfig:
     if HEAD_DIM % 2:
         raise UserError(f"HEAD_DIM {HEAD_DIM} is odd, and rotary embedding turns two halves: set it to {HEAD_DIM + 1}")
     if TOTAL_BATCH_SIZE % MAX_SEQ_LEN:
-        near = math.ceil(TOTAL_BATCH_SIZE / MAX_SEQ_LEN) * MAX_SEQ_LEN
-        what = f"TOTAL_BATCH_SIZE {TOTAL_BATCH_SIZE} is not a multiple of MAX_SEQ_LEN {MAX_SEQ_LEN}"
-        raise UserError(f"{what}: set it to {near}")
+        remedy = f"set it to {math.ceil(TOTAL_BATCH_SIZE / MAX_SEQ_LEN) * MAX_SEQ_LEN}"
+        raise UserError(f"TOTAL_BATCH_SIZE {TOTAL_BATCH_SIZE} is not a multiple of MAX_SEQ_LEN {MAX_SEQ_LEN}: {remedy}")
     n_head = math.ceil(DEPTH * ASPECT_RATIO / HEAD_DIM)
     return GPTConfig(MAX_SEQ_LEN, vocab_size, DEPTH, n_head, n_head, n_head * HEAD_DIM, WINDOW_PATTERN)
 
@@ -385,14 +355,10 @@ POLAR_EXPRESS = (  # (a, b, c) of each step, arXiv 2505.16932
 )
 
 
-def frobenius(x_KRC: Tensor) -> Tensor:
-    return x_KRC.norm(dim=(-2, -1), keepdim=True)
-
-
 def polar_express(u_KRC: Tensor) -> Tensor:
     """About the nearest (semi-)orthogonal matrix to each of K, computed in bfloat16 on every device."""
     x = u_KRC.bfloat16()
-    x = x / (1.02 * frobenius(x) + 1e-6)
+    x = x / (1.02 * x.norm(dim=(-2, -1), keepdim=True) + 1e-6)
     tall = x.size(-2) > x.size(-1)
     for a, b, c in POLAR_EXPRESS:
         gram = x.mT @ x if tall else x @ x.mT
@@ -401,31 +367,26 @@ def polar_express(u_KRC: Tensor) -> Tensor:
     return x
 
 
-def mean_square(x_KRC: Tensor) -> Tensor:
-    """Of each row, or of each column where those are more."""
+def mean_square(x_KRC: Tensor) -> Tensor:  # of each row, or of each column where those are more
     return x_KRC.square().mean(dim=-1 if x_KRC.size(-2) >= x_KRC.size(-1) else -2, keepdim=True)
 
 
 def muon_update(p: Tensor, g: Tensor, momentum: Tensor, second_moment: Tensor, lr, mu, weight_decay) -> Tensor:
-    """New values of stacked matrices p (K, R, C) from their gradients g; updates momentum and second_moment in place.
-
-    Nesterov momentum, Polar Express, NorMuon (arXiv 2510.05491), cautious decay. lr, mu and weight_decay are 0-d CPU
-    tensors, so that a compiled update is not compiled again when they change. Muon: github.com/KellerJordan/Muon.
-    """
+    """New values of stacked matrices p (K, R, C) with gradients g: Muon (github.com/KellerJordan/Muon), Polar Express,
+    NorMuon (arXiv 2510.05491), cautious decay. Updates momentum and second_moment; lr, mu and weight_decay are 0-d CPU
+    tensors, so that a compiled update is not compiled again when they change."""
     momentum += (1 - mu) * (g - momentum)
     update = polar_express(g + mu * (momentum - g)).float()
     second_moment += (1 - 0.95) * (mean_square(update) - second_moment)
     scaled = update / second_moment.clamp(min=1e-10).sqrt()
-    update = scaled * (frobenius(update) / frobenius(scaled).clamp(min=1e-10))  # as long as before
+    before, after = (x.norm(dim=(-2, -1), keepdim=True) for x in (update, scaled))
+    update = scaled * (before / after.clamp(min=1e-10))  # as long as before
     lr = lr * math.sqrt(max(1, p.size(-2) / p.size(-1)))
     return p - lr * (update + weight_decay * p * (update * p >= 0))
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Groups of two kinds: "adamw" (lr, betas) and "muon" (matrices of one shape; lr, momentum, weight_decay).
-
-    A group keeps its first learning rate as initial_lr; set_schedules sets what changes from step to step.
-    """
+    """Groups of two kinds: "adamw" (lr, betas) and "muon" (matrices of one shape; lr, momentum, weight_decay)."""
 
     def __init__(self, groups: list[dict], compiled: bool = False):
         super().__init__([{**group, "initial_lr": group["lr"]} for group in groups if group["params"]], defaults={})
@@ -445,10 +406,9 @@ class MuonAdamW(torch.optim.Optimizer):
         """AdamW (arXiv 1711.05101) without decay, in torch's fused kernel."""
         for p in params:
             if not self.state[p]:
-                moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
-                self.state[p] = {**moments, "step": torch.zeros((), device=p.device)}
-        states = [self.state[p] for p in params]
-        exp_avgs, exp_avg_sqs, steps = (list(values) for values in zip(*map(dict.values, states), strict=True))
+                self.state[p] |= {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                self.state[p]["step"] = torch.zeros((), device=p.device)
+        exp_avgs, exp_avg_sqs, steps = ([self.state[p][k] for p in params] for k in ("exp_avg", "exp_avg_sq", "step"))
         options = {"fused": True, "amsgrad": False, "maximize": False, "weight_decay": 0.0, "eps": 1e-10}
         options |= {"lr": group["lr"], "beta1": group["betas"][0], "beta2": group["betas"][1]}
         adamw(params, [p.grad for p in params], exp_avgs, exp_avg_sqs, [], steps, **options)
@@ -459,8 +419,7 @@ class MuonAdamW(torch.optim.Optimizer):
         if not state:
             state |= {"momentum": torch.zeros_like(g), "second_moment": torch.zeros_like(mean_square(g))}
         scalars = [torch.tensor(group[name]) for name in ("lr", "momentum", "weight_decay")]
-        updated = self._muon_update(p, g, *state.values(), *scalars)
-        torch._foreach_copy_(params, updated.unbind())
+        torch._foreach_copy_(params, self._muon_update(p, g, *state.values(), *scalars).unbind())
 
 
 # ---- Schedules: functions of progress (share of the time budget that is used, 0 to 1) or of the step -----------------
@@ -492,32 +451,30 @@ def set_schedules(optimizer: MuonAdamW, step: int, progress: float) -> None:
 # ---- Warm-up: what must not be timed, on state that is restored ------------------------------------------------------
 
 def fit_device_batch(trial: Callable[[int], None], total_rows: int, upper_bound: int) -> int:
-    """The largest divisor of total_rows, up to upper_bound, for which trial(rows) does not run out of memory.
-
-    On torch.OutOfMemoryError the bound is halved; a single row that does not fit is a UserError.
-    """
+    """The largest divisor of total_rows, up to upper_bound, for which trial(rows) has memory; the bound is halved."""
     while True:
         rows = max(divisor for divisor in range(1, upper_bound + 1) if total_rows % divisor == 0)
         try:
             trial(rows)
             return rows
         except torch.OutOfMemoryError as error:
-            reason = one_line(error)
-        if rows == 1:
-            raise UserError(f"out of memory even with 1 row at a time: make the model smaller ({reason})")
+            if rows == 1:
+                raise UserError(f"one row runs out of memory: make the model smaller ({one_line(error)})") from error
         log(f"out of memory with {rows} rows per micro-step: halving them")
+        torch.compiler.reset()  # a function is compiled for a few sizes only
         upper_bound = rows // 2
 
 
 def warm_up(model: nn.Module, optimizer: MuonAdamW, vocab_size: int) -> int:
-    """Compile and run all that training and evaluation will run, on random tokens; return the device batch that fits.
+    """Compile and run on random tokens what training and evaluation will run; return the device batch that fits.
 
-    Parameters, buffers and optimizer are left as they were found, on a fresh optimizer.
+    Parameters and buffers are left as they were found, the (fresh) optimizer without state.
     """
     tensors = [*model.parameters(), *model.buffers()]
     device, initial = tensors[0].device, [t.detach().to("cpu", copy=True) for t in tensors]
 
     def forget() -> None:
+        model.train()
         optimizer.zero_grad(set_to_none=True)
         optimizer.state.clear()
         gc.collect()
@@ -528,17 +485,11 @@ def warm_up(model: nn.Module, optimizer: MuonAdamW, vocab_size: int) -> int:
     def trial(rows: int) -> None:
         forget()
         tokens = torch.randint(vocab_size, (rows, MAX_SEQ_LEN), device=device)
-        try:
-            for _ in range(2):  # the second micro-step accumulates
-                model(tokens, tokens).backward()
-            optimizer.step()
-            with torch.no_grad():
-                model.eval()(tokens)  # as the judge calls it
-        except torch.OutOfMemoryError:
-            torch.compiler.reset()  # each size is compiled anew, and a function only a few times
-            raise
-        finally:
-            model.train()
+        for _ in range(2):  # the second micro-step accumulates
+            model(tokens, tokens).backward()
+        optimizer.step()
+        with torch.no_grad():
+            model.eval()(tokens)  # as the judge calls it
 
     device_batch = fit_device_batch(trial, TOTAL_BATCH_SIZE // MAX_SEQ_LEN, DEVICE_BATCH_SIZE)
     forget()
@@ -560,13 +511,12 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def train(model: nn.Module, optimizer: MuonAdamW, loader, device_batch: int, mfu_percent: Callable) -> int:
+def train(model: nn.Module, optimizer: MuonAdamW, loader, device_batch: int, mfu_per_speed: float) -> int:
     """Train until the next step would no longer fit into TIME_BUDGET; return the number of steps."""
     grad_accum_steps = TOTAL_BATCH_SIZE // (device_batch * MAX_SEQ_LEN)
     on_cuda = next(model.parameters()).is_cuda
     host_loss, copied = torch.zeros((), pin_memory=on_cuda), torch.cuda.Event() if on_cuda else None
-    step, step_seconds, smooth_loss, logged_at = 0, 0.0, 0.0, -math.inf
-    on_terminal = sys.stderr.isatty()  # one line, rewritten in place
+    step, step_seconds, smooth_loss, logged_at, on_terminal = 0, 0.0, 0.0, -math.inf, sys.stderr.isatty()
     x, y, epoch = next(loader)  # starts the stopwatch
     now = training_seconds()
     while now + step_seconds <= TIME_BUDGET:
@@ -582,7 +532,6 @@ def train(model: nn.Module, optimizer: MuonAdamW, loader, device_batch: int, mfu
                     copied.record()
             loss.backward()
             x, y, epoch = next(loader)
-
         if copied:
             copied.synchronize()  # of the forward passes only: the last backward still runs
         train_loss = host_loss.item()
@@ -590,42 +539,36 @@ def train(model: nn.Module, optimizer: MuonAdamW, loader, device_batch: int, mfu
             raise UserError(f"step {step}: training loss {train_loss} (limit {MAX_LOSS}): lower the learning rates")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-
         step += 1
-        if step == 1:  # the garbage collector would stall some steps by 0.5 s
+        if step % 5000 == 1:  # left alone, the garbage collector would stall some steps by 0.5 s
             gc.collect()
             gc.freeze()
             gc.disable()
-        elif step % 5000 == 0:
-            gc.collect()
-        step_seconds, now = training_seconds() - now, training_seconds()
+        before, now = now, training_seconds()
+        step_seconds = now - before
         smooth_loss += 0.1 * (train_loss - smooth_loss)
         last = now + step_seconds > TIME_BUDGET
         if on_terminal or last or now - logged_at >= LOG_SECONDS:
             logged_at = now
-            speed = TOTAL_BATCH_SIZE / step_seconds
-            log(
-                f"{chr(13) * on_terminal}step {step:05d} | {100 * min(now / TIME_BUDGET, 1):5.1f}% | "
-                f"loss {smooth_loss / (1 - 0.9**step):.4f} | lr x{get_lr_multiplier(progress):.2f} | "
-                f"{1000 * step_seconds:.0f} ms | {speed:,.0f} tok/s | mfu {mfu_percent(speed):.1f}% | epoch {epoch} | "
-                f"{max(0, TIME_BUDGET - now):.0f} s left",
-                end=" " if on_terminal and not last else "\n",
+            speed, left = TOTAL_BATCH_SIZE / step_seconds, max(0, TIME_BUDGET - now)
+            line = (
+                f"step {step:05d} | {100 - 100 * left / TIME_BUDGET:.1f}% | loss {smooth_loss / (1 - 0.9**step):.4f} | "
+                f"lr x{get_lr_multiplier(progress):.2f} | {1000 * step_seconds:.0f} ms | {speed:,.0f} tok/s | "
+                f"mfu {mfu_per_speed * speed:.1f}% | epoch {epoch} | {left:.0f} s left"
             )
-    gc.unfreeze()
-    gc.enable()
+            log(f"\r{line} ", end="\n" if last else "") if on_terminal else log(line)
     return step
 
 
 # ---- Summary ---------------------------------------------------------------------------------------------------------
-# dense bf16 peak in TFLOP/s, by a part of the device's name; the first match counts
-PEAK_TFLOPS = {"B200": 2250, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "GH200": 989, "H200": 989, "H20": 148,
-               "A100": 312, "A40": 150, "A6000": 155, "A10": 125, "L40S": 362, "L4": 121,
-               "RTX 5090": 210, "RTX 4090": 165, "RTX 3090": 71}  # fmt: skip
+PEAK_TFLOPS = {  # dense bf16, by a word in the device's name; the first match counts
+    "B200": 2250, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "GH200": 989, "H200": 989, "H20": 148, "A100": 312,
+    "A40": 150, "A10": 125, "L40S": 362, "L4": 121, "RTX 5090": 210, "RTX 4090": 165, "RTX 3090": 71,
+}  # fmt: skip
 
 
-def peak_flops(device_name: str) -> float:
-    """FLOP/s, 0.0 where the table has none."""
-    return 1e12 * next((peak for part, peak in PEAK_TFLOPS.items() if part in device_name), 0)
+def peak_flops(device_name: str) -> float:  # FLOP/s, 0.0 where the table has none
+    return 1e12 * next((peak for word, peak in PEAK_TFLOPS.items() if re.search(rf"\b{word}\b", device_name)), 0.0)
 
 
 @torch.no_grad()
@@ -644,56 +587,43 @@ def write_sample(model: GPT, tokenizer: prepare.Tokenizer, characters: int = 200
 
 
 def run() -> None:
-    """One experiment, from nothing to the summary."""
-    mps = torch.backends.mps.is_available()
-    device = torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
     device_name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     log(f"profile {PROFILE} ({prepare.PROFILE_REASON}), {TIME_BUDGET:g} s on {device_name}, seed {SEED}")
     tokenizer = prepare.Tokenizer.from_directory()
-    config = model_config(tokenizer.get_vocab_size())
-    log(str(config))
+    log(str(config := model_config(tokenizer.get_vocab_size())))
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(prepare.CACHE_ROOT / "compile"))  # kept between runs
-
     torch.manual_seed(SEED)
     with torch.device("meta"):
         model = GPT(config)
-    model.to_empty(device=device)
-    model.init_weights()
+    model.to_empty(device=device).init_weights()
     compiled = COMPILE and device.type != "mps"
     log(f"attention {choose_attention(config, device)}, compiled {compiled}")
     optimizer = model.setup_optimizer(compiled)
     runner = torch.compile(model, dynamic=False) if compiled else model
-
     flops, peak = model.estimate_flops(), peak_flops(device_name)
+    mfu_per_speed = 100 * flops / peak if peak else 0.0  # percent, times tokens per second
     log(f"{model.num_params():,} parameters, {flops:,} FLOPs per token, peak {peak / 1e12:.0f} TFLOP/s (0: not known)")
-
-    def mfu_percent(tokens_per_second: float) -> float:
-        return 100 * flops * tokens_per_second / peak if peak else 0.0
-
     device_batch = warm_up(runner, optimizer, config.vocab_size)
     grad_accum_steps = TOTAL_BATCH_SIZE // (device_batch * MAX_SEQ_LEN)
     log(f"batch {TOTAL_BATCH_SIZE:,} tokens = {device_batch} rows x {MAX_SEQ_LEN} x {grad_accum_steps} micro-steps")
     loader = prepare.make_dataloader(tokenizer, device_batch, MAX_SEQ_LEN, "train", device=device)
     startup_seconds = time.perf_counter() - PROCESS_STARTED
-
-    num_steps = train(runner, optimizer, loader, device_batch, mfu_percent)
+    num_steps = train(runner, optimizer, loader, device_batch, mfu_per_speed)
     eval_started = time.perf_counter()
     val_bpb = prepare.evaluate_bpb(runner, tokenizer, device_batch)
     eval_seconds = time.perf_counter() - eval_started
     sample = write_sample(model, tokenizer)
-
-    peak_bytes = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-    if device.type == "mps":
-        peak_bytes = torch.mps.driver_allocated_memory()
+    memory = {"cuda": torch.cuda.max_memory_allocated, "mps": torch.mps.driver_allocated_memory}
     num_tokens = num_steps * TOTAL_BATCH_SIZE
     summary = {
         "val_bpb": f"{val_bpb:.6f}",
         "training_seconds": f"{training_seconds():.1f}",
         "total_seconds": f"{time.perf_counter() - PROCESS_STARTED:.1f}",
-        "peak_vram_mb": f"{peak_bytes / 2**20:.1f}",
-        "mfu_percent": f"{mfu_percent(num_tokens / training_seconds()):.2f}",
+        "peak_vram_mb": f"{memory.get(device.type, int)() / 2**20:.1f}",
+        "mfu_percent": f"{mfu_per_speed * num_tokens / training_seconds():.2f}",
         "total_tokens_M": f"{num_tokens / 1e6:.1f}",
         "num_steps": num_steps,
         "num_params_M": f"{model.num_params() / 1e6:.1f}",
