@@ -710,6 +710,8 @@ def command_try(args: argparse.Namespace) -> int:
             for number, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, output), (2, output)):
                 os.dup2(source, number)
             os._exit(guarded(lambda: ratchet.try_once(folder, one_line(args.description))))
+    for number in (signal.SIGINT, signal.SIGTERM):  # from here on they end the waiting only
+        signal.signal(number, signal.SIG_DFL)
     say(f"running as runs/{folder.name}; if this command is cut off, it goes on: uv run loop.py status --wait")
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     ratchet.load()
@@ -727,7 +729,9 @@ def command_status(args: argparse.Namespace) -> int:
         print(ratchet.verdict())
     else:
         print(f"{ratchet.branch}: {ratchet.where() if busy else 'no loop is running'}\n{ratchet.summary()}")
-        print("".join(map(str, ratchet.rows[-10:])), end="")
+        from report import pace
+
+        print(pace(ratchet.events()), "", *(str(row).rstrip() for row in ratchet.rows[-10:]), sep="\n")
     return 0
 
 
@@ -776,7 +780,7 @@ def guarded(command: Callable[[], int]) -> int:
     """Exit code of a command; what a person can mend, or the machine did, is one line and never a traceback."""
     try:
         return command()
-    except StopNow:
+    except (StopNow, KeyboardInterrupt):
         say("stopped")
         return 0
     except UserError as error:

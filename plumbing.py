@@ -218,8 +218,7 @@ class Git:
     def place(self, bench: Path, commit: str) -> None:
         """The bench, made anew: exactly the commit's files, byte for byte, and nothing that an earlier run left."""
         shutil.rmtree(bench, ignore_errors=True)
-        self("worktree", "prune")
-        self("worktree", "add", "--detach", "--quiet", str(bench), commit)
+        self("worktree", "add", "--force", "--force", "--detach", "--quiet", str(bench), commit)  # though it is missing
         entries = [e.split("\t", 1) for e in self("ls-tree", "-r", "-z", commit).split("\0") if e.startswith("100")]
         found = self("hash-object", "--no-filters", "--", *(path for _, path in entries), cwd=bench).split()
         for (meta, path), blob in zip(entries, found, strict=True):
