@@ -719,35 +719,18 @@ def command_try(args: argparse.Namespace) -> int:
     return code
 
 
-def command_status(args: argparse.Namespace) -> int:
+def command_read(args: argparse.Namespace) -> int:
+    """status, report and audit."""
+    import report  # not above: it imports this file
+
+    if args.command == "report":
+        return report.report(None if args.ledger else Ratchet(args.tag, args), args.ledger)
     ratchet = Ratchet(args.tag, args)
-    before = len(ratchet.rows)
-    while (busy := ratchet.is_busy()) and args.wait and len(ratchet.rows) == before:
-        time.sleep(0.2)
-        ratchet.load()
-    if args.wait and ratchet.rows:
-        print(ratchet.verdict())
-    else:
-        print(f"{ratchet.branch}: {ratchet.where() if busy else 'no loop is running'}\n{ratchet.summary()}")
-        from report import pace
-
-        print(pace(ratchet.events()), "", *(str(row).rstrip() for row in ratchet.rows[-10:]), sep="\n")
-    return 0
-
-
-def command_report(args: argparse.Namespace) -> int:
-    from report import report
-
-    return report(None if args.ledger else Ratchet(args.tag, args), args.ledger)
-
-
-def command_audit(args: argparse.Namespace) -> int:
-    from report import audit
-
-    ratchet = Ratchet(args.tag, args)
+    if args.command == "status":
+        return report.status(ratchet, args.wait)
     with ratchet.locked():
         ratchet.open()
-        return audit(ratchet, args.replicates)
+        return report.audit(ratchet, args.replicates)
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -795,7 +778,8 @@ def main() -> int:
     args = parse_arguments(sys.argv[1:])
     for name in filter(re.compile("GIT_").match, list(os.environ)):
         del os.environ[name]  # set by a hook or an alias, they would point git elsewhere
-    return guarded(lambda: globals()[f"command_{args.command}"](args))
+    command = {"run": command_run, "try": command_try}.get(args.command, command_read)
+    return guarded(lambda: command(args))
 
 
 if __name__ == "__main__":

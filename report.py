@@ -1,6 +1,6 @@
-"""report.py: what a person reads in the morning, `uv run loop.py report` and `uv run loop.py audit`.
+"""report.py: what a person reads, `uv run loop.py status`, `report` and `audit`.
 
-The report tells what was kept, what each change gained and whether that gain is larger than the noise, and draws
+The status is one screen about a run in progress. The report tells what was kept, what each change gained and whether that gain is larger than the noise, and draws
 progress.png. The audit gives the honest number: baseline and champion again, on seeds that the run never used, on the
 validation split and on the sealed test split.
 """
@@ -8,10 +8,26 @@ validation split and on the sealed test split.
 import itertools
 import secrets
 import statistics
+import time
 from pathlib import Path
 
 from loop import ASSUMED_SIGMA, METRIC, Crash, Ratchet, Row, is_resolved, noise, parse_ledger, scores
 from plumbing import UserError, say
+
+
+def status(ratchet: Ratchet, wait: bool) -> int:
+    """Print where the run stands; with `wait`, wait for the row of the experiment that runs now and print that."""
+    before = len(ratchet.rows)
+    while (busy := ratchet.is_busy()) and wait and len(ratchet.rows) == before:
+        time.sleep(0.2)
+        ratchet.load()
+    if wait and ratchet.rows:
+        print(ratchet.verdict())
+        return 0
+    print(f"{ratchet.branch}: {ratchet.where() if busy else 'no loop is running'}\n{ratchet.summary()}")
+    if ratchet.rows:
+        print(pace(ratchet.events()), "", *(str(row).rstrip() for row in ratchet.rows[-10:]), sep="\n")
+    return 0
 
 
 def report(ratchet: Ratchet | None, ledger: str | None) -> int:
