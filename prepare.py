@@ -154,7 +154,8 @@ def _session():
     retry = Retry(total=None, connect=0, read=0, other=0, redirect=10, status=DOWNLOAD_ATTEMPTS - 1, raise_on_status=False,
                   status_forcelist=(429, 500, 502, 503, 504), backoff_factor=BACKOFF_SECONDS)  # fmt: skip
     session = requests.Session()
-    session.mount("http", HTTPAdapter(max_retries=retry, pool_maxsize=64))
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, HTTPAdapter(max_retries=retry, pool_maxsize=64))
     session.headers["Accept-Encoding"] = "identity"  # so that lengths are the file's
     if token := os.environ.get("HF_TOKEN"):
         session.headers["Authorization"] = f"Bearer {token}"
@@ -227,7 +228,7 @@ def _fetch(session, url: str, part: Path, bar) -> None:
             resumed = answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
             bar.update(0 if resumed else -have)
             with open(part, "ab" if resumed else "wb") as file:
-                for chunk in answer.iter_content(2**20):
+                for chunk in answer.iter_content(2**14):
                     bar.update(file.write(chunk))
     have = part.stat().st_size
     if size is not None and have < size:
@@ -763,11 +764,11 @@ class Stopwatch:
     """Starts with the first batch handed out, under the device's lock; stops where the evaluation that scored began."""
 
     def __init__(self):
-        self.started = self.stopped = self._lock = None
+        self.started = self.stopped = self.lock = None
 
     def start(self, device: torch.device) -> None:
         if self.started is None:
-            self._lock = _lock(_device_lock(device), f"another run holds {device}")  # until the process ends
+            self.lock = _lock(_device_lock(device), f"another run holds {device}")  # until the process ends
             self.started = _now()
 
     def seconds(self) -> float:

@@ -1,0 +1,475 @@
+"""The evaluator: bits per byte against hand calculation and a known entropy rate, and every cheat refused with its reason."""
+
+import itertools
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.nn.functional as F
+from prepare_fixtures import copy_prepare, english, load_prepare, locks_given_back, profile_row, write_jsonl  # noqa: F401
+from torch import nn
+
+T, V = 32, 300
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A prepared profile; returns its prepare.py and cache."""
+    folder, rng = tmp_path_factory.mktemp("evaluator"), random.Random(5)
+    source = write_jsonl(folder / "source.jsonl", [english(rng, 60) for _ in range(1500)])
+    path = copy_prepare(folder, profile_row("tiny", source))
+    assert load_prepare(path, "tiny", folder / "cache").main([]) == 0
+    return path, folder / "cache"
+
+
+@pytest.fixture
+def judge(tiny, monkeypatch):
+    for name in ("AUTORESEARCH_RESULT", "AUTORESEARCH_AUDIT"):
+        monkeypatch.delenv(name, raising=False)
+    return load_prepare(tiny[0], "tiny", tiny[1])
+
+
+def causal(t, s):
+    return s <= t
+
+
+class Toy(nn.Module):
+    """One attention layer with seeded random weights; `sees(t, s)` says which keys s a query t may see."""
+
+    def __init__(self, sees=causal, seed=0, vocab_size=V, scale=1.0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.wte, self.qkv = nn.Embedding(vocab_size, 32), nn.Linear(32, 96, bias=False)
+        self.wpe, self.head = nn.Embedding(T, 32), nn.Linear(32, vocab_size, bias=False)
+        nn.init.normal_(self.head.weight, std=0.3 * scale)
+        t, s = torch.meshgrid(torch.arange(T), torch.arange(T), indexing="ij")
+        self.register_buffer("mask", sees(t, s) | (t == s))
+
+    def hidden(self, idx):
+        x = self.wte(idx) + self.wpe(torch.arange(idx.shape[1]))
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return x + F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
+
+    def forward(self, idx):
+        return self.head(self.hidden(idx))
+
+
+class Wrapped(nn.Module):
+    """forward(idx) = change(model(idx), idx)."""
+
+    def __init__(self, change, model=None):
+        super().__init__()
+        self.model, self.change = model or Toy(), change
+
+    def forward(self, idx):
+        return self.change(self.model(idx), idx)
+
+
+def evaluate(judge, model, batch_size=16):
+    return judge.evaluate_bpb(model, judge.Tokenizer.from_directory(), batch_size)
+
+
+def rows_of(judge, split="val"):
+    return judge._open_split(split, T).take(judge._manifest()["metric"]["rows"][split])
+
+
+# ----- the score -----
+
+
+def test_bpb_equals_the_plain_formula(judge):
+    model, rows, lengths = Toy(), rows_of(judge), judge.get_token_bytes()
+    nats = num_bytes = 0.0
+    for row in rows:
+        logits = model(torch.from_numpy(row[None, :-1]))[0].detach().double()
+        for t, target in enumerate(row[1:]):
+            if lengths[target] > 0:
+                nats += (logits[t].exp().sum().log() - logits[t, target]).item()
+                num_bytes += int(lengths[target])
+    assert len(rows) == 100
+    assert evaluate(judge, model) == pytest.approx(nats / math.log(2) / num_bytes, abs=1e-6)
+
+
+def test_bpb_equals_hand_computation_on_one_row(judge, monkeypatch):
+    """Three targets: probability 1/2 for a 2-byte token, 1/4 for a 3-byte one; BOS (0 bytes) does not count."""
+    monkeypatch.setattr(judge, "MAX_SEQ_LEN", 3)
+    two, three = (next(t for t in range(V) if judge.get_token_bytes()[t] == n) for n in (2, 3))
+    rows = np.array([[judge.BOS_ID, two, three, judge.BOS_ID]])
+    monkeypatch.setattr(judge, "_open_split", lambda split, T: type("Rows", (), {"take": lambda self, n: rows[:n]})())
+
+    def model(idx):
+        p = torch.full((*idx.shape, V), 0.0)
+        p[:, 0, two], p[:, 0, 7], p[:, 1, three], p[:, 1, 8], p[:, 2, 9] = 0.5, 0.5, 0.25, 0.75, 1.0
+        return torch.log(p + 1e-30)
+
+    score = judge._score(model, "val", 1, 4, torch.device("cpu"))
+    assert score == {"val_bpb": pytest.approx((1 + 2) / 5, abs=1e-6), "rows": 1, "tokens": 2, "bytes": 5}
+
+
+def test_uniform_model_scores_log2_vocabulary_times_tokens_over_bytes(judge):
+    rows = rows_of(judge)[:, 1:]
+    lengths = judge.get_token_bytes().numpy()[rows]
+    expected = math.log2(V) * (lengths > 0).sum() / lengths.sum()
+    assert evaluate(judge, lambda idx: torch.zeros(*idx.shape, V)) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 33, 64, 99, 100, 101, 1000])
+def test_bpb_is_independent_of_batch_size(judge, batch_size):
+    calls = []
+    model = Wrapped(lambda logits, idx: calls.append(tuple(idx.shape)) or logits)
+    assert evaluate(judge, model, batch_size) == pytest.approx(evaluate(judge, Toy(), 10), abs=1e-6)
+    assert set(calls) == {(min(batch_size, 100), T)}  # one shape: nothing recompiles
+
+
+def test_bpb_of_half_precision_logits_is_computed_in_float32(judge):
+    model = Toy()
+    full = evaluate(judge, Wrapped(lambda logits, idx: logits.bfloat16().float(), model))
+    assert evaluate(judge, Wrapped(lambda logits, idx: logits.bfloat16(), model)) == pytest.approx(full, abs=1e-9)
+
+
+def test_token_bytes_are_raw_lengths(judge):
+    tokenizer, lengths = judge.Tokenizer.from_directory(), judge.get_token_bytes()
+    assert lengths.dtype == torch.int32 and lengths.shape == (V,)
+    assert lengths[:256].eq(1).all()  # single bytes, those that are no UTF-8 among them
+    assert lengths[-4:].eq(0).all()
+    text = "naïve 漢字 🙂 ba ke"
+    assert int(lengths[tokenizer.encode(text)].sum()) == len(text.encode())
+
+
+def test_true_model_of_a_markov_chain_scores_its_entropy_rate(tmp_path):
+    """Parquet to bpb: characters of a 2-state-per-letter chain, tokens of one byte, the chain itself as the model."""
+    rng = np.random.default_rng(11)
+    letters, P = "abcd", rng.dirichlet([0.6] * 4, size=4)
+    documents = []
+    for _ in range(3000):
+        state, text = 0, []
+        for uniform in rng.random(200):
+            state = int(np.searchsorted(np.cumsum(P[state])[:3], uniform))
+            text.append(letters[state])
+        documents.append("".join(text))
+    pq.write_table(pa.table({"text": documents}), tmp_path / "chain.parquet")
+    # 260 tokens: the 256 bytes and the special ones, so that a token is a letter.
+    row = profile_row("chain", tmp_path / "chain.parquet", vocab_size=260, max_seq_len=256, eval_tokens=256 * 400)
+    chain = load_prepare(copy_prepare(tmp_path, row), "chain", tmp_path / "cache")
+    assert chain.main([]) == 0
+    log_p = torch.full((260, 260), -30.0)
+    ids = [chain.Tokenizer.from_directory().encode(letter)[0] for letter in letters]
+    for i, j in itertools.product(range(4), range(4)):
+        log_p[ids[i], ids[j]] = math.log(P[i, j])
+    for j in range(4):
+        log_p[chain.BOS_ID, ids[j]] = math.log(P[0, j])  # every document starts in state 0
+    values, vectors = np.linalg.eig(P.T)
+    pi = np.real(vectors[:, np.argmax(values.real)])
+    pi /= pi.sum()
+    entropy_rate = -(pi[:, None] * P * np.log2(P)).sum()
+    bpb = evaluate(chain, lambda idx: log_p[idx], 50)
+    # 100,000 letters: the standard error of the mean is about 0.004 bits
+    assert bpb == pytest.approx(entropy_rate, abs=0.02)
+
+
+def test_audit_scores_the_sealed_test_split(judge, tmp_path, monkeypatch):
+    monkeypatch.setenv("AUTORESEARCH_RESULT", str(tmp_path / "r.json"))
+    monkeypatch.setenv("AUTORESEARCH_AUDIT", "1")
+    start_clock(judge)
+    evaluate(judge, Toy())
+    record = json.loads((tmp_path / "r.json").read_text())
+    model, lengths, rows = Toy(), judge.get_token_bytes(), torch.from_numpy(rows_of(judge, "test"))
+    nats = F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten(), reduction="none").detach()
+    counted = lengths[rows[:, 1:].flatten()]
+    expected = nats[counted > 0].sum().item() / math.log(2) / counted.sum().item()
+    assert record["test_bpb"] == pytest.approx(expected, abs=1e-5)
+    assert record["test_rows"] == 100
+
+
+def test_model_returns_to_its_mode_and_random_state_is_untouched(judge):
+    for mode in (True, False):
+        model = Toy().train(mode)
+        torch.manual_seed(3)
+        np.random.seed(3)
+        random.seed(3)
+        expected = torch.rand(1), np.random.rand(), random.random()
+        torch.manual_seed(3)
+        np.random.seed(3)
+        random.seed(3)
+        evaluate(judge, model)
+        assert (torch.rand(1), np.random.rand(), random.random()) == expected
+        assert model.training is mode
+
+
+# ----- the model's cheats -----
+
+
+def refused(judge, model, reason, batch_size=16, kind="NotCausal"):
+    with pytest.raises(getattr(judge, kind), match=reason):
+        evaluate(judge, model, batch_size)
+
+
+def test_honest_models_are_never_refused(judge):
+    for seed in range(10):
+        evaluate(judge, Toy(seed=seed, scale=3.0), batch_size=seed + 1)
+
+
+LEAKS = {
+    "one token": lambda t, s: s <= t + 1,
+    "three tokens at distance": lambda t, s: (s <= t) | (s == t + 3),
+    "whole chunks of 8": lambda t, s: s // 8 <= t // 8,
+    "across the boundary of chunks of 8": lambda t, s: (s <= t) | ((t % 8 == 7) & (s == t + 1)),
+    "across the boundary of chunks of 16": lambda t, s: (s <= t) | ((t % 16 == 15) & (s == t + 1)),
+    "last token from anywhere": lambda t, s: (s <= t) | (s == T - 1),
+}
+
+
+@pytest.mark.parametrize("batch_size", [1, 16, 100])
+@pytest.mark.parametrize("leak", LEAKS)
+def test_look_ahead_is_refused(judge, leak, batch_size):
+    refused(judge, Toy(LEAKS[leak]), r"logits at position \d+ moved by [\d.]+ when only tokens from position", batch_size)
+
+
+@pytest.mark.parametrize("batch_size", [2, 16, 100])
+def test_mixing_over_the_batch_is_refused(judge, batch_size):
+    model = Wrapped(lambda logits, idx: logits + 0.5 * logits.mean(0, keepdim=True))
+    refused(judge, model, "moved by", batch_size)
+
+
+def test_mixing_from_the_next_row_past_is_refused_as_other_rows(judge):
+    """Row r reads only the past of row r + 1, so the whole row alone shows it."""
+    model = Wrapped(lambda logits, idx: logits + logits.roll(1, 0))
+    with pytest.raises(judge.NotCausal, match="when only (other rows|tokens from position)"):
+        evaluate(judge, model)
+
+
+def test_dropout_kept_on_is_refused(judge):
+    refused(judge, Wrapped(lambda logits, idx: F.dropout(logits, 0.1, training=True)), "two identical forwards")
+
+
+def test_learning_from_earlier_batches_is_refused(judge):
+    class Learner(Toy):
+        counts = torch.ones(V)
+
+        def forward(self, idx):
+            logits = super().forward(idx) + self.counts.log()
+            if not hasattr(self, "last") or not torch.equal(self.last, idx):
+                self.counts = self.counts + torch.bincount(idx.flatten(), minlength=V) * 1e-3
+            self.last = idx
+            return logits
+
+    class Patient(Learner):
+        """Shows what it learned only in the last call of an evaluation."""
+
+        calls, last_call = 0, math.inf
+
+        def forward(self, idx):
+            self.calls += 1
+            if self.calls < self.last_call:
+                self.counts = torch.ones(V)
+            return super().forward(idx)
+
+    refused(judge, Learner(), "moved by|scored again at the end|identical forwards")
+    honest = Patient()
+    evaluate(judge, honest)
+    patient = Patient()
+    patient.last_call = honest.calls
+    refused(judge, patient, "scored again at the end, the first batch changed by")
+
+
+def test_unnormalised_scores_gain_nothing(judge):
+    """The evaluator normalises: a constant added to all logits, however large, changes nothing."""
+    model = Toy()
+    shifted = evaluate(judge, Wrapped(lambda logits, idx: logits + 100.0, model))
+    assert shifted == pytest.approx(evaluate(judge, model), abs=1e-5)
+
+
+def test_model_sees_no_targets(judge):
+    """Nothing but idx is passed, and no storage behind it holds the last target."""
+    seen = []
+
+    def model(*args, **kwargs):
+        assert len(args) == 1 and not kwargs
+        seen.append(args[0].untyped_storage().nbytes() == args[0].numel() * 8 and args[0]._base is None)
+        return torch.zeros(*args[0].shape, V)
+
+    evaluate(judge, model)
+    assert all(seen)
+
+
+@pytest.mark.parametrize(
+    ("change", "got"),
+    [
+        (lambda logits, idx: logits[..., :-1], r"torch.float32 \(16, 32, 299\)"),
+        (lambda logits, idx: F.pad(logits, (0, 4)), r"torch.float32 \(16, 32, 304\)"),
+        (lambda logits, idx: logits[:, -1:], r"torch.float32 \(16, 1, 300\)"),
+        (lambda logits, idx: logits.mean(), r"torch.float32 \(\)"),
+        (lambda logits, idx: logits.long(), r"torch.int64 \(16, 32, 300\)"),
+        (lambda logits, idx: (logits, None), "tuple"),
+    ],
+)
+def test_wrong_shapes_are_refused(judge, change, got):
+    refused(judge, Wrapped(change), f"model\\(idx\\) gave {got}, not logits of a float type", kind="EvaluationRefused")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_non_finite_loss_is_refused(judge, value):
+    model = Wrapped(lambda logits, idx: torch.where(idx[..., None] == judge.BOS_ID, value, logits))
+    refused(judge, model, "loss on batch 0 of split 'val' is not finite", kind="EvaluationRefused")
+
+
+def test_infinite_loss_on_a_single_target_is_refused(judge):
+    model = Wrapped(lambda logits, idx: logits.index_fill(-1, torch.tensor([int(rows_of(judge)[50, 5])]), -math.inf))
+    refused(judge, model, "not finite", kind="EvaluationRefused")
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_bad_batch_size_is_an_error(judge, batch_size):
+    with pytest.raises(ValueError, match=f"batch_size is {batch_size}"):
+        evaluate(judge, Toy(), batch_size)
+
+
+# ----- the run's cheats -----
+
+
+def start_clock(judge, split="train"):
+    loader = judge.make_dataloader(judge.Tokenizer.from_directory(), 2, T, split, device="cpu")
+    next(loader)
+    loader.close()
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_training_over_budget_is_refused(judge, split):
+    now = [50.0]
+    judge._now = lambda: now[0]
+    start_clock(judge, split)
+    now[0] += 10 * 1.01 + 0.49
+    assert evaluate(judge, Toy()) > 0
+    late = load_prepare(judge.__file__, "tiny", judge.CACHE_ROOT)
+    judge._stopwatch.lock.close()
+    late._now = lambda: now[0]
+    start_clock(late, split)
+    now[0] += 11
+    with pytest.raises(late.BudgetExceeded, match=r"trained for 11.00 s with a TIME_BUDGET of 10 s"):
+        evaluate(late, Toy())
+
+
+def test_training_after_a_failed_evaluation_counts(judge):
+    now = [0.0]
+    judge._now = lambda: now[0]
+    start_clock(judge)
+    now[0] = 9
+    refused(judge, Wrapped(lambda logits, idx: logits[0]), "shape", kind="EvaluationRefused")
+    now[0] = 12
+    refused(judge, Toy(), "12.00 s", kind="BudgetExceeded")
+
+
+def test_clock_stops_where_the_evaluation_that_scored_began(judge):
+    now = [0.0]
+    judge._now = lambda: now[0]
+    start_clock(judge)
+    now[0] = 8.5
+    evaluate(judge, Wrapped(lambda logits, idx: now.__setitem__(0, now[0] + 1) or logits))
+    assert now[0] > 15 and judge.training_seconds() == 8.5
+
+
+def test_record_holds_what_the_evaluator_measured(judge, tmp_path, monkeypatch):
+    monkeypatch.setenv("AUTORESEARCH_RESULT", str(tmp_path / "result.json"))
+    judge._now = iter([3.0, 7.25]).__next__
+    start_clock(judge)
+    bpb = evaluate(judge, Toy())
+    record, described = json.loads((tmp_path / "result.json").read_text()), judge.describe()
+    lengths = judge.get_token_bytes().numpy()[rows_of(judge)[:, 1:]]
+    assert record == {
+        "val_bpb": bpb,
+        "profile": "tiny",
+        "split": "val",
+        "seed": 42,
+        "training_seconds": 4.25,
+        "rows": 100,
+        "tokens": int((lengths > 0).sum()),
+        "bytes": int(lengths.sum()),
+        "digest": described["digest"],
+        "files": described["files"],
+        "prepare_sha256": described["prepare_sha256"],
+    }
+    assert os.listdir(tmp_path) == ["result.json"]
+    assert described["rows"] == {"val": 100, "test": 100} and described["prepared"] and described["problem"] is None
+
+
+def test_second_evaluation_under_the_loop_is_refused(judge, tmp_path, monkeypatch):
+    monkeypatch.setenv("AUTORESEARCH_RESULT", str(tmp_path / "result.json"))
+    start_clock(judge)
+    evaluate(judge, Toy())
+    record = (tmp_path / "result.json").read_bytes()
+    refused(judge, Toy(seed=1), "a run is scored once", kind="EvaluationRefused")
+    assert (tmp_path / "result.json").read_bytes() == record
+
+
+def test_clock_never_started_under_the_loop_is_refused(judge, tmp_path, monkeypatch):
+    monkeypatch.setenv("AUTORESEARCH_RESULT", str(tmp_path / "result.json"))
+    refused(judge, Toy(), "the clock never started", kind="EvaluationRefused")
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_profile_chosen_inside_train_shows_in_the_record(tiny, tmp_path):
+    """train.py may set the variable before it imports prepare: the record says which profile was scored."""
+    code = (
+        "import os, sys; os.environ['AUTORESEARCH_PROFILE'] = 'other'; sys.path.insert(0, sys.argv[1])\n"
+        "import prepare, torch; tokenizer = prepare.Tokenizer.from_directory()\n"
+        "next(prepare.make_dataloader(tokenizer, 2, 32, 'train', device='cpu'))\n"
+        "prepare.evaluate_bpb(lambda idx: torch.zeros(*idx.shape, prepare.VOCAB_SIZE), tokenizer, 8)"
+    )
+    path, rng = copy_prepare(tmp_path, profile_row("other", tmp_path, eval_tokens=64 * 32)), random.Random(1)
+    write_jsonl(tmp_path / "a.jsonl", [english(rng, 60) for _ in range(800)])
+    assert load_prepare(path, "other", tmp_path / "cache").main([]) == 0
+    env = {
+        **os.environ,
+        "AUTORESEARCH_PROFILE": "tiny",
+        "AUTORESEARCH_CACHE": str(tmp_path / "cache"),
+        "AUTORESEARCH_RESULT": str(tmp_path / "r"),
+    }
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=env, check=True)
+    assert json.loads((tmp_path / "r").read_text())["profile"] == "other"
+
+
+@pytest.mark.parametrize("name", ["tokenizer.tiktoken", "tokenizer.json", "tokens/val.tokens", "tokens/test.tokens"])
+def test_changed_metric_file_is_named(tiny, tmp_path, capsys, name):
+    """The byte table is computed from tokenizer.tiktoken, so that file stands for it."""
+    shutil.copytree(tiny[1], tmp_path / "cache")
+    path = tmp_path / "cache" / "tiny" / name
+    path.chmod(0o644)
+    data = bytearray(path.read_bytes())
+    if name == "tokenizer.tiktoken":  # two byte tokens trade places: still a tokenizer
+        lines = data.decode().splitlines()
+        data = "\n".join([lines[1].split()[0] + " 0", lines[0].split()[0] + " 1", *lines[2:]]).encode() + b"\n"
+    elif name == "tokenizer.json":
+        data += b" "
+    else:
+        data[100] ^= 1
+    path.write_bytes(data)
+    judge = load_prepare(tiny[0], "tiny", tmp_path / "cache")
+    assert judge.main(["--verify"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {path} is not what was prepared") and error.count("\n") == 1
+    with pytest.raises(judge.UserError, match=f"{name} is not what was prepared"):
+        evaluate(judge, Toy())
+
+
+@pytest.mark.gpu
+def test_float32_logits_of_the_batch_are_never_whole(tiny):
+    """bf16 logits of 2.5 GB: the evaluation needs two of them and a chunk, not the 5 GB that float32 takes."""
+    judge = load_prepare(tiny[0], "tiny", tiny[1])
+    B, T_, vocab = 64, 2048, 8192
+    logits = torch.randn(B, T_, vocab, dtype=torch.bfloat16, device="cuda")
+    y = torch.randint(vocab, (B, T_), device="cuda")
+    judge.VOCAB_SIZE = vocab
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    losses = judge._by_position(judge._nats, logits, y)
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak < 4 * 2**25 * 4 < logits.numel() * 4
+    assert losses.shape == (B, T_)

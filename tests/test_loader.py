@@ -1,0 +1,256 @@
+"""The dataloader's rows against the plainest implementation of the packing rules, and its batches, clock and threads."""
+
+import itertools
+import os
+import random
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prepare_fixtures import PREPARE, copy_prepare, english, load_prepare, locks_given_back, profile_row, write_jsonl  # noqa: F401
+
+import prepare as any_prepare  # for RowStream, which depends on no profile
+
+
+def plain_rows(batches, width, buffer_size=1000):
+    """The packing rules of DESIGN.md, word for word. Yields (row, epoch); batches yields (documents, epoch)."""
+    buffer, epoch = [], 1
+    while True:
+        row = []
+        while len(row) < width:
+            while len(buffer) < buffer_size:
+                batch, batch_epoch = next(batches, (None, None))
+                if batch is None:
+                    break
+                buffer.extend(batch)
+                epoch = batch_epoch
+            if not buffer:
+                return
+            left, longest = width - len(row), None
+            for i, document in enumerate(buffer):
+                if len(document) <= left and (longest is None or len(document) > len(buffer[longest])):
+                    longest = i
+            if longest is not None:
+                row += buffer.pop(longest)
+            else:
+                shortest = min(range(len(buffer)), key=lambda i: len(buffer[i]))
+                row += buffer.pop(shortest)[:left]
+        yield row, epoch
+
+
+def rounds(shards, forever):
+    """Batches of documents, shard by shard, as often as the stream goes round."""
+    for epoch in itertools.count(1) if forever else [1]:
+        for shard in shards:
+            for batch in shard:
+                yield batch, epoch
+
+
+def shard_of(batches):
+    tokens = np.array([token for batch in batches for document in batch for token in document], dtype=np.uint16)
+    lengths = np.array([len(document) for batch in batches for document in batch], dtype=np.int64)
+    return any_prepare.Shard(tokens, lengths, np.array([len(batch) for batch in batches], dtype=np.int64))
+
+
+def shards_of_lengths(lengths):
+    """Documents of distinct tokens for nested lists of lengths (shards, batches, documents)."""
+    ids = itertools.cycle(range(1, 60000))
+    return [[[[0, *itertools.islice(ids, n - 1)] for n in batch] for batch in shard] for shard in lengths]
+
+
+LENGTHS = st.one_of(st.integers(1, 12), st.just(1), st.just(5), st.integers(1, 60))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    lengths=st.lists(st.lists(st.lists(LENGTHS, min_size=1, max_size=16), min_size=1, max_size=5), min_size=1, max_size=3),
+    T=st.integers(1, 40),
+    buffer_size=st.integers(1, 30),
+    forever=st.booleans(),
+    takes=st.lists(st.integers(1, 7), min_size=1, max_size=12),
+)
+def test_rows_equal_the_plain_rules_for_any_lengths(lengths, T, buffer_size, forever, takes):
+    shards = shards_of_lengths(lengths)
+    plain = plain_rows(rounds(shards, forever), T + 1, buffer_size)
+    before, any_prepare.PACKING_BUFFER = any_prepare.PACKING_BUFFER, buffer_size
+    try:
+        stream = any_prepare.RowStream([shard_of(shard) for shard in shards], T, forever)
+        for n in takes:
+            expected = list(itertools.islice(plain, n))
+            rows = stream.take(n)
+            assert rows.tolist() == [row for row, _ in expected]
+            assert not expected or stream.epoch == expected[-1][1]
+    finally:
+        any_prepare.PACKING_BUFFER = before
+
+
+@pytest.mark.parametrize("documents", [40, 999, 3000], ids=["40 documents", "999 documents", "3000 documents"])
+@pytest.mark.parametrize("kind", ["lognormal", "equal", "ones", "long"])
+def test_rows_equal_the_plain_rules_with_the_real_buffer(documents, kind):
+    rng = np.random.default_rng(7)
+    lengths = {
+        "lognormal": np.clip(rng.lognormal(3, 1, documents).astype(int), 1, None),
+        "equal": np.full(documents, 17),
+        "ones": np.ones(documents, int),
+        "long": rng.integers(200, 900, documents),
+    }[kind].tolist()
+    batches = [lengths[i : i + 128] for i in range(0, documents, 128)]
+    shards = shards_of_lengths([batches[:10], batches[10:]] if len(batches) > 10 else [batches])
+    for forever in (False, True):
+        stream = any_prepare.RowStream([shard_of(shard) for shard in shards], 64, forever)
+        expected = [row for row, _ in itertools.islice(plain_rows(rounds(shards, forever), 65), 400)]
+        assert np.array_equal(stream.take(400), np.array(expected).reshape(-1, 65))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A prepared profile of short documents; returns its prepare.py and cache."""
+    folder = tmp_path_factory.mktemp("loader")
+    rng = random.Random(3)
+    source = write_jsonl(folder / "source.jsonl", [english(rng, rng.choice([1, 3, 9, 40, 90])) for _ in range(2500)])
+    path = copy_prepare(folder, profile_row("tiny", source))
+    assert load_prepare(path, "tiny", folder / "cache").main([]) == 0
+    return path, folder / "cache"
+
+
+def documents_on_disk(judge, name):
+    """Batches of encoded documents of one shard, by the rules, from the parquet file."""
+    tokenizer = judge.Tokenizer.from_directory()
+    parquet = pq.ParquetFile(judge.CACHE / "text" / f"{name}.parquet")
+    for group in range(parquet.num_row_groups):
+        texts = parquet.read_row_group(group)["text"].to_pylist()
+        for i in range(0, len(texts), 128):
+            yield tokenizer.encode(texts[i : i + 128], prepend=tokenizer.get_bos_token_id())
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+@pytest.mark.parametrize(("B", "T"), [(1, 32), (5, 32), (64, 7), (3, 200)])
+def test_batches_equal_the_plain_rules_from_parquet(tiny, split, B, T):
+    judge = load_prepare(tiny[0], "tiny", tiny[1])
+    names = [f"train_{i:05d}" for i in range(judge.TRAIN_SHARDS)] if split == "train" else [split]
+    shards = [list(documents_on_disk(judge, name)) for name in names]
+    rows_in_a_pass = sum(len(d) for shard in shards for batch in shard for d in batch) // (T + 1)
+    wanted = min(rows_in_a_pass + 50, 4000)
+    expected = list(itertools.islice(plain_rows(rounds(shards, split == "train"), T + 1), wanted))
+    loader = judge.make_dataloader(judge.Tokenizer.from_directory(), B, T, split, device="cpu")
+    done = 0
+    for x, y, epoch in loader:
+        part = expected[done : done + B]
+        assert x.dtype == y.dtype == torch.int64
+        assert x.is_contiguous() and y.is_contiguous()
+        if len(part) == B or split != "train":
+            rows = torch.tensor([row for row, _ in part])
+            assert torch.equal(x, rows[:, :-1]) and torch.equal(y, rows[:, 1:])
+            assert epoch == part[-1][1]
+        done += len(x)
+        if done >= wanted and split == "train":
+            break
+    assert done >= len(expected) if split == "train" else done == len(expected)
+    if split == "train" and wanted > rows_in_a_pass:
+        assert expected[-1][1] == 2  # the comparison went round
+    loader.close()
+
+
+def test_seed_other_than_42_starts_at_another_shard(tiny):
+    streams = {}
+    for seed in (42, 1, 2, 6, 7, 43, 50):
+        judge = load_prepare(tiny[0], "tiny", tiny[1], seed)
+        streams[seed] = judge._open_split("train", 32).take(100)
+        assert np.array_equal(judge._open_split("val", 32).take(50), judge._open_split("val", 32).take(50))
+    assert all(not np.array_equal(streams[42], rows) for seed, rows in streams.items() if seed != 42)
+    assert not np.array_equal(streams[1], streams[2])
+    judge = load_prepare(tiny[0], "tiny", tiny[1], 7)  # with 8 shards: starts at the second
+    shards = [list(documents_on_disk(judge, f"train_{(i + 1) % 8:05d}")) for i in range(8)]
+    assert streams[7].tolist() == [row for row, _ in itertools.islice(plain_rows(rounds(shards, True), 33), 100)]
+
+
+def test_batches_stay_as_they_were_when_kept(tiny):
+    judge = load_prepare(tiny[0], "tiny", tiny[1])
+    loader = judge.make_dataloader(judge.Tokenizer.from_directory(), 1, 32, "train", device="cpu")
+    kept = [(x, x.clone()) for x, _, _ in itertools.islice(loader, 20)]
+    assert all(torch.equal(x, copy) for x, copy in kept)
+    loader.close()
+
+
+def test_loader_closed_leaves_no_thread(tiny):
+    judge = load_prepare(tiny[0], "tiny", tiny[1])
+    loader = judge.make_dataloader(judge.Tokenizer.from_directory(), 4, 32, "train", device="cpu")
+    next(loader)
+    assert any("loader" in thread.name for thread in threading.enumerate())
+    loader.close()
+    assert not any("loader" in thread.name for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize(("B", "T", "split"), [(0, 8, "train"), (4, 0, "train"), (4, 8, "dev")])
+def test_loader_refuses_bad_arguments_at_the_call(tiny, B, T, split):
+    judge = load_prepare(tiny[0], "tiny", tiny[1])
+    with pytest.raises(ValueError, match=f"B={B}, T={T}, split='{split}'"):
+        judge.make_dataloader(judge.Tokenizer.from_directory(), B, T, split, device="cpu")
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_clock_starts_with_the_first_batch_of_any_split(tiny, split):
+    judge = load_prepare(tiny[0], "tiny", tiny[1])
+    times = itertools.count(100.0, 1.5)
+    judge._now = lambda: next(times)
+    loader = judge.make_dataloader(judge.Tokenizer.from_directory(), 2, 32, split, device="cpu")
+    assert judge.training_seconds() == 0.0
+    next(loader)
+    assert judge.training_seconds() == 1.5
+    next(loader)
+    assert judge.training_seconds() == 3.0
+    loader.close()
+
+
+def test_second_run_on_a_device_waits_and_says_so(tiny):
+    judge = load_prepare(tiny[0], "tiny", tiny[1])
+    loader = judge.make_dataloader(judge.Tokenizer.from_directory(), 2, 32, "train", device="cpu")
+    next(loader)
+    code = (
+        "import sys, os; sys.path.insert(0, os.path.dirname(sys.argv[1])); import prepare\n"
+        "next(prepare.make_dataloader(prepare.Tokenizer.from_directory(), 2, 32, 'train', device='cpu'))\n"
+        "print('started after', round(prepare.training_seconds()))"
+    )
+    env = {**os.environ, "AUTORESEARCH_PROFILE": "tiny", "AUTORESEARCH_CACHE": str(tiny[1])}
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, str(tiny[0])], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    lock = tiny[1] / "locks" / "cpu.lock"
+    assert child.stderr.readline() == f"waiting: another run holds cpu (lock {lock})\n"
+    assert child.poll() is None
+    judge._stopwatch.lock.close()  # as the end of this process would
+    out, err = child.communicate(timeout=60)
+    assert (out, err, child.returncode) == ("started after 0\n", "", 0)
+    loader.close()
+
+
+@pytest.mark.gpu
+def test_pinned_slots_survive_a_slow_device(tiny):
+    """A busy GPU must not see a batch overwritten while its copy waits."""
+    judge = load_prepare(tiny[0], "tiny", tiny[1])
+    loader = judge.make_dataloader(judge.Tokenizer.from_directory(), 64, 32, "train", device="cuda")
+    plain = judge._open_split("train", 32)
+    busy = torch.randn(8192, 8192, device="cuda")
+    batches = []
+    for _ in range(40):
+        for _ in range(4):
+            busy = busy @ busy * 1e-4
+        batches.append(next(loader)[0])
+    for x in batches:
+        assert np.array_equal(x.cpu().numpy(), plain.take(64)[:, :-1])
+    loader.close()
+
+
+def test_import_is_quiet_quick_and_starts_no_cuda():
+    code = (
+        "import time, torch; t = time.perf_counter(); import prepare; print(time.perf_counter() - t < 0.5,"
+        "torch.cuda.is_initialized(), 'pyarrow' in __import__('sys').modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=PREPARE.parent, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("True False False\n", "")

@@ -1,0 +1,337 @@
+"""Downloads against a real HTTP server on loopback that misbehaves, one way at a time."""
+
+import hashlib
+import http.server
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from prepare_fixtures import copy_prepare, english, load_prepare, locks_given_back, profile_row  # noqa: F401
+
+SHARDS = 6  # of the hub data set: four to train on, then test, then validation
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """The data set: {file name: bytes}."""
+    import random
+
+    folder, rng = tmp_path_factory.mktemp("shards"), random.Random(8)
+    files = {}
+    for i in range(SHARDS):
+        path = folder / f"shard_{i:05d}.parquet"
+        documents = [english(rng, 30) for _ in range(400)]
+        pq.write_table(pa.table({"text": documents}), path, row_group_size=150, compression="none")
+        files[path.name] = path.read_bytes()
+    return files
+
+
+class Hub:
+    """A Hugging Face endpoint. plans: {file name: list of misbehaviours, one for each request, then none}."""
+
+    def __init__(self, shards):
+        self.shards, self.plans, self.requests, self.ranges, self.times = dict(shards), {}, Counter(), [], []
+        self.linked, self.tokens, self.stall = True, set(), threading.Event()
+        hub = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def log_message(self, *args):
+                pass
+
+            def do_GET(self):
+                hub.answer(self)
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
+        self.thread.start()
+
+    def close(self):
+        self.stall.set()
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+    def answer(self, request):
+        name = request.path.rpartition("/")[2]
+        if request.path.startswith("/api/"):
+            return self.send(request, 200, json.dumps(self.listing()).encode())
+        data = self.shards.get(name)
+        if data is None:
+            return self.send(request, 404, b"no such entry")
+        if "/resolve/" in request.path and self.linked:  # as the hub: a redirect that knows, to a storage that does not
+            self.tokens.add(request.headers.get("Authorization"))
+            request.send_response(302)
+            request.send_header("Location", f"/cdn/{name}")
+            request.send_header("X-Linked-Size", str(len(data)))
+            request.send_header("X-Linked-Etag", f'"{hashlib.sha256(data).hexdigest()}"')
+            request.send_header("Content-Length", "0")
+            return request.end_headers()
+        self.requests[name] += 1
+        self.times.append(time.monotonic())
+        plan = self.plans.get(name)
+        return self.serve(request, name, data, plan.pop(0) if plan else "well")
+
+    def listing(self):
+        urls = [f"https://elsewhere.example/cdn/{name}" for name in sorted(self.shards)]
+        return {"default": {"test": ["unused"], "train": urls}}
+
+    def serve(self, request, name, data, how):
+        start = 0
+        if (asked := request.headers.get("Range")) and how != "no ranges":
+            start = int(asked.removeprefix("bytes=").rstrip("-"))
+            self.ranges.append((name, start))
+            if start >= len(data):
+                return self.send(request, 416, b"", {"Content-Range": f"bytes */{len(data)}"})
+        body = data[start:]
+        headers = {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"} if start else {}
+        status = 206 if start else 200
+        if how == "busy":
+            return self.send(request, 503, b"", {"Retry-After": "1"})
+        if how == "too many":
+            return self.send(request, 429, b"", {"Retry-After": "1"})
+        if how == "html":
+            return self.send(request, 200, b"<html>please sign in</html>")
+        if how == "corrupt":
+            body = bytes(len(body))
+        if how == "too short":  # a wrong Content-Length that nothing reveals but the redirect
+            return self.send(request, status, body[: len(body) // 2], headers)
+        request.send_response(status)
+        for key, value in (headers | {"Content-Length": str(len(body))}).items():
+            request.send_header(key, value)
+        request.end_headers()
+        if how in ("truncate", "stall"):
+            request.wfile.write(body[:20_000])
+            request.wfile.flush()
+            if how == "stall":
+                self.stall.wait(20)
+            request.close_connection = True
+            return None
+        return request.wfile.write(body)
+
+    def send(self, request, status, body, headers=()):
+        request.send_response(status)
+        for key, value in (dict(headers) | {"Content-Length": str(len(body))}).items():
+            request.send_header(key, value)
+        request.end_headers()
+        request.wfile.write(body)
+
+
+@pytest.fixture
+def hub(shards, monkeypatch):
+    hub = Hub(shards)
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    yield hub
+    hub.close()
+
+
+@pytest.fixture
+def judge(hub, tmp_path):
+    path = copy_prepare(tmp_path, profile_row("web", "someone/corpus", hub_shards=SHARDS))
+    judge = load_prepare(path, "web", tmp_path / "cache")
+    judge.BACKOFF_SECONDS = 0.01
+    return judge
+
+
+def text_files(judge):
+    return sorted(path.name for path in (judge.CACHE / "text").iterdir())
+
+
+def fetched_well(judge, hub, names):
+    assert text_files(judge) == names
+    assert all((judge.CACHE / "text" / name).read_bytes() == hub.shards[name] for name in names)
+
+
+ALL = [f"shard_{i:05d}.parquet" for i in range(SHARDS)]
+
+
+def test_download_takes_the_first_shards_and_the_two_held_out(judge, hub):
+    assert judge.main(["--num-shards", "2", "--download-workers", "3"]) == 0
+    fetched_well(judge, hub, [ALL[0], ALL[1], ALL[4], ALL[5]])
+    manifest = judge._manifest()
+    assert list(manifest["train_tokens"]) == ["shard_00000", "shard_00001"]
+    digest = judge.describe()["digest"]
+    requests = hub.requests.copy()
+    assert judge.main(["--num-shards", "2"]) == 0  # nothing to do
+    assert hub.requests == requests and judge._manifest() == manifest
+    assert judge.main(["--num-shards", "-1"]) == 0  # more training shards: the metric's digest stays
+    fetched_well(judge, hub, ALL)
+    assert len(judge._manifest()["train_tokens"]) == 4 and judge.describe()["digest"] == digest
+    assert judge.main(["--num-shards", "1"]) == 0  # fewer: what is there stays
+    assert len(judge._manifest()["train_tokens"]) == 4
+
+
+def test_validation_is_the_last_shard_and_test_the_one_before(judge):
+    assert judge.main(["--num-shards", "1"]) == 0
+    for split, name in {"val": ALL[5], "test": ALL[4], "train": ALL[0]}.items():
+        text = pq.read_table(judge.CACHE / "text" / name)["text"][0].as_py()
+        file = judge._tokens_path(split if split != "train" else "shard_00000")
+        tokens = judge._read_shard(file).tokens[: len(text)].tolist()
+        assert judge.Tokenizer.from_directory().decode(tokens[1:]).startswith(text[:40])
+
+
+@pytest.mark.parametrize("how", ["truncate", "too short", "corrupt", "html", "busy", "too many"])
+def test_download_survives_a_server_that_is_bad_once(judge, hub, how):
+    hub.plans = {ALL[0]: [how], ALL[5]: ["well", how]}  # the first request asks for the size of the last shard
+    started = time.monotonic()
+    assert judge.main(["--num-shards", "2"]) == 0
+    fetched_well(judge, hub, [ALL[0], ALL[1], ALL[4], ALL[5]])
+    if how in ("busy", "too many"):
+        assert time.monotonic() - started > 1  # Retry-After
+    if how in ("truncate", "too short"):
+        assert any(start > 0 for _, start in hub.ranges)  # continued, not begun again
+
+
+def test_download_gives_up_on_a_stalled_connection_and_resumes(judge, hub):
+    judge.HTTP_TIMEOUT = (5, 0.3)
+    hub.plans = {ALL[1]: ["stall"]}
+    assert judge.main(["--num-shards", "2"]) == 0
+    fetched_well(judge, hub, [ALL[0], ALL[1], ALL[4], ALL[5]])
+    assert hub.ranges[0][0] == ALL[1] and hub.ranges[0][1] > 0
+
+
+def test_download_makes_progress_through_a_line_that_always_breaks(judge, hub):
+    hub.plans = {ALL[1]: ["truncate"] * 3}
+    judge.DOWNLOAD_ATTEMPTS = 2
+    assert judge.main(["--num-shards", "2"]) == 0  # more failures than attempts, but each brought new bytes
+    fetched_well(judge, hub, [ALL[0], ALL[1], ALL[4], ALL[5]])
+
+
+def test_download_begins_again_where_the_server_knows_no_ranges(judge, hub):
+    part = judge.CACHE / "text" / (ALL[1] + ".part")
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"x" * 1000)
+    hub.plans = {ALL[1]: ["no ranges"]}
+    assert judge.main(["--num-shards", "2"]) == 0
+    fetched_well(judge, hub, [ALL[0], ALL[1], ALL[4], ALL[5]])
+
+
+@pytest.mark.parametrize("length", ["whole", "longer"])
+def test_download_takes_or_drops_a_part_that_has_no_rest(judge, hub, length):
+    part = judge.CACHE / "text" / (ALL[1] + ".part")
+    part.parent.mkdir(parents=True)
+    part.write_bytes(hub.shards[ALL[1]] + (b"rest" if length == "longer" else b""))
+    assert judge.main(["--num-shards", "2"]) == 0
+    fetched_well(judge, hub, [ALL[0], ALL[1], ALL[4], ALL[5]])
+    assert hub.requests[ALL[1]] == (1 if length == "whole" else 2)
+
+
+def test_download_without_linked_headers_checks_what_it_can(judge, hub):
+    hub.linked = False
+    hub.plans = {ALL[1]: ["truncate"], ALL[4]: ["html"]}
+    assert judge.main(["--num-shards", "2"]) == 0
+    fetched_well(judge, hub, [ALL[0], ALL[1], ALL[4], ALL[5]])
+
+
+def test_download_names_what_is_missing_and_the_next_run_resumes(judge, hub, capsys):
+    missing = hub.shards.pop(ALL[1])
+    hub.plans = {ALL[3]: ["corrupt"] * 2}
+    assert judge.main(["--num-shards", "-1"]) == 1
+    error = capsys.readouterr().err.rsplit("\r", 1)[-1].splitlines()[-1]
+    assert error.startswith("error: 2 of 6 shards are missing: ")
+    assert "shard_00001.parquet (404" in error and "shard_00003.parquet (it came with a wrong length or SHA-256)" in error
+    assert error.endswith("Running the same command again resumes")
+    hub.shards[ALL[1]] = missing
+    requests = hub.requests.copy()
+    assert judge.main(["--num-shards", "-1"]) == 0
+    fetched_well(judge, hub, ALL)
+    assert hub.requests[ALL[0]] == requests[ALL[0]]
+
+
+def test_shard_that_is_no_parquet_with_text_is_named(judge, hub, tmp_path, capsys):
+    pq.write_table(pa.table({"body": ["x"]}), tmp_path / "other.parquet")
+    hub.shards[ALL[0]] = (tmp_path / "other.parquet").read_bytes()
+    hub.shards[ALL[1]] = b"<html>hello</html>"
+    assert judge.main(["--num-shards", "2"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "shard_00000.parquet" in error and "shard_00001.parquet" in error
+    assert error.count("not a readable parquet file with a text column") == 2
+    assert text_files(judge) == [ALL[4], ALL[5]]
+
+
+def test_server_that_never_answers_well_ends_in_an_error(judge, hub, capsys):
+    hub.plans = {ALL[0]: ["truncate"] + ["stall"] * 50}
+    judge.HTTP_TIMEOUT, judge.DOWNLOAD_ATTEMPTS = (5, 0.05), 3
+    hub.shards[ALL[0]] = hub.shards[ALL[0]][:3]
+    assert judge.main(["--num-shards", "1"]) == 1
+    assert "1 of 3 shards are missing: shard_00000.parquet" in capsys.readouterr().err
+
+
+def test_no_server_at_all_ends_in_an_error(judge, hub, monkeypatch, capsys):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    judge.DOWNLOAD_ATTEMPTS = 2
+    assert judge.main(["--num-shards", "1"]) == 1
+    assert "3 of 3 shards are missing" in capsys.readouterr().err
+
+
+def test_token_is_sent(judge, hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert judge.main(["--num-shards", "1"]) == 0
+    assert hub.tokens == {"Bearer hf_secret"}
+
+
+def test_full_disk_is_refused_before_the_download(judge, hub, monkeypatch, capsys):
+    import shutil
+
+    monkeypatch.setattr(judge.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**5))
+    hub.shards = {name: data + bytes(10**6) for name, data in hub.shards.items()}
+    assert judge.main(["--num-shards", "-1"]) == 1
+    error = capsys.readouterr().err
+    assert "6 shards need about 0.0 GB, 0.0 GB are free" in error and "--num-shards" in error
+    assert not any((judge.CACHE / "text").glob("*.parquet*"))
+
+
+def test_listed_data_set_is_fetched_and_split(hub, tmp_path):
+    judge = load_prepare(copy_prepare(tmp_path, profile_row("listed", "some.one/corpus-2")), "listed", tmp_path / "cache")
+    assert judge.main(["--num-shards", "5"]) == 0
+    assert [path.name for path in sorted((judge.CACHE / "download").iterdir())] == [f"{i:05d}.parquet" for i in range(5)]
+    texts = {path.stem: pq.read_table(path)["text"].to_pylist() for path in (judge.CACHE / "text").iterdir()}
+    assert set(texts) == {"val", "test", *(f"train_{i:05d}" for i in range(8))}
+    source = [t for name in ALL[:5] for t in pq.read_table(pa.BufferReader(hub.shards[name]))["text"].to_pylist()]
+    assert sum(map(len, source)) == sum(len(piece) for pieces in texts.values() for piece in pieces)
+
+
+def test_unknown_source_says_both_things_it_is_not(hub, tmp_path, capsys):
+    judge = load_prepare(copy_prepare(tmp_path, profile_row("lost", "no/where")), "lost", tmp_path / "cache")
+    hub.listing = dict
+    assert judge.main([]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: source 'no/where' is no local file or folder, and http") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_killed_download_is_continued(judge, hub, number):
+    hub.plans = {ALL[1]: ["stall"]}
+    env = {**os.environ, "AUTORESEARCH_PROFILE": "web", "AUTORESEARCH_CACHE": str(judge.CACHE_ROOT)}
+    command = [sys.executable, judge.__file__, "--num-shards", "2"]
+    child = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    part = judge.CACHE / "text" / (ALL[1] + ".part")
+    deadline = time.monotonic() + 60
+    while not (part.exists() and part.stat().st_size):
+        assert time.monotonic() < deadline and child.poll() is None
+        time.sleep(0.01)
+    child.send_signal(number)
+    assert child.wait(10) == -number
+    assert judge.main(["--num-shards", "2"]) == 0
+    fetched_well(judge, hub, [ALL[0], ALL[1], ALL[4], ALL[5]])
+    assert ALL[1] in dict(hub.ranges)
+
+
+def test_two_preparations_at_once_do_the_work_once(judge, hub):
+    env = {**os.environ, "AUTORESEARCH_PROFILE": "web", "AUTORESEARCH_CACHE": str(judge.CACHE_ROOT)}
+    command = [sys.executable, judge.__file__, "--num-shards", "2"]
+    children = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in "ab"]
+    outputs = [child.communicate(timeout=60) for child in children]
+    assert [child.returncode for child in children] == [0, 0], outputs
+    assert sum(hub.requests.values()) == 5  # four shards, and one question for the size
+    assert judge.main(["--verify"]) == 0
