@@ -1,8 +1,8 @@
 """report.py: what a person reads, `uv run loop.py status`, `report` and `audit`.
 
-The status is one screen about a run in progress. The report tells what was kept, what each change gained and whether that gain is larger than the noise, and draws
-progress.png. The audit gives the honest number: baseline and champion again, on seeds that the run never used, on the
-validation split and on the sealed test split.
+The status is one screen about a run in progress. The report tells what was kept, what each change gained and whether
+that gain is larger than the noise, and draws progress.png. The audit gives the honest number: baseline and champion
+again, on seeds that the run never used, on the validation split and on the sealed test split.
 """
 
 import itertools
