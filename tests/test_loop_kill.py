@@ -1,0 +1,227 @@
+"""Kill -9 at every step: the loop, its agent, its training, or all of them at once as when the plug is pulled.
+
+    uv run pytest tests/test_loop_kill.py            # 20 kills
+    uv run pytest tests/test_loop_kill.py -m slow    # 300 kills: every state transition, then random moments
+
+A state transition is whatever loop.py does to the outside: a process started (git, agent, training), a file of the
+desk opened, renamed or removed, a folder made. An audit hook, put into the loop's interpreter from outside by a
+sitecustomize.py, counts them and kills right before the n-th; so the loop's files are the shipped ones.
+"""
+
+import itertools
+import os
+import random
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import Desk, wait_for
+
+from plumbing import flock_now
+
+HOOK = '''
+import os, sys
+
+WATCHED = ("subprocess.Popen", "open", "os.mkdir", "os.rename", "os.remove", "os.symlink", "shutil.rmtree")
+DESK, LOG, AT = os.environ["KILL_DESK"], os.environ.get("KILL_LOG"), int(os.environ.get("KILL_AT", 0))
+seen, busy = 0, False
+
+def everything():
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if int(pid) != os.getpid() and f"KILL_DESK={DESK}".encode() in open(f"/proc/{pid}/environ", "rb").read():
+                os.kill(int(pid), 9)
+        except OSError:
+            pass
+
+def hook(event, args):
+    global seen, busy
+    if busy or event not in WATCHED or (event != "subprocess.Popen" and DESK not in str(args[:2])):
+        return
+    if event == "open" and str(args[0]).endswith((".py", ".pyc")):
+        return
+    seen += 1
+    if LOG:
+        busy = True
+        with open(LOG, "a") as file:
+            file.write(f"{event} {args[1] if event == 'subprocess.Popen' else args[0]}\\n")
+        busy = False
+    if seen == AT:
+        busy = True
+        if "KILL_ALL" in os.environ:
+            everything()
+        os.kill(os.getpid(), 9)
+
+if sys.orig_argv[1].endswith("loop.py"):
+    sys.addaudithook(hook)
+'''
+
+# Kept (every even call), equal and so discarded (odd), crashing (calls 4 and 9 of ten); no two edits are the same.
+AGENT = """
+    n = count()
+    time.sleep(0.03)
+    knob("LR", f"{n}/0" if n % 5 == 4 else "0.1")
+    if n % 2:
+        with open("train.py", "a") as file:
+            file.write(f"# {n}\\n")
+    else:
+        knob("DEPTH", 12 + 1e4 / n)
+    say(f"idea {n}")
+"""
+
+
+class Night:
+    """A run that is killed and started again and again, and what must hold after each restart."""
+
+    def __init__(self, desk: Desk, *options: str):
+        self.desk, self.kills = desk, 0
+        desk.set_knob(DEPTH=1e5, SECONDS=0.05)
+        with open(desk.path / "train.py", "a") as file:  # what was measured, told by another witness than the ledger
+            file.write(f'print("x", file=open({str(desk.outside / "measured")!r}, "a"))\n')
+        text = (desk.path / "plumbing.py").read_text()
+        (desk.path / "plumbing.py").write_text(text.replace("LOCK_PATIENCE = 10 ", "LOCK_PATIENCE = 0.3 "))
+        desk.commit("a fork with short waits")
+        (desk.outside / "sitecustomize.py").write_text(HOOK)
+        desk.env |= {"PYTHONPATH": str(desk.outside), "KILL_DESK": str(desk.path)}
+        self.options = ["--tag", "t", "--agent-cmd", desk.agent(AGENT), *options]
+        self.rows, self.refs, self.folders = [], {}, set()
+        self.start(0)
+        self.check()
+
+    def start(self, experiments: int, **env: str) -> None:
+        """A start that must end well."""
+        done = self.desk.loop(*self.options, "--max-experiments", str(experiments), **env)
+        assert done.returncode == 0, done.stderr
+
+    def transitions(self) -> int:
+        """How many there are in a start with two experiments."""
+        log = self.desk.outside / "transitions"
+        log.unlink(missing_ok=True)
+        self.start(2, KILL_LOG=str(log))
+        self.check()
+        return len(log.read_text().splitlines())
+
+    def kill_at(self, transition: int, everything: bool) -> None:
+        """Kill right before a state transition: the loop alone, or with every process that it started."""
+        env = {"KILL_AT": str(transition)} | ({"KILL_ALL": "1"} if everything else {})
+        process = self.desk.popen(*self.options, "--max-experiments", "2", **env)
+        process.communicate(timeout=60)
+        self.kills += process.returncode == -signal.SIGKILL
+        self.check_after_kill(f"transition {transition}, everything {everything}")
+
+    def kill_at_random(self, seconds: float, everything: bool) -> None:
+        process = self.desk.popen(*self.options)
+        try:
+            process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            pids = self.carriers(f"KILL_DESK={self.desk.path}") if everything else [process.pid]
+            for pid in pids:
+                kill(pid)
+        assert process.wait(10) == -signal.SIGKILL
+        process.communicate()
+        self.kills += 1
+        self.check_after_kill(f"after {seconds:.3f} s, everything {everything}")
+
+    def kill_child(self, role: str) -> None:
+        """Kill the agent or the training; the loop goes on, a killed agent costs no row, a killed training one."""
+        process = self.desk.popen(*self.options, "--max-experiments", "2")
+        kill(wait_for(lambda: self.carriers(f"AUTORESEARCH_MARK={self.desk.home()}:{role}"))[0])
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 0 and "killed by SIGKILL" in err, err
+        assert err.count("SIGKILL") == 1, err
+        self.kills += 1
+        before = len(self.rows)
+        self.check()
+        killed = [row for row in self.rows[before:] if "SIGKILL" in row[4]]
+        assert len(self.rows) == before + 2 and len(killed) == (role == "train"), self.rows[before:]
+
+    def carriers(self, variable: str) -> list[int]:
+        """Processes with the variable in their environment."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                if variable.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                    found.append(int(folder.name))
+            except OSError:
+                continue
+        return found
+
+    def check_after_kill(self, how: str) -> None:
+        """Nothing recorded may be gone; then a restart must put everything right, the bench too."""
+        desk, before = self.desk, self.rows
+        assert desk.rows()[: len(before)] == before, how
+        self.start(0)
+        self.check(how)
+        bench = str(desk.home() / "bench")
+        assert desk.git("-C", bench, "rev-parse", "HEAD") == desk.git("rev-parse", "autoresearch/t"), how
+        assert desk.git("-C", bench, "status", "--porcelain") == "", how
+
+    def check(self, how: str = "") -> None:
+        desk, rows = self.desk, self.desk.rows()
+        # the ledger: no row lost, doubled or changed, and at most one measured run lost a kill
+        assert rows[: len(self.rows)] == self.rows, how
+        commits = [row[0] for row in rows]
+        assert len(set(commits)) == len(commits), how
+        measured = (desk.outside / "measured").read_text().count("x")
+        scored = sum(row[3] != "crash" for row in rows)
+        assert scored <= measured <= scored + self.kills, how
+        assert (desk.path / "results.tsv").read_text() == (desk.home() / "results.tsv").read_text(), how
+        # the champion: the last kept row, branch and files at it
+        kept = next(row[0] for row in reversed(rows) if row[3] == "keep")
+        champion = desk.git("rev-parse", "refs/heads/autoresearch/t")
+        assert champion.startswith(kept), how
+        assert desk.git("symbolic-ref", "HEAD") == "refs/heads/autoresearch/t", how
+        assert desk.git("status", "--porcelain", "--untracked-files=no") == "", how
+        best = [float(row[1]) for row in rows if row[3] == "keep"]
+        assert best == sorted(best, reverse=True) and len(set(best)) == len(best), how
+        # the numbers: none ever reused, every row's commit findable under its own
+        lines = desk.git("for-each-ref", "--format=%(refname:lstrip=3) %(objectname) %(subject)", "refs/autoresearch/t")
+        refs = {int(number): rest for number, rest in (line.split(" ", 1) for line in lines.splitlines())}
+        assert all(rest.split()[2] == f"{number}:" for number, rest in refs.items()), how
+        assert {number: refs[number] for number in self.refs} == self.refs, how
+        numbers = {rest[:7]: number for number, rest in refs.items()}
+        assert [numbers[commit] for commit in commits] == sorted(numbers[commit] for commit in commits), how
+        folders = {int(path.name) for path in (desk.home() / "experiments").iterdir()}
+        assert folders >= self.folders and max(folders) >= max(refs), how
+        # no process, no lock
+        assert desk.orphans() == [], how
+        assert [path for path in (desk.path / ".git").rglob("*.lock") if path.is_file()] == [], how
+        with open(desk.home() / "lock") as lock:
+            assert flock_now(lock), how
+        self.rows, self.refs, self.folders = rows, refs, folders
+
+
+def kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def many_kills(night: Night, count: int, seed: int) -> None:
+    """A night of `count` kills: of ten, five at state transitions, three at random moments, one of each child."""
+    chance = random.Random(seed)
+    every = night.transitions()
+    step = max(1, 2 * every // count)
+    places = itertools.cycle(range(1 + chance.randrange(step), every + 1, step))
+    while night.kills < count:
+        kind = night.kills % 10
+        if kind < 5:
+            night.kill_at(next(places), everything=kind % 2 == 1)
+        elif kind < 8:
+            night.kill_at_random(0.1 + chance.random(), everything=kind == 6)
+        else:
+            night.kill_child("agent" if kind == 8 else "train")
+    print(f"seed {seed}: {night.kills} kills, {len(night.rows)} rows, {every} transitions")
+
+
+@pytest.mark.parametrize("mode", ["--no-ahead", "--ahead"])
+def test_kill_at_steps_and_at_random_loses_nothing(desk, mode):
+    many_kills(Night(desk, mode), 10, seed=random.randrange(10**6))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["--no-ahead", "--ahead"])
+def test_kill_at_every_step_loses_nothing(desk, mode):
+    many_kills(Night(desk, mode), 150, seed=random.randrange(10**6))
