@@ -16,6 +16,14 @@ TINY = GPTConfig(sequence_len=12, vocab_size=37, n_layer=3, n_head=4, n_kv_head=
 CLIMBMIX = GPTConfig(2048, 8192, 8, 4, 4, 512, "SSSL")
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # two threads that wait for each other on busy cores can take 50 times as long
+    yield
+    torch.set_num_threads(threads)
+
+
 def build(config: GPTConfig, seed: int = 0) -> GPT:
     torch.manual_seed(seed)
     with torch.device("meta"):
