@@ -1,4 +1,4 @@
-"""What the tests of prepare.py share: the judge as a fresh module, with rows of its own in PROFILES, and a small corpus."""
+"""What the tests of prepare.py share: the judge as a fresh module with profile rows of its own, and a small corpus."""
 
 import importlib.util
 import json
@@ -11,7 +11,7 @@ import pytest
 
 PREPARE = Path(__file__).resolve().parent.parent / "prepare.py"
 LOADED = []  # modules whose stopwatch may hold a device's lock
-TINY = dict(max_seq_len=32, time_budget=10, eval_tokens=100 * 32, vocab_size=300)
+TINY = {"max_seq_len": 32, "time_budget": 10, "eval_tokens": 100 * 32, "vocab_size": 300}
 
 
 def profile_row(name, source, **constants):

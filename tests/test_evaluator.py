@@ -1,4 +1,4 @@
-"""The evaluator: bits per byte against hand calculation and a known entropy rate, and every cheat refused with its reason."""
+"""The evaluator: bits per byte against hand calculation and a known entropy rate; every cheat refused with its reason."""
 
 import itertools
 import json
@@ -353,7 +353,7 @@ def test_training_over_budget_is_refused(judge, split):
     late._now = lambda: now[0]
     start_clock(late, split)
     now[0] += 11
-    with pytest.raises(late.BudgetExceeded, match=r"trained for 11.00 s with a TIME_BUDGET of 10 s"):
+    with pytest.raises(late.BudgetExceeded, match=r"trained for 11.00 s, TIME_BUDGET is 10 s"):
         evaluate(late, Toy())
 
 

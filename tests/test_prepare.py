@@ -58,8 +58,8 @@ def run(code, **env):
     ("variable", "value", "message"),
     [
         ("AUTORESEARCH_PROFILE", "h100", "use one of climbmix, code, pocket, smoke"),
-        ("AUTORESEARCH_SEED", "-1", "use a whole number from 0 to 999999999"),
-        ("AUTORESEARCH_SEED", "x", "use a whole number from 0 to 999999999"),
+        ("AUTORESEARCH_SEED", "-1", "use a whole number below 10**9"),
+        ("AUTORESEARCH_SEED", "x", "use a whole number below 10**9"),
     ],
 )
 def test_bad_environment_ends_an_import_with_code_2(variable, value, message):
@@ -179,7 +179,7 @@ def test_bad_jsonl_line_is_named(tmp_path, capsys, line, reason):
 def test_bad_local_parquet_is_named(tmp_path, capsys):
     pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "a.parquet")
     prepared(tmp_path, tmp_path / "a.parquet", expect=1)
-    assert f"{tmp_path / 'a.parquet'}: the column text holds int64, not strings" in error_line(capsys)
+    assert f"{tmp_path / 'a.parquet'} is not a readable parquet file with a text column (of another type than string)" in error_line(capsys)
 
 
 def test_folder_without_text_is_an_error(tmp_path, capsys):
@@ -191,7 +191,7 @@ def test_folder_without_text_is_an_error(tmp_path, capsys):
 def test_too_little_text_says_how_much_is_needed(tmp_path, capsys):
     judge = prepared(tmp_path, write_jsonl(tmp_path / "a.jsonl", corpus(documents=100)), expect=1)
     error = error_line(capsys)
-    assert "rows of 32 tokens, not 64: about 0.2 MB of text in many documents are needed" in error
+    assert "rows, 64 are needed: give " in error and "more text, about 0.2 MB in many documents" in error
     assert not (judge.CACHE / "manifest.json").exists()
     write_jsonl(tmp_path / "a.jsonl", corpus())  # more text, and the same command again
     assert judge.main([]) == 0
@@ -241,7 +241,7 @@ def test_long_documents_encode_as_if_whole(shared, monkeypatch):
     tokenizer = shared.Tokenizer.from_directory()
     rng = random.Random(4)
     text = "".join(rng.choice(["ba ke\n", "!!\n", " \n", "\r\n", "'s", "  lo", "\n\n", "12", "\t", "é", "x\n"]) for _ in range(6000))
-    whole = tokenizer._encoding.encode_ordinary(text)
+    whole = tokenizer.encoding.encode_ordinary(text)
     for size in (50, 333, 4000):
         monkeypatch.setattr(shared, "CHUNK_CHARS", size)
         assert max(map(len, shared._chunks(text))) <= size
@@ -298,6 +298,7 @@ def test_token_files_hold_every_document_and_batch(tmp_path):
     assert ends[-1] == len(shard.tokens)
 
 
+@pytest.mark.slow
 def test_document_of_50_mb_is_tokenized_in_little_memory(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", corpus())
     path = copy_prepare(tmp_path, profile_row("mine", source))
@@ -352,7 +353,7 @@ def test_metric_files_are_read_only_and_verified(shared, capsys):
     for name in shared.METRIC_FILES:
         assert (shared.CACHE / name).stat().st_mode & 0o222 == 0
     assert shared.main(["--verify"]) == 0
-    assert capsys.readouterr().out.startswith("profile: mine (AUTORESEARCH_PROFILE)\nverified: tokenizer.tiktoken, ")
+    assert capsys.readouterr().out.startswith("profile: mine (AUTORESEARCH_PROFILE)\nverified: tokenizer.tiktoken ")
 
 
 def test_rows_in_the_manifest_are_all_full_rows_of_a_small_split(tmp_path):
@@ -367,14 +368,14 @@ def test_changed_constants_ask_for_a_new_preparation(tmp_path, capsys):
     first = prepared(tmp_path, source)
     digest = first.describe()["digest"]
     budget = load_prepare(copy_prepare(tmp_path, profile_row("mine", source, time_budget=60)), "mine", tmp_path / "cache")
-    assert "has time_budget 10, prepare.py 60: run 'uv run prepare.py'" in budget.describe()["problem"]
+    assert "was made with time_budget 10, now it is 60: run 'uv run prepare.py'" in budget.describe()["problem"]
     assert budget.main([]) == 0 and budget.describe()["problem"] is None
     assert budget.describe()["digest"] != digest
-    assert budget.describe()["files"] == first.describe()["files"] or first.describe()["problem"]
+    assert "now it is 10:" in first.describe()["problem"]
     size = load_prepare(copy_prepare(tmp_path, profile_row("mine", source, vocab_size=320)), "mine", tmp_path / "cache")
     capsys.readouterr()
     assert size.main([]) == 1
-    assert "was made with vocab_size 300, now it is 320: delete it and run again" in error_line(capsys)
+    assert "was made with vocab_size 300, now it is 320: delete " in error_line(capsys)
 
 
 def test_missing_token_file_is_made_again_and_is_the_same(tmp_path):
@@ -403,7 +404,7 @@ def test_kill_at_any_moment_leaves_what_the_next_run_completes(tmp_path, shared)
     reference = snapshot(shared.CACHE)
     env = {**os.environ, "AUTORESEARCH_PROFILE": "mine", "AUTORESEARCH_CACHE": str(tmp_path)}
     cache = tmp_path / "mine"
-    steps = ["text.part", "text", "tokenizer.tiktoken", "tokens/train_00000.tokens"]
+    steps = ["text.part", "tokenizer.tiktoken"]
     for step in steps:
         child = subprocess.Popen([sys.executable, shared.__file__], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while not (cache / step).exists() and child.poll() is None:
@@ -418,7 +419,7 @@ def test_kill_at_any_moment_leaves_what_the_next_run_completes(tmp_path, shared)
 
 def test_interrupt_ends_preparation_at_once(tmp_path):
     """Ctrl-C while the tokenizer is being trained in native code."""
-    source = write_jsonl(tmp_path / "a.jsonl", corpus(documents=4000, words=200))
+    source = write_jsonl(tmp_path / "a.jsonl", corpus(documents=3000, words=100))
     path = copy_prepare(tmp_path, profile_row("mine", source, vocab_size=20000))
     env = {**os.environ, "AUTORESEARCH_PROFILE": "mine", "AUTORESEARCH_CACHE": str(tmp_path / "cache")}
     child = subprocess.Popen([sys.executable, path], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

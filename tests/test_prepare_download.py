@@ -202,7 +202,7 @@ def test_download_gives_up_on_a_stalled_connection_and_resumes(judge, hub):
 
 def test_download_makes_progress_through_a_line_that_always_breaks(judge, hub):
     hub.plans = {ALL[1]: ["truncate"] * 3}
-    judge.DOWNLOAD_ATTEMPTS = 2
+    judge.ATTEMPTS = 2
     assert judge.main(["--num-shards", "2"]) == 0  # more failures than attempts, but each brought new bytes
     fetched_well(judge, hub, [ALL[0], ALL[1], ALL[4], ALL[5]])
 
@@ -235,7 +235,7 @@ def test_download_without_linked_headers_checks_what_it_can(judge, hub):
 
 def test_download_names_what_is_missing_and_the_next_run_resumes(judge, hub, capsys):
     missing = hub.shards.pop(ALL[1])
-    hub.plans = {ALL[3]: ["corrupt"] * 2}
+    hub.plans, judge.ATTEMPTS = {ALL[3]: ["corrupt"] * 2}, 2
     assert judge.main(["--num-shards", "-1"]) == 1
     error = capsys.readouterr().err.rsplit("\r", 1)[-1].splitlines()[-1]
     assert error.startswith("error: 2 of 6 shards are missing: ")
@@ -252,6 +252,7 @@ def test_shard_that_is_no_parquet_with_text_is_named(judge, hub, tmp_path, capsy
     pq.write_table(pa.table({"body": ["x"]}), tmp_path / "other.parquet")
     hub.shards[ALL[0]] = (tmp_path / "other.parquet").read_bytes()
     hub.shards[ALL[1]] = b"<html>hello</html>"
+    judge.ATTEMPTS = 2
     assert judge.main(["--num-shards", "2"]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert "shard_00000.parquet" in error and "shard_00001.parquet" in error
@@ -261,7 +262,7 @@ def test_shard_that_is_no_parquet_with_text_is_named(judge, hub, tmp_path, capsy
 
 def test_server_that_never_answers_well_ends_in_an_error(judge, hub, capsys):
     hub.plans = {ALL[0]: ["truncate"] + ["stall"] * 50}
-    judge.HTTP_TIMEOUT, judge.DOWNLOAD_ATTEMPTS = (5, 0.05), 3
+    judge.HTTP_TIMEOUT, judge.ATTEMPTS = (5, 0.05), 3
     hub.shards[ALL[0]] = hub.shards[ALL[0]][:3]
     assert judge.main(["--num-shards", "1"]) == 1
     assert "1 of 3 shards are missing: shard_00000.parquet" in capsys.readouterr().err
@@ -269,7 +270,7 @@ def test_server_that_never_answers_well_ends_in_an_error(judge, hub, capsys):
 
 def test_no_server_at_all_ends_in_an_error(judge, hub, monkeypatch, capsys):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    judge.DOWNLOAD_ATTEMPTS = 2
+    judge.ATTEMPTS = 2
     assert judge.main(["--num-shards", "1"]) == 1
     assert "3 of 3 shards are missing" in capsys.readouterr().err
 
@@ -306,7 +307,7 @@ def test_unknown_source_says_both_things_it_is_not(hub, tmp_path, capsys):
     hub.listing = dict
     assert judge.main([]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: source 'no/where' is no local file or folder, and http") and error.count("\n") == 1
+    assert error.startswith("error: source 'no/where' is no local path, and http") and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
