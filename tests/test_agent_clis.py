@@ -7,12 +7,10 @@ A real CLI runs with a fresh HOME, a dummy key and no other environment; where i
 Stand-ins for the CLIs cover the checks before the baseline everywhere.
 """
 
-import contextlib
 import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterable
@@ -21,100 +19,58 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from conftest import Desk
 from model_server import Hang, ModelServer, Run, Say, Status, Turn
 
-ROOT = Path(__file__).resolve().parent.parent
 PATH = os.pathsep.join(filter(None, [os.environ.get("AUTORESEARCH_TEST_CLIS"), os.environ["PATH"]]))
-LIMIT = 120  # seconds, for one call of the loop
-
-# -----------------------------------------------------------------------------
-# A desk: loop.py, program.md and a domain that takes milliseconds
-
-PREPARE = """
-def describe():
-    facts = {"profile": "stub", "reason": "a test", "device": "cpu", "device_name": "cpu", "lock": "no/lock"}
-    facts |= {"cache": ".", "prepared": True, "problem": None, "time_budget": 1, "rows": {"val": 1, "test": 1}}
-    return facts | {"digest": "0" * 64, "files": {}, "prepare_sha256": "0" * 64}
-"""
-TRAIN = """
-import json, os, prepare
-
-DEPTH = 8  # layers
-
-val_bpb = 1 + 1 / DEPTH
-seed = int(os.environ["AUTORESEARCH_SEED"])
-with open(os.environ["AUTORESEARCH_RESULT"], "w") as file:
-    json.dump(prepare.describe() | {"val_bpb": val_bpb, "split": "val", "seed": seed, "rows": 1}, file)
-print(f"---\\nval_bpb:          {val_bpb:.6f}\\npeak_vram_mb:     0.0")
-"""
 PROGRAM = '# Research\n\nQuote "it", $HOME, `ls`, \\n and ü.\n' + "Read every line of this. " * 4000  # 100 kB
-
-
-@dataclass
-class Desk:
-    path: Path
-    env: dict[str, str]
-
-    def loop(self, agent: str, *options: str, on_failure: Iterable[Callable] = ()) -> subprocess.CompletedProcess:
-        """Run the loop to its end; whenever it says that a proposal failed, call the next of `on_failure`."""
-        command = [sys.executable, "loop.py", "run", "--agent", agent, *options]
-        process = subprocess.Popen(command, cwd=self.path, env=self.env, stderr=subprocess.PIPE, text=True)
-        alarm = threading.Timer(LIMIT, process.terminate)
-        alarm.start()
-        calls, lines = iter(on_failure), []
-        with process:
-            for line in process.stderr:
-                lines.append(line)
-                if line.startswith("no proposal"):
-                    next(calls, lambda: None)()
-        alarm.cancel()
-        return subprocess.CompletedProcess(command, process.returncode, stderr="".join(lines))
-
-    @property
-    def rows(self) -> list[tuple[str, str]]:
-        """(status, description) of the ledger's rows."""
-        return [tuple(line.split("\t")[3:]) for line in (self.path / "results.tsv").read_text().splitlines()[1:]]
+LIMIT = 120  # seconds, for one call of the loop
 
 
 @pytest.fixture
-def desk(tmp_path):
-    path, home, tools = (tmp_path / name for name in ("desk", "home", "bin"))
-    for folder in (path, home / "tmp", tools):
-        folder.mkdir(parents=True)
-    for file in [*ROOT.glob("*.py"), ROOT / ".gitignore"]:
-        shutil.copy(file, path)
-    shutil.copytree(ROOT / "agents", path / "agents", ignore=shutil.ignore_patterns("__pycache__"))
-    for name, text in {"prepare.py": PREPARE, "train.py": TRAIN, "program.md": PROGRAM}.items():
-        (path / name).write_text(text)
-    loop, n_replaced = re.subn(r"(?m)^BACKOFF = .*", "BACKOFF = 0.1, 1", (path / "loop.py").read_text())
-    assert n_replaced == 1
-    (path / "loop.py").write_text(loop)
-    for command in ("init -q", "add .", "-c user.name=t -c user.email=t@t commit -qm start"):
-        subprocess.run(["git", *command.split()], cwd=path, check=True)
-    (tools / "git").symlink_to(shutil.which("git"))  # and nothing else: no agent of the person who tests
-    yield Desk(path, {"PATH": str(tools), "HOME": str(home), "TMPDIR": str(home / "tmp"), "TERM": "dumb"})
-    assert processes_with(str(home)) == []
+def bare(desk, tmp_path):
+    """A desk with git and an empty HOME, but without the agents of the person who tests."""
+    tools, temporary = tmp_path / "bin", tmp_path / "home" / "tmp"
+    tools.mkdir()
+    temporary.mkdir()
+    (tools / "git").symlink_to(shutil.which("git"))
+    desk.env |= {"PATH": str(tools), "TMPDIR": str(temporary), "TERM": "dumb"}
+    desk.env["PWD"] = desk.env["HOME"]  # wrong on purpose: opencode would work there
+    (desk.path / "program.md").write_text(PROGRAM)
+    desk.commit("a long program")
+    return desk
 
 
-def processes_with(text: str) -> list[str]:
-    """Command lines of the processes with a text in their environment (none where there is no /proc)."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if text.encode() in (folder / "environ").read_bytes():
-                found.append((folder / "cmdline").read_text().replace("\0", " "))
-    return found
+def run_loop(desk: Desk, *options: str, on_failure: Iterable[Callable] = ()) -> tuple[int, str]:
+    """Run the loop to its end; whenever it says that a proposal failed, call the next of `on_failure`.
+
+    Returns its exit code and what it wrote to stderr.
+    """
+    calls, lines = iter(on_failure), []
+    with desk.popen("--tag", "t", *options) as process:
+        alarm = threading.Timer(LIMIT, process.terminate)
+        alarm.start()
+        for line in process.stderr:
+            lines.append(line)
+            if line.startswith("no proposal"):
+                next(calls, lambda: None)()
+        alarm.cancel()
+    return process.returncode, "".join(lines)
+
+
+def ledger(desk: Desk) -> list[tuple[str, str]]:
+    """(status, description) of every row."""
+    return [(row[3], row[4]) for row in desk.rows()]
 
 
 def assert_refused(desk: Desk, agent: str, beginning: str) -> str:
     """The loop ends with exit code 2 and one line, and has begun nothing: no baseline, no branch. Returns the line."""
-    ended = desk.loop(agent, "--max-experiments", "1")
-    assert ended.returncode == 2, ended.stderr
-    assert ended.stderr.startswith(beginning), ended.stderr
-    assert ended.stderr.count("\n") == 1, ended.stderr
-    assert not (desk.path / ".git/autoresearch").exists()
-    assert not (desk.path / "results.tsv").exists()
-    return ended.stderr
+    code, line = run_loop(desk, "--agent", agent, "--max-experiments", "1")
+    assert code == 2, line
+    assert line.startswith(beginning), line
+    assert line.count("\n") == 1, line
+    assert not desk.home().exists()
+    return line
 
 
 # -----------------------------------------------------------------------------
@@ -151,7 +107,7 @@ def configure_vibe(home: Path, url: str) -> dict[str, str]:
 
 
 CLIS = {"claude": configure_claude, "codex": configure_codex, "opencode": configure_opencode, "vibe": configure_vibe}
-PATIENCE_SECONDS = {"claude": 6, "codex": 6, "opencode": 20, "vibe": 20}  # several times what an edit takes
+PATIENCE_SECONDS = {"claude": 8, "codex": 8, "opencode": 20, "vibe": 20}  # several times what an edit takes
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("opencode", "vibe")]
 
 every_cli = pytest.mark.parametrize("lab", CLIS, indirect=True)
@@ -171,17 +127,20 @@ class Lab:
     name: str
     server: ModelServer
 
-    def loop(self, n_experiments: int, **more) -> subprocess.CompletedProcess:
+    def run(self, n_experiments: int, on_failure: Iterable[Callable] = ()) -> str:
+        """Run the loop for so many experiments. Returns what it wrote to stderr."""
         options = ["--max-experiments", n_experiments, "--agent-timeout", PATIENCE_SECONDS[self.name]]
-        return self.desk.loop(self.name, *map(str, options), **more)
+        code, said = run_loop(self.desk, "--agent", self.name, *map(str, options), on_failure=on_failure)
+        assert code == 0, said
+        return said
 
 
 @pytest.fixture
-def lab(desk, request):
+def lab(bare, request):
     require(request.param)
     with ModelServer() as server:
-        desk.env |= {"PATH": PATH} | CLIS[request.param](Path(desk.env["HOME"]), server.url)
-        yield Lab(desk, request.param, server)
+        bare.env |= {"PATH": PATH} | CLIS[request.param](Path(bare.env["HOME"]), server.url)
+        yield Lab(bare, request.param, server)
 
 
 def edit(depth: int, description: str) -> tuple[Turn, Turn]:
@@ -192,10 +151,9 @@ def edit(depth: int, description: str) -> tuple[Turn, Turn]:
 
 @every_cli
 def test_edit_is_run_and_kept_or_discarded(lab):
-    lab.server.play(*edit(10, "raise depth to 10"), *edit(4, "lower depth to 4"))
-    ended = lab.loop(2)
-    assert ended.returncode == 0, ended.stderr
-    assert lab.desk.rows == [("keep", "baseline"), ("keep", "raise depth to 10"), ("discard", "lower depth to 4")]
+    lab.server.play(*edit(8, "raise depth to 8"), *edit(2, "lower depth to 2"))
+    lab.run(2)
+    assert ledger(lab.desk) == [("keep", "baseline"), ("keep", "raise depth to 8"), ("discard", "lower depth to 2")]
     prompts = [path.read_text() for path in (lab.desk.path / "runs").glob("*/prompt.md")]
     assert len(prompts) == 2
     for prompt in prompts:
@@ -205,49 +163,50 @@ def test_edit_is_run_and_kept_or_discarded(lab):
 
 @every_cli_some_slow
 def test_answer_without_an_edit_costs_no_row(lab):
-    lab.server.play(Say("I would rather not."), *edit(10, "raise depth to 10"))
-    ended = lab.loop(1)
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stderr.count("no proposal: ") == 1
-    assert lab.desk.rows == [("keep", "baseline"), ("keep", "raise depth to 10")]
+    lab.server.play(Say("I would rather not."), *edit(8, "raise depth to 8"))
+    assert lab.run(1).count("no proposal: ") == 1
+    assert ledger(lab.desk) == [("keep", "baseline"), ("keep", "raise depth to 8")]
 
 
 @every_cli_some_slow
 def test_server_errors_and_rate_limits_cost_no_row(lab):
     lab.server.play(Status(500))
     limit = partial(lab.server.play, Status(429, retry_after_seconds=1))
-    recover = partial(lab.server.play, *edit(10, "raise depth to 10"))
-    ended = lab.loop(1, on_failure=[limit, recover])
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stderr.count("no proposal: the agent ended with") >= 2
-    assert lab.desk.rows == [("keep", "baseline"), ("keep", "raise depth to 10")]
+    recover = partial(lab.server.play, *edit(8, "raise depth to 8"))
+    assert lab.run(1, on_failure=[limit, recover]).count("no proposal: the agent ended with") >= 2
+    assert ledger(lab.desk) == [("keep", "baseline"), ("keep", "raise depth to 8")]
 
 
 @every_cli_some_slow
 def test_hang_is_ended_with_all_that_the_agent_started(lab, tmp_path):
-    daemon = Run("setsid sleep 300 >/dev/null 2>&1 & echo $! > ../daemon")
-    lab.server.play(daemon, Hang(), *edit(10, "raise depth to 10"))
-    ended = lab.loop(1)
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stderr.count("no proposal: the agent ended with timeout") == 1
-    assert int((tmp_path / "daemon").read_text()) > 0  # it was started
-    assert processes_with(lab.desk.env["HOME"]) == []
-    assert lab.desk.rows == [("keep", "baseline"), ("keep", "raise depth to 10")]
+    daemon = Run("setsid sleep 60 >/dev/null 2>&1 & echo $! > ../daemon")
+    lab.server.play(daemon, Hang(), *edit(8, "raise depth to 8"))
+    assert lab.run(1).count("no proposal: the agent ended with timeout") == 1
+    assert not is_sleeping(int((tmp_path / "daemon").read_text()))
+    assert lab.desk.orphans() == []
+    assert ledger(lab.desk) == [("keep", "baseline"), ("keep", "raise depth to 8")]
+
+
+def is_sleeping(pid: int) -> bool:
+    try:
+        return b"sleep" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 @pytest.mark.parametrize("name", ["claude", "codex", "vibe", "gemini"])
-def test_real_cli_not_logged_in_is_refused(desk, name):
+def test_real_cli_not_logged_in_is_refused(bare, name):
     require(name)
-    desk.env |= {"PATH": PATH, "IS_SANDBOX": "1"}
-    assert_refused(desk, name, f"error: {name} is not logged in: ")
+    bare.env |= {"PATH": PATH, "IS_SANDBOX": "1"}
+    assert_refused(bare, name, f"error: {name} is not logged in: ")
 
 
-def test_real_claude_as_root_is_refused(desk):
+def test_real_claude_as_root_is_refused(bare):
     require("claude")
     if os.geteuid():
         pytest.skip("only root is refused")
-    desk.env |= {"PATH": PATH, "ANTHROPIC_API_KEY": "dummy"}
-    assert "IS_SANDBOX=1" in assert_refused(desk, "claude", "error: claude ")
+    bare.env |= {"PATH": PATH, "ANTHROPIC_API_KEY": "dummy"}
+    assert "IS_SANDBOX=1" in assert_refused(bare, "claude", "error: claude ")
 
 
 # -----------------------------------------------------------------------------
@@ -271,7 +230,7 @@ if {check!r} in sys.argv:
     print({answer!r}, file=sys.stdout if {answer!r}.startswith("{{") else sys.stderr)
     sys.exit({code})
 train = pathlib.Path("train.py")
-train.write_text(train.read_text().replace("DEPTH = 8", "DEPTH = 10"))
+train.write_text(train.read_text().replace("DEPTH = 4", "DEPTH = 8"))
 """
 
 
@@ -284,54 +243,54 @@ def install(desk: Desk, name: str, check: str, answer: str, code: int) -> None:
 
 
 def assert_accepted(desk: Desk, agent: str) -> None:
-    ended = desk.loop(agent, "--max-experiments", "0")
-    assert ended.returncode == 0, ended.stderr
-    assert desk.rows == [("keep", "baseline")]
+    code, said = run_loop(desk, "--agent", agent, "--max-experiments", "0")
+    assert code == 0, said
+    assert ledger(desk) == [("keep", "baseline")]
 
 
 @pytest.mark.parametrize("name", [*LOGGED_IN, "opencode"])
-def test_missing_cli_is_refused_with_how_to_install_it(desk, name):
-    line = assert_refused(desk, name, f"error: {name} is not installed")
+def test_missing_cli_is_refused_with_how_to_install_it(bare, name):
+    line = assert_refused(bare, name, f"error: {name} is not installed")
     assert re.search(r"npm install|uv tool install", line)
 
 
 @pytest.mark.parametrize("name", LOGGED_OUT)
-def test_cli_not_logged_in_is_refused_with_how_to_log_in(desk, name):
-    install(desk, name, *LOGGED_OUT[name])
-    line = assert_refused(desk, name, f"error: {name} is not logged in: ")
+def test_cli_not_logged_in_is_refused_with_how_to_log_in(bare, name):
+    install(bare, name, *LOGGED_OUT[name])
+    line = assert_refused(bare, name, f"error: {name} is not logged in: ")
     assert re.search(r", or export \w+_API_KEY$", line)
 
 
 @pytest.mark.parametrize("name", LOGGED_IN)
-def test_cli_logged_in_is_run(desk, name):
-    install(desk, name, *LOGGED_IN[name])
-    ended = desk.loop(name, "--max-experiments", "1")
-    assert ended.returncode == 0, ended.stderr
-    assert desk.rows == [("keep", "baseline"), ("keep", "DEPTH 8 -> 10")]
+def test_cli_logged_in_is_run(bare, name):
+    install(bare, name, *LOGGED_IN[name])
+    code, said = run_loop(bare, "--agent", name, "--max-experiments", "1")
+    assert code == 0, said
+    assert ledger(bare) == [("keep", "baseline"), ("keep", "DEPTH 4 -> 8")]
 
 
-def test_claude_as_root_is_refused_with_what_to_do(desk):
+def test_claude_as_root_is_refused_with_what_to_do(bare):
     if os.geteuid():
         pytest.skip("only root is refused")
-    install(desk, "claude", *LOGGED_IN["claude"])
-    del desk.env["IS_SANDBOX"]
-    assert "IS_SANDBOX=1" in assert_refused(desk, "claude", "error: claude ")
+    install(bare, "claude", *LOGGED_IN["claude"])
+    del bare.env["IS_SANDBOX"]
+    assert "IS_SANDBOX=1" in assert_refused(bare, "claude", "error: claude ")
 
 
-def test_claude_too_old_for_the_check_is_accepted(desk):
-    install(desk, "claude", "auth", "error: unknown command 'auth'", 1)
-    assert_accepted(desk, "claude")
+def test_claude_too_old_for_the_check_is_accepted(bare):
+    install(bare, "claude", "auth", "error: unknown command 'auth'", 1)
+    assert_accepted(bare, "claude")
 
 
-def test_codex_with_a_key_in_the_environment_is_accepted(desk):
-    desk.env["CODEX_API_KEY"] = "dummy"
-    install(desk, "codex", *LOGGED_OUT["codex"])
-    assert_accepted(desk, "codex")
+def test_codex_with_a_key_in_the_environment_is_accepted(bare):
+    bare.env["CODEX_API_KEY"] = "dummy"
+    install(bare, "codex", *LOGGED_OUT["codex"])
+    assert_accepted(bare, "codex")
 
 
-def test_codex_with_a_provider_of_its_own_is_accepted(desk):
-    config = Path(desk.env["HOME"]) / ".codex/config.toml"
+def test_codex_with_a_provider_of_its_own_is_accepted(bare):
+    config = Path(bare.env["HOME"]) / ".codex/config.toml"
     config.parent.mkdir()
     config.write_text('model_provider = "lab"\n')
-    install(desk, "codex", *LOGGED_OUT["codex"])
-    assert_accepted(desk, "codex")
+    install(bare, "codex", *LOGGED_OUT["codex"])
+    assert_accepted(bare, "codex")
