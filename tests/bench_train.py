@@ -1,0 +1,133 @@
+"""What each choice of train.py costs or brings on this machine, against a plain eager loop of the same model.
+
+    uv run tests/bench_train.py                  # tokens per second: variants interleaved in one process, medians
+    uv run tests/bench_train.py --compile        # torch.compile among them
+    uv run tests/bench_train.py --compile-cache  # start-up of a compiled run, cold and with the cache kept
+
+Uses the knobs of the profile (AUTORESEARCH_PROFILE); random tokens, so no data is needed for the first form.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import prepare
+import train
+
+ROUNDS = 15
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def build() -> tuple[train.GPT, train.MuonAdamW]:
+    torch.manual_seed(0)
+    config = train.model_config(prepare.VOCAB_SIZE)
+    with torch.device("meta"):
+        model = train.GPT(config)
+    model.to_empty(device=DEVICE).init_weights()
+    train.choose_attention(config, DEVICE)
+    return model, model.setup_optimizer()
+
+
+def plain_loss(model: train.GPT, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=-1)
+
+
+def plain_adamw(optimizer: train.MuonAdamW, group: dict, params: list[torch.Tensor]) -> None:
+    """The formula, one small operation after another."""
+    for p in params:
+        state = optimizer.state[p]
+        if not state:
+            state |= {"m": torch.zeros_like(p), "v": torch.zeros_like(p), "t": 0}
+        beta1, beta2 = group["betas"]
+        state["t"] += 1
+        state["m"].lerp_(p.grad, 1 - beta1)
+        state["v"].lerp_(p.grad.square(), 1 - beta2)
+        denominator = (state["v"] / (1 - beta2 ** state["t"])).sqrt() + 1e-10
+        p.sub_(group["lr"] / (1 - beta1 ** state["t"]) * state["m"] / denominator)
+
+
+def plain_muon(optimizer: train.MuonAdamW, group: dict, params: list[torch.Tensor]) -> None:
+    """One matrix at a time."""
+    for p in params:
+        state = optimizer.state[p]
+        if not state:
+            second_moment = torch.zeros_like(train.mean_square(p[None]))
+            state |= {"momentum": torch.zeros_like(p[None]), "second_moment": second_moment}
+        scalars = [torch.tensor(group[name]) for name in ("lr", "momentum", "weight_decay")]
+        p.copy_(train.muon_update(p[None], p.grad[None], *state.values(), *scalars)[0])
+
+
+class Variant:
+    """A model of its own with its way of doing a step; `step()` returns its seconds."""
+
+    def __init__(self, chunked: bool, fused_adamw: bool, stacked_muon: bool, compiled: bool = False):
+        self.model, self.optimizer = build()
+        self.chunked = chunked
+        if not fused_adamw:
+            self.optimizer._step_adamw = lambda group, params: plain_adamw(self.optimizer, group, params)
+        if not stacked_muon:
+            self.optimizer._step_muon = lambda group, params: plain_muon(self.optimizer, group, params)
+        self.runner = torch.compile(self.model, dynamic=False) if compiled else self.model
+        for group in self.optimizer.param_groups:
+            group["lr"] *= 1e-3  # random tokens teach nothing
+        rows = min(train.DEVICE_BATCH_SIZE, train.TOTAL_BATCH_SIZE // prepare.MAX_SEQ_LEN)
+        self.tokens = torch.randint(prepare.VOCAB_SIZE, (rows, prepare.MAX_SEQ_LEN), device=DEVICE)
+
+    def step(self) -> float:
+        started = time.perf_counter()
+        if self.chunked:
+            loss = self.runner(self.tokens, self.tokens)
+        else:
+            loss = plain_loss(self.runner, self.tokens, self.tokens)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+
+def compare() -> None:
+    variants = {
+        "plain eager loop": Variant(False, False, False),
+        "+ chunked loss": Variant(True, False, False),
+        "+ fused AdamW": Variant(True, True, False),
+        "+ stacked Muon (train.py)": Variant(True, True, True),
+    }
+    if "--compile" in sys.argv:
+        variants["+ torch.compile"] = Variant(True, True, True, compiled=True)
+    seconds = {name: [] for name in variants}
+    for round_ in range(ROUNDS + 2):  # two to warm up
+        for name, variant in variants.items():
+            elapsed = variant.step()
+            if round_ >= 2:
+                seconds[name].append(elapsed)
+    tokens = next(iter(variants.values())).tokens.numel()
+    base = median(seconds["plain eager loop"])
+    print(f"profile {prepare.PROFILE}, {tokens} tokens a step, {torch.get_num_threads()} threads, median of {ROUNDS}")
+    for name, values in seconds.items():
+        each = median(values)
+        print(f"{name:<28}{1000 * each:8.1f} ms {tokens / each:10,.0f} tok/s {base / each:6.2f}x")
+
+
+def compile_cache() -> None:
+    code = "import train; train.COMPILE = True; raise SystemExit(train.main())"
+    with tempfile.TemporaryDirectory() as folder:
+        env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": folder}
+        for name in ("cold", "cache kept"):
+            run = subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True, text=True)
+            found = dict(line.split(": ", 1) for line in run.stdout.splitlines() if ": " in line)
+            values = {key: found[key].strip() for key in ("startup_seconds", "num_steps", "eval_seconds", "val_bpb")}
+            print(name, values, flush=True)
+
+
+if __name__ == "__main__":
+    compile_cache() if "--compile-cache" in sys.argv else compare()

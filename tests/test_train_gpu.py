@@ -1,0 +1,110 @@
+"""What only a CUDA device can show of train.py. Run: uv run pytest -m gpu tests/test_train_gpu.py"""
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+CUDA = torch.device("cuda")
+CLIMBMIX = train.GPTConfig(2048, 8192, 8, 4, 4, 512, "SSSL")
+
+
+def build(config: train.GPTConfig) -> train.GPT:
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = train.GPT(config)
+    model.to_empty(device=CUDA).init_weights()
+    return model
+
+
+@pytest.fixture
+def climbmix(monkeypatch):
+    """The knobs of the large profiles, whatever profile the tests run under."""
+    values = {"MAX_SEQ_LEN": 2048, "TOTAL_BATCH_SIZE": 524288, "DEVICE_BATCH_SIZE": 128, "LOSS_CHUNK": 32768}
+    for name, value in (values | {"HEAD_DIM": 128, "COMPILE": True}).items():
+        monkeypatch.setattr(train, name, value)
+    torch.set_float32_matmul_precision("high")
+
+
+@pytest.mark.parametrize("window", [100, 1024, 2048])
+@pytest.mark.parametrize("name", ["flash", "flex"])
+def test_back_end_agrees_with_sdpa_forward_and_gradient(climbmix, name, window):
+    if name == "flash":
+        try:
+            backend = train.load_flash_attention()
+        except train.LOAD_ERRORS as error:
+            pytest.skip(f"no FlashAttention-3 here: {train.one_line(error)}")
+    else:
+        backend = torch.compile(train.flex_attention, dynamic=False)
+        train.attention_mask("flex", 2048, window, CUDA)
+    train.probe_attention(backend, 2048, window, CUDA)
+
+
+def test_types_are_bfloat16_where_the_recipe_says_so(climbmix):
+    model = build(CLIMBMIX)
+    bfloat16 = {name for name, p in model.named_parameters() if p.dtype == torch.bfloat16}
+    assert bfloat16 == {"transformer.wte.weight", *(f"value_embeds.{i}.weight" for i in (1, 3, 5, 7))}
+    assert model.cos.dtype == model.sin.dtype == torch.bfloat16
+    streams = []
+    model.transformer.h[3].register_forward_hook(lambda module, args, output: streams.append(output.dtype))
+    assert model(torch.zeros(1, 64, dtype=torch.long, device=CUDA)).dtype == torch.float32
+    assert streams == [torch.bfloat16]
+
+
+def test_a_step_does_not_synchronise_beyond_the_loss(climbmix, monkeypatch):
+    """In sync debug mode every blocking call raises, but waiting for the loss copy's event."""
+    config = train.GPTConfig(2048, 8192, 2, 4, 4, 512, "SL")
+    monkeypatch.setattr(train, "TOTAL_BATCH_SIZE", 4 * 2048)
+    monkeypatch.setattr(train, "DEVICE_BATCH_SIZE", 2)
+    train.choose_attention(config, CUDA)
+    model = build(config)
+    optimizer, runner = model.setup_optimizer(compiled=True), torch.compile(model, dynamic=False)
+    rows = train.warm_up(runner, optimizer, 8192)
+    steps = itertools.count()
+    monkeypatch.setattr(train, "training_seconds", lambda: float(next(steps)))
+    monkeypatch.setattr(train, "TIME_BUDGET", 5.0)
+    x = torch.randint(8192, (rows, 2048), device=CUDA)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert train.train(runner, optimizer, itertools.repeat((x, x, 1)), rows, 0.0) >= 4
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory < 60e9, reason="needs 60 GB"
+)
+def test_peak_memory_is_well_below_the_references_45_gb(climbmix):
+    train.choose_attention(CLIMBMIX, CUDA)
+    model = build(CLIMBMIX)
+    optimizer, runner = model.setup_optimizer(compiled=True), torch.compile(model, dynamic=False)
+    assert train.warm_up(runner, optimizer, 8192) == 128
+    x = torch.randint(8192, (128, 2048), device=CUDA)
+    for _ in range(2):
+        runner(x, x).backward()
+    optimizer.step()
+    peak_mb = torch.cuda.max_memory_allocated() / 2**20
+    print(f"peak {peak_mb:.0f} MiB")
+    assert peak_mb < 0.75 * 45_060
+
+
+@pytest.mark.slow
+def test_whole_run_on_the_code_profile(tmp_path):
+    env = os.environ | {"AUTORESEARCH_PROFILE": "code", "AUTORESEARCH_CACHE": str(tmp_path)}
+    root = Path(train.__file__).parent
+    subprocess.run([sys.executable, "prepare.py"], cwd=root, env=env, check=True)
+    run = subprocess.run([sys.executable, "train.py"], cwd=root, env=env, capture_output=True, text=True)
+    print(run.stderr, run.stdout)
+    assert run.returncode == 0
+    seconds = float(re.search(r"^training_seconds: +(.*)$", run.stdout, re.MULTILINE)[1])
+    assert 290 < seconds <= 303.5
+    assert float(re.search(r"^mfu_percent: +(.*)$", run.stdout, re.MULTILINE)[1]) > 10
