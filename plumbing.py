@@ -31,13 +31,13 @@ class UserError(Exception):
 
 def say(text: str, end: str = "\n") -> None:
     """A line on stderr, over a live line if one is there; a terminal that went away ends nothing."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # the last: started with stderr closed
         print(("\r\033[K" if sys.stderr.isatty() else "") + text, end=end, file=sys.stderr, flush=True)
 
 
 def show(text: str) -> None:
     """The live line: rewritten in place, on a terminal only."""
-    if sys.stderr.isatty():
+    if sys.stderr and not sys.stderr.closed and sys.stderr.isatty():
         say(text[: shutil.get_terminal_size().columns - 1], end="")
 
 
@@ -48,8 +48,11 @@ def duration(seconds: float) -> str:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
+    temporary = path.with_name(f".{path.name}")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # or a power cut may leave an empty file under the name
     os.replace(temporary, path)
 
 
@@ -66,26 +69,27 @@ def tail(path: Path, lines: int) -> str:
 # Processes: started with a mark, ended for certain
 
 
-def marked(mark: str) -> list[int]:
-    """Process ids with the mark in their environment (none where there is no /proc)."""
-    found, wanted = [], f"{MARK}={mark}".encode()
+def processes(file: str, pattern: bytes) -> set[int]:
+    """Ids of the other processes, zombies aside, whose /proc/ID/<file> matches (none where there is no /proc)."""
+    found = set()
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if int(folder.name) != os.getpid() and wanted in (folder / "environ").read_bytes().split(b"\0"):
-                found.append(int(folder.name))
+            if int(folder.name) != os.getpid() and re.search(pattern, (folder / file).read_bytes()):
+                found.add(int(folder.name))
     return found
 
 
 def sweep(mark: str) -> None:
     """End every process that carries the mark, in whatever session it hides: TERM, then KILL until none is left."""
+    entry = rb"(^|\0)%b\0" % re.escape(f"{MARK}={mark}").encode()
     for sign in (signal.SIGTERM, *[signal.SIGKILL] * 5):
-        for pid in (pids := marked(mark)):
+        for pid in (pids := processes("environ", entry)):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, sign)
         patience = time.monotonic() + KILL_GRACE
         while pids and time.monotonic() < patience:
             time.sleep(0.02)
-            pids = marked(mark)
+            pids = processes("environ", entry)
         if not pids:
             return
 
@@ -147,7 +151,7 @@ def flock_now(file) -> bool:
 
 class Git:
     OPTIONS = (
-        "core.hooksPath=/dev/null", "core.fsmonitor=false", "core.autocrlf=false",
+        "core.hooksPath=/dev/null", "core.fsmonitor=false", "core.autocrlf=false", "core.useReplaceRefs=false",
         "user.name=autoresearch", "user.email=autoresearch@localhost",
     )  # fmt: skip
     LOCK_PATIENCE = 10  # seconds that another git process may hold a lock
@@ -158,7 +162,7 @@ class Git:
         import git  # not above: where there is no git, this import fails
 
         self.desk, self.editable, self.spared = desk, editable, spared
-        self.failure, self.runner = git.GitCommandError, git.Git
+        self.failure, self.runner = git.CommandError, git.Git
         self.command = ["git", *(word for option in self.OPTIONS for word in ("-c", option))]
         top = self("rev-parse", "--show-toplevel", default="")
         if not top or Path(top).resolve() != desk:
@@ -168,27 +172,40 @@ class Git:
         self.common = Path(self("rev-parse", "--path-format=absolute", "--git-common-dir"))
 
     def __call__(self, *args: str, cwd: Path | None = None, env=None, raw: bool = False, default=None):
-        """The output of one git command (bytes if raw); `default` if it fails. A held lock is waited for, then told."""
-        patience = time.monotonic() + self.LOCK_PATIENCE
+        """The output of one git command (bytes if raw); `default` if it fails. A held lock is waited for.
+
+        A lock that outlives every git process which ran when it was met was left by a crash, and is removed.
+        """
+        patience, holders = time.monotonic() + self.LOCK_PATIENCE, None
         while True:
             try:
                 return self.runner(cwd or self.desk).execute(
-                    [*self.command, *args], env=env, stdout_as_string=not raw, strip_newline_in_stdout=not raw
-                )
+                    [*self.command, *args], env=env, stdout_as_string=not raw, strip_newline_in_stdout=not raw,
+                    start_new_session=True,  # Ctrl-C is for the loop, not for its git
+                )  # fmt: skip
             except self.failure as error:
-                if not (lock := re.search(r"'([^']+\.lock)'", error.stderr)):
-                    if default is None:
-                        raise
+                told = error.stderr.removeprefix("\n  stderr: '").rstrip("'") or str(error)
+                if lock := re.search(r"'([^']+\.lock)': File exists", told):
+                    gits = processes("cmdline", rb"^([^\0]*/)?git\0")
+                    holders = gits if holders is None else holders & gits
+                elif default is None:
+                    raise UserError(f"git {args[0]} failed: {' '.join(told.split())}") from None
+                else:
                     return default
-                if time.monotonic() > patience:
-                    raise UserError(f"{lock[1]} is held: end the git that holds it, or remove the file") from None
-                time.sleep(0.2)
+            if time.monotonic() > patience:
+                if holders or not Path("/proc/self").exists():
+                    raise UserError(f"{lock[1]} is held: end the git that holds it, or remove the file")
+                Path(lock[1]).unlink(missing_ok=True)
+                say(f"note: removed {lock[1]}, left by a git that was killed")
+                patience, holders = time.monotonic() + self.LOCK_PATIENCE, None
+            time.sleep(0.2)
 
     def read(self, commit: str, path: str) -> bytes:
         return self("cat-file", "blob", f"{commit}:{path}", raw=True)
 
     def commit(self, parent: str, file: Path | None, message: str, ref: str, index: Path) -> str:
         """A commit of the parent's tree with the editable file's blob replaced, kept under `ref`."""
+        index.unlink(missing_ok=True)
         env = {"GIT_INDEX_FILE": str(index)}
         self("read-tree", parent, env=env)
         if file:
@@ -210,6 +227,7 @@ class Git:
             shutil.rmtree(path)
         self("symbolic-ref", "HEAD", f"refs/heads/{branch}")
         self("update-ref", f"refs/heads/{branch}", commit)
+        self("read-tree", commit)  # a new index: the old one may be broken, or hide a change
         self("reset", "--quiet", "--mixed", commit)
         self("restore", "--worktree", "--", ".", f":(exclude){self.spared}")
         if path.is_symlink() or path.read_bytes() != self.read(commit, self.editable):

@@ -8,6 +8,7 @@ desk opened, renamed or removed, a folder made. An audit hook, put into the loop
 sitecustomize.py, counts them and kills right before the n-th; so the loop's files are the shipped ones.
 """
 
+import contextlib
 import itertools
 import os
 import random
@@ -193,10 +194,8 @@ class Night:
 
 
 def kill(pid: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def many_kills(night: Night, count: int, seed: int) -> None:
