@@ -402,7 +402,8 @@ class Ratchet:
         """One headless call of the agent on the desk; how it ended, in case that it did not edit the file."""
         prompt, log = folder / "prompt.md", folder / "agent.log"
         prompt.write_text(self.prompt(failure))
-        (self.desk / "experiment.txt").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            (self.desk / "experiment.txt").unlink()
         command = [word.replace("{prompt_file}", str(prompt)) for word in self.args.agent.command]
         ended = run_child(
             command, cwd=self.desk, env=self.child_env("agent"), mark=self.mark("agent"), log=log,
