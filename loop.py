@@ -224,7 +224,7 @@ class Ratchet:
 
     def load(self) -> None:
         """Rows and champion, from the ledger (a torn last line is no row) and the attempts' refs; writes nothing."""
-        text = self.ledger.read_text() if self.ledger.exists() else ""
+        text = self.ledger.read_text(errors="replace") if self.ledger.exists() else ""
         self.rows, _ = parse_ledger(text[: text.rfind("\n") + 1])
         self.attempts = self.git("for-each-ref", "--format=%(refname:lstrip=3)", self.refs).split()
         kept = [row.commit for row in self.rows if row.status == "keep"]
@@ -257,7 +257,7 @@ class Ratchet:
         for role in ("agent", "train"):
             sweep(self.mark(role))
         changed = self.git.changed(self.champion)
-        if not self.ledger.exists():
+        if "0" not in self.attempts:
             if names := ", ".join(name for name in changed if not (trying and name == EDITABLE)):
                 raise UserError(f"{names} has uncommitted changes: commit them or run 'git stash', then start again")
         elif changed and not trying:
@@ -292,7 +292,7 @@ class Ratchet:
             if not facts["prepared"] and may_prepare:
                 say(f"profile {facts['profile']} ({facts['reason']}) has no data yet: preparing it in {facts['cache']}")
                 subprocess.run(PREPARE_COMMAND, cwd=self.bench, stdin=subprocess.DEVNULL)
-        if self.stop_soon.is_set():
+        if self.stop_soon.is_set() and not self.facts:
             raise StopNow
         if not facts["prepared"]:
             raise UserError(f"the preparation failed: {facts['problem']}")
@@ -346,6 +346,7 @@ class Ratchet:
             if not flock_now(lock):
                 return f"another run holds the device {self.facts['device_name']} ({lock.name})"
         if after_crash and self.facts["device"] == "cuda":  # not before a run: it takes seconds
+            self.git.place(self.bench, self.champion)
             now = self.describe()
             if now["device"] != "cuda":
                 return "the GPU is gone"
@@ -361,7 +362,9 @@ class Ratchet:
                 say(f"waiting: {problem}")
                 self.note("waiting", description=problem)
             said = problem
-            self.pause(POLL)
+            self.pause(POLL, self.stopping)
+            if self.stop_soon.is_set():
+                raise StopNow
         return bool(said)
 
     def pause(self, seconds: float, leave: Callable[[], bool] = lambda: False) -> None:
@@ -464,6 +467,8 @@ class Ratchet:
             try:
                 return self.train(commit, seed, folder, audit)
             except Crash as crash:
+                for left in (self.bench, self.home / "tmp"):  # a disk that the run filled is not the machine's fault
+                    shutil.rmtree(left, ignore_errors=True)
                 if not self.wait_for_environment(after_crash=True):
                     raise
                 say(f"  {crash}: not the idea's fault, it runs again")
@@ -515,6 +520,8 @@ class Ratchet:
             try:
                 record, memory_gb = self.execute(commit, seed, folder)
             except Crash as crash:
+                if not self.rows:  # the next start begins from HEAD again: a person mends it and commits
+                    self.git("update-ref", "-d", f"{self.refs}0")
                 if known:
                     raise UserError(f"the baseline crashed: {crash} (log runs/{folder.name}/run.log)") from None
                 self.crashed = commit, tail(folder / "run.log", 50)
@@ -552,21 +559,23 @@ class Ratchet:
         waiting: Future | None = None
         pool = ThreadPoolExecutor(1)
 
-        def measure(commit: str, folder: Path, description: str) -> Future | None:
+        def measure(commit: str, folder: Path, description: str) -> None:
             """Run the experiment; if ahead, the agent proposes the next meanwhile."""
+            nonlocal waiting
             self.running = description
             self.trained.clear()
-            proposing = pool.submit(self.propose, self.trained.is_set) if ahead and not self.finished() else None
+            if ahead and not waiting and not self.finished():
+                waiting = pool.submit(self.propose, self.trained.is_set)
             try:
                 self.experiment(commit, folder, description)
             finally:
                 self.trained.set()
                 self.running = ""
-            return proposing
 
         try:
-            while len(scores(self.rows).get(self.champion[:7], [])) < max(1, self.args.replicates):
-                waiting = measure(self.champion, self.new_folder(), "replicate" if self.rows else "baseline")
+            wanted = max(1, self.args.replicates)
+            while len(scores(self.rows).get(self.champion[:7], [])) < wanted and not self.stopping():
+                measure(self.champion, self.new_folder(), "replicate" if self.rows else "baseline")
             while not self.finished():
                 self.note("the agent proposes")
                 proposal = waiting.result() if waiting else self.propose(self.finished)
@@ -575,7 +584,7 @@ class Ratchet:
                 if proposal and self.merges(proposal):
                     commit = self.commit(proposal.folder.name, proposal.folder / EDITABLE, proposal.description)
                     self.done += 1
-                    waiting = measure(commit, proposal.folder, proposal.description)
+                    measure(commit, proposal.folder, proposal.description)
         finally:
             self.stop_now.set()  # ends a proposal that is still being made
             pool.shutdown()
@@ -596,12 +605,18 @@ class Ratchet:
             say(f"proposal {proposal.folder.name} dropped: {problem}")
         return not problem
 
-    def finished(self) -> bool:
-        """True once no further experiment should begin."""
+    def stopping(self) -> bool:
+        """True once asked to stop after this experiment: Ctrl-C, a file STOP, --hours."""
         with contextlib.suppress(FileNotFoundError):
             (self.desk / "STOP").unlink()
             self.stop_soon.set()
-        return self.stop_soon.is_set() or time.monotonic() > self.deadline or self.done >= self.args.max_experiments
+        if time.monotonic() > self.deadline:
+            self.stop_soon.set()
+        return self.stop_soon.is_set()
+
+    def finished(self) -> bool:
+        """True once no further experiment should begin."""
+        return self.stopping() or self.done >= self.args.max_experiments
 
     def try_once(self, folder: Path, description: str) -> int:
         """The experiment of `try`, whose file was copied into the folder before; returns an exit code."""
@@ -651,9 +666,12 @@ class Ratchet:
             file.write(json.dumps(entry) + "\n")
 
     def events(self) -> list[dict]:
-        with contextlib.suppress(OSError, ValueError):
-            return [json.loads(line) for line in self.timeline.read_text().splitlines()]
-        return []
+        found = []
+        with contextlib.suppress(OSError):
+            for line in self.timeline.read_text(errors="replace").splitlines():
+                with contextlib.suppress(ValueError):  # torn by a crash
+                    found.append(json.loads(line))
+        return found
 
     def is_busy(self) -> bool:
         with contextlib.suppress(OSError), open(self.home / "lock") as lock:
