@@ -400,6 +400,7 @@ class Ratchet:
             if leave():
                 self.crashed = self.crashed or mend
                 return None
+            mend = None  # offered once: an agent that cannot mend it would be stuck with it
 
     def ask(self, folder: Path, failure: str) -> str:
         """One headless call of the agent on the desk; how it ended, in case that it did not edit the file."""
@@ -502,7 +503,7 @@ class Ratchet:
         printed, memory_mb = parse_log(text, METRIC), parse_log(text, MEMORY)
         try:
             record = json.loads(result.read_text())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             raise Crash(f"printed {METRIC} {printed}, but the evaluator left no record") from None
         expected = {key: self.facts[key] for key in ("profile", "digest", "files", "prepare_sha256")}
         check_record(record, expected | {"split": "val", "seed": seed, "rows": self.facts["rows"]["val"]}, printed)

@@ -132,8 +132,8 @@ class Desk:
             def knob(name, value=None):
                 text = pathlib.Path("train.py").read_text()
                 if value is not None:
-                    pathlib.Path("train.py").write_text(re.sub(rf"(?m)^{name} = [^ #]+", f"{name} = {value}", text))
-                return float(re.search(rf"(?m)^{name} = ([^ #]+)", text)[1])
+                    pathlib.Path("train.py").write_text(re.sub(rf"(?m)^{name} = [^ #\\s]+", f"{name} = {value}", text))
+                return float(re.search(rf"(?m)^{name} = ([^ #\\s]+)", text)[1])
             def say(text):
                 pathlib.Path("experiment.txt").write_text(text)
             def count(name="count"):
