@@ -55,8 +55,10 @@ if PROFILE in ("pocket", "smoke"):  # CPU-sized values, chosen by measurement on
     HEAD_DIM = 64  # channels per attention head
     WINDOW_PATTERN = "L"  # a short window's mask costs more than it saves here
     TOTAL_BATCH_SIZE = 2048  # tokens per optimizer step
-    DEVICE_BATCH_SIZE = 32  # rows per micro-step
     LOSS_CHUNK = 512  # tokens whose logits exist at the same time
+    EMBEDDING_LR = 0.2  # wte and value embeddings (AdamW)
+    UNEMBEDDING_LR = 0.01  # lm_head (AdamW)
+    WARMDOWN_RATIO = 0.8  # share of the time budget in which the learning rate falls
     COMPILE = False  # the compiler takes longer to start than the whole budget
 
 # ---- Attention: one function, three back-ends ------------------------------------------------------------------------
@@ -517,8 +519,7 @@ def train(model: nn.Module, optimizer: MuonAdamW, loader, device_batch: int, mfu
     on_cuda = next(model.parameters()).is_cuda
     host_loss, copied = torch.zeros((), pin_memory=on_cuda), torch.cuda.Event() if on_cuda else None
     step, step_seconds, smooth_loss, logged_at, on_terminal = 0, 0.0, 0.0, -math.inf, sys.stderr.isatty()
-    x, y, epoch = next(loader)  # starts the stopwatch
-    now = training_seconds()
+    (x, y, epoch), now = next(loader), training_seconds()  # the first batch starts the stopwatch
     while now + step_seconds <= TIME_BUDGET:
         progress = min(now / TIME_BUDGET, 1.0)
         set_schedules(optimizer, step, progress)

@@ -239,6 +239,21 @@ def test_flex_agrees_with_sdpa(window):
     )
 
 
+def test_flex_is_traced_into_one_graph_with_masks_that_were_built_before(monkeypatch):
+    config = GPTConfig(128, 64, 2, 2, 2, 32, "SL")
+    model = shake(build(config))
+    x, _ = batch(config)
+    expected = model(x)
+    for window in train.window_sizes(config):
+        train.attention_mask("flex", 128, window, x.device)
+    monkeypatch.setattr(train, "attention", train.flex_attention)
+    masks = dict(train._masks)
+    with torch.no_grad():
+        logits = torch.compile(model, backend="aot_eager", dynamic=False, fullgraph=True)(x)
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    assert train._masks == masks
+
+
 def test_probe_accepts_sdpa_and_refuses_a_back_end_that_drops_the_window():
     cpu = torch.device("cpu")
     train.probe_attention(train.sdpa_attention, 64, 20, cpu)
