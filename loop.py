@@ -21,7 +21,6 @@ import json
 import math
 import os
 import re
-import shlex
 import shutil
 import signal
 import statistics
@@ -34,7 +33,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from agents.clis import AGENTS, Agent, choose_agent
+from agents.clis import AGENTS, choose_agent
 from plumbing import MARK, Git, UserError, duration, flock_now, run_child, say, show, sweep, tail, write_atomically
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -226,12 +225,13 @@ class Ratchet:
         """Rows and champion, from the ledger (a torn last line is no row) and the attempts' refs; writes nothing."""
         text = self.ledger.read_text(errors="replace") if self.ledger.exists() else ""
         self.rows, _ = parse_ledger(text[: text.rfind("\n") + 1])
-        self.attempts = self.git("for-each-ref", "--format=%(refname:lstrip=3)", self.refs).split()
+        words = self.git("for-each-ref", "--format=%(refname:lstrip=3) %(objectname)", self.refs).split()
+        self.attempts = dict(zip(words[::2], words[1::2], strict=True))  # number -> commit
+        self.hashes = {commit[:7]: commit for commit in self.attempts.values()}  # as the ledger has them -> in full
         kept = [row.commit for row in self.rows if row.status == "keep"]
-        start = f"{self.refs}0" if "0" in self.attempts else "HEAD"
-        self.champion = self.git("rev-parse", "--verify", f"{kept[-1] if kept else start}^{{commit}}", default="")
-        if not self.champion:
-            raise UserError(f"the ledger's last kept commit {kept[-1]} is not in this repository: choose another --tag")
+        if kept and kept[-1] not in self.hashes:
+            raise UserError(f"the ledger's last kept commit {kept[-1]} is not in {self.refs}: choose another --tag")
+        self.champion = self.hashes[kept[-1]] if kept else self.attempts.get("0") or self.git("rev-parse", "HEAD")
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -239,7 +239,7 @@ class Ratchet:
         self.home.mkdir(parents=True, exist_ok=True)
         with open(self.home / "lock", "a") as lock:
             if not flock_now(lock):
-                raise UserError(f"tag {self.tag} is busy ({self.where()}): uv run loop.py status --wait", 2)
+                raise UserError(f"tag {self.tag} is busy: 'uv run loop.py status --wait' waits for the verdict", 2)
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, self.on_signal)
@@ -309,7 +309,9 @@ class Ratchet:
         """The candidate: the champion's tree with one blob replaced, kept for ever under a ref of its number."""
         message = f"experiment {int(number)}: {description}\n\nAutoresearch-profile: {self.facts['profile']}\n"
         message += f"Autoresearch-digest: {self.facts['digest']}"
-        return self.git.commit(self.champion, file, message, f"{self.refs}{int(number)}", self.home / "index")
+        commit = self.git.commit(self.champion, file, message, f"{self.refs}{int(number)}", self.home / "index")
+        self.hashes[commit[:7]] = commit
+        return commit
 
     def publish(self) -> None:
         """The ledger's copy and the link to the experiments' folders, at the top level."""
@@ -376,10 +378,11 @@ class Ratchet:
     # Propose
 
     def propose(self, leave: Callable[[], bool]) -> Proposal | None:
-        """Ask the agent until an edit passes the gate; None if `leave()` after a failure. Begins on a clean desk."""
+        """Ask the agent, on a clean desk, until an edit passes the gate; None if `leave()` after a failure."""
         folder, champion, path = self.new_folder(), self.champion, self.desk / EDITABLE
         mend, self.crashed = self.crashed, None
         while True:
+            self.git.reset_desk(self.branch, champion)
             base = self.git("rev-parse", f"{mend[0]}^") if mend else champion
             start = self.git.read(mend[0] if mend else champion, EDITABLE)
             path.write_bytes(start)
@@ -396,7 +399,6 @@ class Ratchet:
             self.failures += 1
             say(f"no proposal: {problem}; again in {duration(delay)} (runs/{folder.name}/agent.log)")
             self.pause(delay, leave)
-            self.git.reset_desk(self.branch, champion)
             if leave():
                 self.crashed = self.crashed or mend
                 return None
@@ -430,8 +432,8 @@ class Ratchet:
         blob = self.git("hash-object", "--no-filters", "--", str(file))
         if blob == self.git("rev-parse", f"{self.champion}:{EDITABLE}"):
             return f"{EDITABLE} is the champion's"
-        rows = [*self.rows]  # a copy: the main thread appends
-        blobs = self.git("rev-parse", *(f"{row.commit}:{EDITABLE}" for row in rows)).split()
+        rows = [row for row in self.rows if row.commit in self.hashes]  # a copy: the main thread appends
+        blobs = self.git("rev-parse", *(f"{self.hashes[row.commit]}:{EDITABLE}" for row in rows)).split()
         for row, tried in zip(rows, blobs, strict=True):
             if blob == tried:
                 return f"{EDITABLE} repeats {row.commit} ({row.status}: {row.description})"
@@ -666,43 +668,16 @@ class Ratchet:
         with contextlib.suppress(OSError), open(self.timeline, "a") as file:
             file.write(json.dumps(entry) + "\n")
 
-    def events(self) -> list[dict]:
-        found = []
-        with contextlib.suppress(OSError):
-            for line in self.timeline.read_text(errors="replace").splitlines():
-                with contextlib.suppress(ValueError):  # torn by a crash
-                    found.append(json.loads(line))
-        return found
-
-    def is_busy(self) -> bool:
-        with contextlib.suppress(OSError), open(self.home / "lock") as lock:
-            return not flock_now(lock)
-        return False
-
-    def verdict(self) -> str:
-        """The last row and what it means, for an agent that waited for it."""
-        last = next((event["run"] for event in reversed(self.events()) if event["event"] == "measured"), "runs")
-        return f"{str(self.rows[-1]).strip()}\n{self.summary()}\nlog {last}/run.log"
-
-    def where(self) -> str:
-        if not (events := self.events()):
-            return "starting"
-        words = [events[-1][key] for key in ("event", "run", "description")]
-        return " ".join(filter(None, words)) + f", {duration(time.time() - events[-1]['at'])}"
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Commands
 
 
 def command_run(args: argparse.Namespace) -> int:
-    if args.agent_cmd:
-        args.agent = Agent(shlex.split(args.agent_cmd))
-    else:
-        try:
-            args.agent = choose_agent(args.agent)
-        except ValueError as error:
-            raise UserError(str(error), 2) from None
+    try:
+        args.agent = choose_agent(args.agent, args.agent_cmd)
+    except ValueError as error:
+        raise UserError(str(error), 2) from None
     ratchet = Ratchet(args.tag, args)
     with ratchet.locked():
         try:
@@ -716,6 +691,8 @@ def command_run(args: argparse.Namespace) -> int:
 
 def command_try(args: argparse.Namespace) -> int:
     """The experiment runs in a session of its own: killing this command, which only waits for it, does not end it."""
+    import report  # not above: it imports this file
+
     ratchet, path = Ratchet(None, args), Path(EDITABLE)
     if ratchet.start_branch != ratchet.branch:
         raise UserError(f"this checkout is not on the branch of a run: 'git checkout -b {ratchet.branch}' makes one", 2)
@@ -735,13 +712,13 @@ def command_try(args: argparse.Namespace) -> int:
     say(f"running as runs/{folder.name}; if this command is cut off, it goes on: uv run loop.py status --wait")
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     ratchet.load()
-    print(tail(folder / "loop.log", 1) if code == 2 or not ratchet.rows else ratchet.verdict())
+    print(tail(folder / "loop.log", 1) if code == 2 or not ratchet.rows else report.verdict(ratchet))
     return code
 
 
 def command_read(args: argparse.Namespace) -> int:
     """status, report and audit."""
-    import report  # not above: it imports this file
+    import report
 
     if args.command == "report":
         return report.report(None if args.ledger else Ratchet(args.tag, args), args.ledger)

@@ -5,29 +5,61 @@ that gain is larger than the noise, and draws progress.png. The audit gives the 
 again, on seeds that the run never used, on the validation split and on the sealed test split.
 """
 
+import contextlib
 import itertools
+import json
 import secrets
 import statistics
 import time
 from pathlib import Path
 
 from loop import ASSUMED_SIGMA, METRIC, Crash, Ratchet, Row, is_resolved, noise, parse_ledger, scores
-from plumbing import UserError, say
+from plumbing import UserError, duration, flock_now, say
 
 
 def status(ratchet: Ratchet, wait: bool) -> int:
     """Print where the run stands; with `wait`, wait for the row of the experiment that runs now and print that."""
     before = len(ratchet.rows)
-    while (busy := ratchet.is_busy()) and wait and len(ratchet.rows) == before:
+    while (busy := is_busy(ratchet)) and wait and len(ratchet.rows) == before:
         time.sleep(0.2)
         ratchet.load()
     if wait and ratchet.rows:
-        print(ratchet.verdict())
+        print(verdict(ratchet))
         return 0
-    print(f"{ratchet.branch}: {ratchet.where() if busy else 'no loop is running'}\n{ratchet.summary()}")
+    print(f"{ratchet.branch}: {where(ratchet) if busy else 'no loop is running'}\n{ratchet.summary()}")
     if ratchet.rows:
-        print(pace(ratchet.events()), "", *(str(row).rstrip() for row in ratchet.rows[-10:]), sep="\n")
+        print(pace(events(ratchet)), "", *(str(row).rstrip() for row in ratchet.rows[-10:]), sep="\n")
     return 0
+
+
+def events(ratchet: Ratchet) -> list[dict]:
+    """The timeline that a run writes; lines torn by a crash are left out."""
+    found = []
+    with contextlib.suppress(OSError):
+        for line in ratchet.timeline.read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+    return found
+
+
+def is_busy(ratchet: Ratchet) -> bool:
+    with contextlib.suppress(OSError), open(ratchet.home / "lock") as lock:
+        return not flock_now(lock)
+    return False
+
+
+def where(ratchet: Ratchet) -> str:
+    """What the loop is at, and since when."""
+    if not (told := events(ratchet)):
+        return "starting"
+    words = [told[-1][key] for key in ("event", "run", "description")]
+    return " ".join(filter(None, words)) + f", {duration(time.time() - told[-1]['at'])}"
+
+
+def verdict(ratchet: Ratchet) -> str:
+    """The last row and what it means, for an agent that waited for it."""
+    run = next((event["run"] for event in reversed(events(ratchet)) if event["event"] == "measured"), "runs")
+    return f"{str(ratchet.rows[-1]).strip()}\n{ratchet.summary()}\nlog {run}/run.log"
 
 
 def report(ratchet: Ratchet | None, ledger: str | None) -> int:
@@ -46,8 +78,8 @@ def report(ratchet: Ratchet | None, ledger: str | None) -> int:
     first, best = next(iter(kept)), next(reversed(kept))
     count = {kind: sum(row.status == kind for row in rows) for kind in ("keep", "discard", "crash")}
     print(f"{len(rows)} rows: " + ", ".join(f"{n} {kind} ({n / len(rows):.0%})" for kind, n in count.items()))
-    if ratchet and ratchet.events():
-        print(pace(ratchet.events()))
+    if ratchet and events(ratchet):
+        print(pace(events(ratchet)))
     low, high = statistics.fmean(values[best]), statistics.fmean(values[first])
     print(f"best {low:.6f} ({best}), baseline {high:.6f}, gain {high - low:.6f} bpb ({(high - low) / high:.2%})\n")
 
@@ -112,13 +144,13 @@ def audit(ratchet: Ratchet, replicates: int) -> int:
     """Train baseline and champion, alternating, on fresh seeds; print mean and deviation on both splits."""
     if not ratchet.rows:
         raise UserError("there are no rows to audit: 'uv run loop.py --agent random' starts a run")
-    commits = {"baseline": ratchet.rows[0].commit, "champion": ratchet.champion[:7]}
+    commits = {"baseline": ratchet.hashes[ratchet.rows[0].commit], "champion": ratchet.champion}
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in commits}
     for _ in range(replicates):
         seed = secrets.randbelow(10**9)  # no edit can foresee it
         for name, commit in commits.items():
             folder = ratchet.new_folder()
-            ratchet.running = f"audit of the {name} {commit}, seed {seed}"
+            ratchet.running = f"audit of the {name} {commit[:7]}, seed {seed}"
             say(f"{folder.name}: {ratchet.running}")
             try:
                 record, _ = ratchet.execute(commit, seed, folder, audit=True)
@@ -134,7 +166,7 @@ def audit(ratchet: Ratchet, replicates: int) -> int:
         means[name] = [statistics.fmean(column) for column in columns]
         spread = [statistics.stdev(column) if replicates > 1 else 0.0 for column in columns]
         cells = [f"{mean:.6f} ± {sigma:.6f}" for mean, sigma in zip(means[name], spread, strict=True)]
-        print(f"{name:9} {commits[name]:8} {cells[0]:>21} {cells[1]:>21}")
+        print(f"{name:9} {commits[name][:7]:8} {cells[0]:>21} {cells[1]:>21}")
     gains = [before - after for before, after in zip(means["baseline"], means["champion"], strict=True)]
     print(f"{'gain':9} {'':8} {gains[0]:>21.6f} {gains[1]:>21.6f}")
     return 0

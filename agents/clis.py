@@ -8,6 +8,7 @@ gemini 0.61 and opencode 1.18.
 import contextlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -47,8 +48,13 @@ AGENTS = {
 }  # fmt: skip
 
 
-def choose_agent(name: str | None) -> Agent:
+def choose_agent(name: str | None, command: str | None) -> Agent:
     """The adapter to use. Raises ValueError, with the remedy, if it is missing, not allowed here or not logged in."""
+    if command is not None:
+        words = shlex.split(command)
+        if not words or not shutil.which(words[0]):
+            raise ValueError(f"--agent-cmd {command!r} starts no program that is installed: give its path")
+        return Agent(words)
     installed = ", ".join(each for each, agent in AGENTS.items() if shutil.which(agent.command[0]))
     if name not in AGENTS:
         asked = f"unknown agent {name!r}" if name else "no agent given"
@@ -70,7 +76,7 @@ def choose_agent(name: str | None) -> Agent:
         command = [agent.command[0], *agent.check.split()]
         if not agent.check:
             return agent
-        check = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=20, text=True)
-        if re.search(agent.refused, f"{check.stdout}{check.stderr}exit code {check.returncode}"):
+        check = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=20)
+        if re.search(agent.refused, f"{check.stdout!r}{check.stderr!r}exit code {check.returncode}"):
             raise ValueError(f"{name} is not logged in: {agent.login}")
     return agent
