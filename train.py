@@ -528,7 +528,7 @@ def train(model: nn.Module, optimizer: MuonAdamW, loader, device_batch: int, mfu
             loss = model(x, y) / grad_accum_steps
             step_loss = step_loss + loss.detach()
             if micro_step == grad_accum_steps - 1:
-                host_loss.copy_(step_loss, non_blocking=True)
+                host_loss.copy_(step_loss, non_blocking=on_cuda)
                 if copied:
                     copied.record()
             loss.backward()
