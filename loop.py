@@ -13,6 +13,11 @@ reset or clean of an agent reaches. Ledger and attempts' refs are the state: kil
 Exit codes: 0 done, or stopped by request; 1 error or crash; 2 usage or refusal.
 """
 
+import sys
+
+if __name__ == "__main__":  # an agent may have left a json.py beside this file: the standard library comes first
+    sys.path.append(sys.path.pop(0))
+
 import argparse
 import contextlib
 import datetime
@@ -25,7 +30,6 @@ import shutil
 import signal
 import statistics
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -225,8 +229,8 @@ class Ratchet:
         """Rows and champion, from the ledger (a torn last line is no row) and the attempts' refs; writes nothing."""
         text = self.ledger.read_text(errors="replace") if self.ledger.exists() else ""
         self.rows, _ = parse_ledger(text[: text.rfind("\n") + 1])
-        words = self.git("for-each-ref", "--format=%(refname:lstrip=3) %(objectname)", self.refs).split()
-        self.attempts = dict(zip(words[::2], words[1::2], strict=True))  # number -> commit
+        listing = self.git("for-each-ref", "--format=%(refname:lstrip=3) %(objectname)", self.refs)
+        self.attempts = dict(map(str.split, listing.splitlines()))  # number -> commit
         self.hashes = {commit[:7]: commit for commit in self.attempts.values()}  # as the ledger has them -> in full
         kept = [row.commit for row in self.rows if row.status == "keep"]
         if kept and kept[-1] not in self.hashes:
@@ -240,9 +244,9 @@ class Ratchet:
         with open(self.home / "lock", "a") as lock:
             if not flock_now(lock):
                 raise UserError(f"tag {self.tag} is busy: 'uv run loop.py status --wait' waits for the verdict", 2)
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, self.on_signal)
+            handlers = {signal.SIGINT: self.on_signal, signal.SIGTERM: self.on_signal, signal.SIGHUP: signal.SIG_IGN}
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
             yield
 
     def on_signal(self, number: int, _frame) -> None:
@@ -270,8 +274,7 @@ class Ratchet:
         if "0" not in self.attempts:
             self.champion = self.commit("0", None, "baseline")
         for key in ("profile", "digest"):
-            trailer = f"--format=%(trailers:key=Autoresearch-{key},valueonly,separator=)"
-            had = self.git("log", "-1", trailer, self.champion)
+            had = self.git("log", "-1", f"--format=%(trailers:key=Autoresearch-{key},valueonly)", self.champion).strip()
             if had != self.facts[key]:
                 now = f"this is {self.facts[key][:12]}: set AUTORESEARCH_PROFILE and AUTORESEARCH_CACHE as they were"
                 raise UserError(f"tag {self.tag} was begun under {key} {had[:12]}, {now}, or choose another --tag")
@@ -349,11 +352,9 @@ class Ratchet:
                 return f"another run holds the device {self.facts['device_name']} ({lock.name})"
         if after_crash and self.facts["device"] == "cuda":  # not before a run: it takes seconds
             self.git.place(self.bench, self.champion)
-            now = self.describe()
-            if now["device"] != "cuda":
-                return "the GPU is gone"
-            if (lost := self.facts.get("free_gb", 0) - now.get("free_gb", 0)) > 1:
-                return f"another process took {lost:.1f} GB of the GPU"
+            free, was_free = self.describe()["free_gb"], self.facts["free_gb"]  # 0.0 if the GPU is gone
+            if free < was_free - 1:
+                return f"the GPU has {free:.1f} GB free, at the start it had {was_free:.1f}"
         return ""
 
     def wait_for_environment(self, after_crash: bool = False) -> bool:
@@ -555,8 +556,8 @@ class Ratchet:
         """Baseline, then propose, run and record until asked to stop."""
         facts = self.facts
         ahead = facts["device"] == "cuda" if self.args.ahead is None else self.args.ahead
-        where = f"{facts['device_name']}, {facts['time_budget']} s of training a run"
-        say(f"{self.branch}: profile {facts['profile']} ({facts['reason']}), {where}; results.tsv, runs/")
+        device = f"{facts['device_name']}, {facts['time_budget']} s of training a run"
+        say(f"{self.branch}: profile {facts['profile']} ({facts['reason']}), {device}")
         (self.desk / "STOP").unlink(missing_ok=True)  # an old one
         self.note("session")
         waiting: Future | None = None
@@ -626,7 +627,7 @@ class Ratchet:
         self.open(trying=True)
         if not self.rows:
             self.experiment(self.champion, self.new_folder(), "baseline")
-        tried, path, verdict = (folder / EDITABLE).read_bytes(), self.desk / EDITABLE, "keep"
+        path, tried, verdict = self.desk / EDITABLE, (folder / EDITABLE).read_bytes(), "keep"
         if tried != self.git.read(self.champion, EDITABLE):
             if problem := self.gate(folder / EDITABLE):
                 raise UserError(f"refused: {problem}", 2)
@@ -674,10 +675,7 @@ class Ratchet:
 
 
 def command_run(args: argparse.Namespace) -> int:
-    try:
-        args.agent = choose_agent(args.agent, args.agent_cmd)
-    except ValueError as error:
-        raise UserError(str(error), 2) from None
+    args.agent = choose_agent(args.agent, args.agent_cmd)
     ratchet = Ratchet(args.tag, args)
     with ratchet.locked():
         try:

@@ -15,6 +15,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from plumbing import UserError
+
 
 @dataclass(frozen=True)
 class Agent:
@@ -49,23 +51,26 @@ AGENTS = {
 
 
 def choose_agent(name: str | None, command: str | None) -> Agent:
-    """The adapter to use. Raises ValueError, with the remedy, if it is missing, not allowed here or not logged in."""
+    """The adapter to use. Raises UserError, with the remedy, if it is missing, not allowed here or not logged in."""
     if command is not None:
-        words = shlex.split(command)
+        try:
+            words = shlex.split(command)
+        except ValueError:
+            words = []
         if not words or not shutil.which(words[0]):
-            raise ValueError(f"--agent-cmd {command!r} starts no program that is installed: give its path")
+            raise UserError(f"--agent-cmd {command!r} starts no program that is installed: give its path", 2)
         return Agent(words)
     installed = ", ".join(each for each, agent in AGENTS.items() if shutil.which(agent.command[0]))
     if name not in AGENTS:
         asked = f"unknown agent {name!r}" if name else "no agent given"
-        raise ValueError(f'{asked}: use --agent NAME (installed here: {installed}) or --agent-cmd "COMMAND"')
+        raise UserError(f'{asked}: use --agent NAME (installed here: {installed}) or --agent-cmd "COMMAND"', 2)
     agent = AGENTS[name]
     if not shutil.which(agent.command[0]):
-        raise ValueError(f"{name} is not installed: {agent.install} (installed here: {installed})")
+        raise UserError(f"{name} is not installed: {agent.install} (installed here: {installed})", 2)
     sandbox = os.environ.get("IS_SANDBOX") == "1" or "CLAUDE_CODE_BUBBLEWRAP" in os.environ
     if name == "claude" and os.geteuid() == 0 and not sandbox:
         remedy = "run as another user or, in a container, export IS_SANDBOX=1"
-        raise ValueError(f"claude does not skip permissions as root: {remedy}")
+        raise UserError(f"claude does not skip permissions as root: {remedy}", 2)
     if name == "codex":  # its check knows neither an API key nor a provider of the user's own
         config = Path(os.environ.get("CODEX_HOME", Path.home() / ".codex"), "config.toml")
         provider = r"(?m)^\s*(model_provider|openai_base_url|profile|oss_provider)\s*="
@@ -78,5 +83,5 @@ def choose_agent(name: str | None, command: str | None) -> Agent:
             return agent
         check = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=20)
         if re.search(agent.refused, f"{check.stdout!r}{check.stderr!r}exit code {check.returncode}"):
-            raise ValueError(f"{name} is not logged in: {agent.login}")
+            raise UserError(f"{name} is not logged in: {agent.login}", 2)
     return agent
