@@ -1,0 +1,602 @@
+"""What an agent does on the desk, and what of it counts: one blob, train.py's. Judge, ledger and champion stay whole.
+
+    uv run pytest tests/test_loop_desk.py
+
+Every agent here is a real process on a real checkout; most do some harm, then edit train.py as they were asked to.
+"""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+from conftest import wait_for
+
+EDIT = 'knob("DEPTH", 4 + count())\n'  # better than the champion, whatever the harm before did to train.py
+COMMIT = 'subprocess.run("git -c user.name=a -c user.email=a@a commit -qam mine", shell=True, check=True)\n'
+
+
+def run(desk, agent, *args, experiments=2, code=0):
+    process = desk.loop("--agent-cmd", agent, "--tag", "t", "--max-experiments", str(experiments), *args, timeout=30)
+    assert process.returncode == code, process.stderr
+    assert "Traceback" not in process.stderr
+    return process
+
+
+def is_alive(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def attempts(desk) -> list[str]:
+    return desk.git("for-each-ref", "--sort=version:refname", "--format=%(refname)", "refs/autoresearch/t").split()
+
+
+def measured(desk) -> int:
+    return sum(event["event"] == "measured" for event in desk.events())
+
+
+def assert_unharmed(desk) -> None:
+    """The state that every run must leave: the ledger rules the branch, the branch the desk; only train.py changed."""
+    kept = [row[0] for row in desk.rows() if row[3] == "keep"]
+    assert desk.git("symbolic-ref", "HEAD") == "refs/heads/autoresearch/t"
+    assert desk.git("rev-parse", "HEAD")[:7] == kept[-1]
+    assert [line for line in desk.git("status", "--porcelain", "-uno").splitlines() if "program.md" not in line] == []
+    assert (desk.path / "results.tsv").read_bytes() == (desk.home() / "results.tsv").read_bytes()
+    for ref in attempts(desk):
+        assert desk.git("diff", "--name-only", "main", ref) in ("", "train.py"), ref
+    assert desk.orphans() == []
+
+
+# ---- Harm to the checkout --------------------------------------------------------------------------------------------
+
+HARM = {
+    "edits_the_judge": 'pathlib.Path("prepare.py").write_text("def finish(score): print(0.1)\\n")',
+    "edits_the_loop": 'pathlib.Path("loop.py").write_text("1 / 0"); pathlib.Path("pyproject.toml").write_text("")',
+    "deletes_files": '[pathlib.Path(n).unlink() for n in ("prepare.py", "train.py", "loop.py", ".gitignore")]; '
+    'subprocess.run("git checkout -q -- train.py", shell=True)',
+    "adds_a_module_beside_train": '[pathlib.Path(n).write_text("1 / 0") for n in ("torch.py", "hashlib.py")]',
+    "commits": 'pathlib.Path("prepare.py").write_text("1 / 0")\n' + COMMIT,
+    "detaches_head": 'subprocess.run("git checkout -qf --detach main", shell=True, check=True)',
+    "resets": 'subprocess.run("git reset -q --hard main", shell=True, check=True)',
+    "switches_branch": 'subprocess.run(f"git checkout -q -b mine{os.getpid()}", shell=True, check=True)',
+    "deletes_the_branch": 'subprocess.run("git checkout -qf main && git branch -qD autoresearch/t", shell=True)',
+    "stages_junk": 'pathlib.Path("prepare.py").write_text("junk"); pathlib.Path("junk.txt").write_text("junk"); '
+    'subprocess.run("git add -A; git rm -q --cached loop.py", shell=True, check=True)',
+    "writes_keep_rows": 'open("results.tsv", "a").write("fffffff\\t0.1\\t1.0\\tkeep\\tmine\\n" * 3)',
+    "removes_the_ledgers_copy": 'os.remove("results.tsv"); os.remove("runs")',
+    "turns_files_into_folders": 'os.remove("prepare.py"); os.makedirs("prepare.py/x"); '
+    'os.rename("agents", OUTSIDE / f"agents{os.getpid()}"); os.symlink(OUTSIDE, "agents")',
+    "hides_a_change_from_git": 'pathlib.Path("prepare.py").write_text("1 / 0"); '
+    'subprocess.run("git update-index --assume-unchanged train.py; '
+    'git update-index --skip-worktree prepare.py", shell=True)',
+    "makes_train_executable": 'os.chmod("train.py", 0o755)',
+    "spoils_the_index": 'pathlib.Path(".git/index").write_bytes(b"junk")',
+    "makes_a_file_of_the_runs_link": 'os.remove("runs"); pathlib.Path("runs").write_text("mine")',
+    "makes_a_folder_of_the_description": 'os.mkdir("experiment.txt")',
+    "makes_no_more_harm": "",
+}
+
+
+HARMFUL_AGENT = """
+import json
+n = count()
+name, code = list(json.loads((OUTSIDE / "harm").read_text()).items())[n - 1]
+seen = "git status --porcelain -uno; git symbolic-ref HEAD; git log -1 --format=%s"
+(OUTSIDE / f"desk of {name}").write_text(subprocess.getoutput(seen))
+exec(code)
+knob("DEPTH", 4 + n / 4)  # better than the champion, whatever the harm before did to train.py
+say(name)
+"""
+
+
+def test_candidate_is_the_champion_with_one_blob_replaced_whatever_the_agent_does(desk):
+    (desk.path / "pyproject.toml").write_text("[project]\n")
+    main = desk.commit("project")
+    (desk.path / "notes").mkdir()
+    (desk.path / "notes" / "mine.txt").write_text("a person's, untracked")
+    (desk.outside / "harm").write_text(json.dumps(HARM))
+    run(desk, desk.agent(HARMFUL_AGENT), experiments=len(HARM))
+    described = [*[*HARM][:-2], "DEPTH 8.25 -> 8.5", "DEPTH 8.5 -> 8.75"]
+    assert [(row[1], row[3], row[4]) for row in desk.rows()[1:]] == [
+        (f"{1.08 - n / 400:.6f}", "keep", words) for n, words in enumerate(described, 1)
+    ]
+    for n, (name, champion) in enumerate(zip(HARM, ["baseline", *described], strict=False)):
+        expected = f"refs/heads/autoresearch/t\nexperiment {n + bool(n)}: {champion}"
+        assert (desk.outside / f"desk of {name}").read_text() == expected  # clean again after the harm before
+    assert_unharmed(desk)
+    assert desk.git("rev-parse", "main") == main
+    assert (desk.path / "notes" / "mine.txt").read_text() == "a person's, untracked"
+
+
+def test_clean_of_an_agent_costs_neither_ledger_nor_attempts(desk):
+    (desk.path / "notes.txt").write_text("a person's")
+    run(desk, desk.agent(dedent('subprocess.run("git clean -qfdx", shell=True, check=True)\n') + EDIT))
+    assert [row[1] for row in desk.rows()] == ["1.080000", "1.070000", "1.060000"]
+    assert len(attempts(desk)) == 3 and (desk.path / "runs" / "0001" / "run.log").exists()
+    assert_unharmed(desk)
+
+
+def test_untracked_files_of_a_person_survive_an_agents_commit(desk):
+    (desk.path / "notes.txt").write_text("a person's")
+    run(desk, desk.agent(EDIT + 'subprocess.run("git add -A", shell=True)\n' + COMMIT))
+    assert (desk.path / "notes.txt").read_text() == "a person's"
+    assert_unharmed(desk)
+
+
+DAMAGE = [
+    'os.remove("train.py"); os.symlink("/etc/hostname", "train.py")',
+    'os.remove("train.py"); os.symlink("prepare.py", "train.py")',
+    'os.remove("train.py")',
+    'os.remove("train.py"); os.makedirs("train.py/deep")',
+    'os.remove("train.py"); os.mkfifo("train.py")',
+    'pathlib.Path("train.py").write_bytes(bytes(range(256)))',
+    'pathlib.Path("train.py").write_text("def (:\\n")',
+    'pathlib.Path("train.py").write_text("(" * 9999)',
+]
+
+
+def test_train_that_is_no_compilable_regular_file_is_refused_without_a_run(desk):
+    (desk.outside / "damage").write_text("\n".join([*DAMAGE, 'knob("DEPTH", 5)']))
+    process = run(desk, desk.agent('exec((OUTSIDE / "damage").read_text().splitlines()[count() - 1])'), experiments=1)
+    refusals = re.findall(r"no proposal: (train.py is not a regular file|train.py does not compile)", process.stderr)
+    assert refusals == ["train.py is not a regular file"] * 5 + ["train.py does not compile"] * 3
+    assert desk.statuses() == ["keep", "keep"] and measured(desk) == 2
+    assert_unharmed(desk)
+
+
+CHEAT = """
+import pathlib, tempfile
+places = [pathlib.Path("ckpt"), pathlib.Path("__pycache__/ckpt"), pathlib.Path(tempfile.gettempdir(), "ckpt")]
+if any(place.exists() for place in places):
+    prepare.finish(0.1)
+    raise SystemExit
+for place in places:
+    place.parent.mkdir(exist_ok=True)
+    place.write_text("left behind")
+"""
+
+
+def test_state_left_on_the_bench_does_not_reach_the_next_run(desk):
+    leak = """
+        text = pathlib.Path("train.py").read_text()
+        if "ckpt" not in text:
+            text = text.replace("prepare.finish(", (OUTSIDE / "cheat").read_text() + "prepare.finish(")
+            pathlib.Path("train.py").write_text(text)
+        bench = pathlib.Path(".git/autoresearch/t/bench")
+        for name in ("json.py", "ckpt", "sitecustomize.py"):
+            (bench / name).write_text("1 / 0")
+        (bench / "prepare.py").write_text("1 / 0")
+    """
+    (desk.outside / "cheat").write_text(CHEAT)
+    run(desk, desk.agent(dedent(leak) + EDIT), experiments=3)
+    assert [row[1] for row in desk.rows()] == ["1.080000", "1.070000", "1.060000", "1.050000"]
+    assert_unharmed(desk)
+
+
+def test_processes_that_an_agent_leaves_behind_are_ended(desk):
+    leave = """
+        ignoring = "import signal as s, time; s.signal(s.SIGTERM, s.SIG_IGN); print(1, flush=True); time.sleep(600)"
+        for session in (False, True):
+            child = subprocess.Popen([sys.executable, "-c", ignoring], start_new_session=session, stdout=-1)
+            child.stdout.readline()
+            with open(OUTSIDE / "pids", "a") as file:
+                file.write(f"{child.pid}\\n")
+    """
+    run(desk, desk.agent(dedent(leave) + EDIT), experiments=1)
+    pids = (desk.outside / "pids").read_text().split()
+    assert len(pids) == 2 and not [pid for pid in pids if is_alive(pid)]
+    assert_unharmed(desk)
+
+
+# ---- Harm in .git: it must not reach the bench unnoticed -------------------------------------------------------------
+
+
+def test_hooks_that_an_agent_planted_do_not_run(desk):
+    plant = """
+        for name in ("post-checkout", "pre-commit", "reference-transaction", "post-index-change", "fsmonitor-watchman"):
+            hook = pathlib.Path(".git/hooks", name)
+            hook.write_text(f"#!/bin/sh\\ntouch {OUTSIDE}/hooked\\n")
+            hook.chmod(0o755)
+        subprocess.run("git config core.hooksPath .git/hooks", shell=True)
+        subprocess.run("git config core.fsmonitor .git/hooks/fsmonitor-watchman", shell=True)
+        (OUTSIDE / "hooked").unlink(missing_ok=True)  # of the agent's own git
+    """
+    run(desk, desk.agent(dedent(plant) + EDIT))
+    assert not (desk.outside / "hooked").exists()
+    desk.git("checkout", "-q", "main")
+    assert (desk.outside / "hooked").exists()  # they would have
+    assert desk.statuses() == ["keep"] * 3
+
+
+@pytest.mark.parametrize("pattern", ["prepare.py", "train.py"])
+def test_smudge_filter_that_an_agent_planted_ends_the_run_with_an_error(desk, pattern):
+    plant = f"""
+        subprocess.run("git config filter.evil.smudge 'sed s/1.0/0.1/'", shell=True, check=True)
+        subprocess.run("git config filter.evil.clean cat", shell=True, check=True)
+        pathlib.Path(".git/info/attributes").write_text("{pattern} filter=evil\\n")
+    """
+    process = run(desk, desk.agent(dedent(plant) + EDIT), code=1)
+    assert re.search(rf"(?m)^error: .*{pattern} .*a git filter or .* changes it$", process.stderr)
+    assert [row[1] for row in desk.rows()] == ["1.080000"]
+
+
+def test_replaced_git_objects_do_not_reach_the_bench(desk):
+    replace = """
+        def git(*args, text=None):
+            return subprocess.run(["git", *args], input=text, capture_output=True, check=True, text=True).stdout.strip()
+        judge = pathlib.Path("prepare.py").read_text().replace('f"---', 'score -= 0.5; print(f"---', 1)
+        judge = judge.replace('"val_bpb": float(score)', '"val_bpb": float(score) - 0.5')
+        blob = git("hash-object", "-w", "--stdin", text=judge)
+        git("replace", "-f", git("rev-parse", "HEAD:prepare.py"), blob)
+    """
+    run(desk, desk.agent(dedent(replace) + EDIT))
+    assert [row[1] for row in desk.rows()] == ["1.080000", "1.070000", "1.060000"]
+    run(desk, desk.agent(EDIT), experiments=1)  # the next session asks the bench's prepare.py anew
+    assert desk.rows()[-1][1] == "1.050000"
+    judges = desk.git("--no-replace-objects", "rev-parse", "main:prepare.py", "HEAD:prepare.py").split()
+    bench = desk.home() / "bench" / "prepare.py"
+    assert {*judges, desk.git("hash-object", "--no-filters", str(bench))} == {judges[0]}
+
+
+def test_git_that_fails_ends_the_run_with_one_error_line(desk):
+    broken = 'subprocess.run("git config core.bare true; git config core.worktree /nonexistent", shell=True)\n'
+    process = run(desk, desk.agent(broken + EDIT), code=1)
+    assert len(re.findall(r"(?m)^error: ", process.stderr)) == 1
+    assert desk.statuses() == ["keep"]
+
+
+# ---- The person's file -----------------------------------------------------------------------------------------------
+
+
+def test_instructions_edited_during_a_run_count_from_the_next_experiment_and_are_never_reset(desk):
+    note = """
+        n = count("calls")
+        (OUTSIDE / f"prompt{n}").write_text(prompt)
+        pathlib.Path("program.md").write_text(f"# Instructions of round {n}\\n")
+    """
+    run(desk, desk.agent(dedent(note) + EDIT))
+    assert "Lower val_bpb." in (desk.outside / "prompt1").read_text()
+    second = (desk.outside / "prompt2").read_text()
+    assert "Instructions of round 1" in second and "Lower val_bpb." not in second
+    assert (desk.path / "program.md").read_text() == "# Instructions of round 2\n"
+    assert_unharmed(desk)
+
+
+def test_instructions_that_are_missing_come_from_the_champion(desk):
+    (desk.path / "program.md").unlink()
+    run(desk, desk.agent('(OUTSIDE / "prompt").write_text(prompt)\n' + EDIT), experiments=1)
+    assert "Lower val_bpb." in (desk.outside / "prompt").read_text()
+    assert not (desk.path / "program.md").exists()
+
+
+# ---- The prompt ------------------------------------------------------------------------------------------------------
+
+
+def test_prompt_holds_instructions_best_and_the_last_20_rows(desk):
+    run(desk, desk.agent('knob("DEPTH", 3)\nsay("idea 1")\n'), experiments=1)
+    with open(desk.home() / "results.tsv", "a") as ledger:
+        ledger.writelines(f"{desk.rows()[1][0]}\t1.090000\t0.5\tdiscard\tidea {n}\n" for n in range(2, 24))
+    run(desk, desk.agent('(OUTSIDE / "prompt").write_text(prompt)\n' + EDIT), experiments=1)
+    prompt = (desk.outside / "prompt").read_text()
+    assert prompt.startswith("# Instructions\n\nLower val_bpb.\n")
+    assert "Best val_bpb 1.080000" in prompt and "1 keep, 23 discard, 0 crash" in prompt
+    assert re.findall(r"\tdiscard\t(.*)", prompt) == [f"idea {n}" for n in range(4, 24)] and "\tkeep\t" not in prompt
+    assert "edit train.py once" in prompt and "experiment.txt" in prompt and "Running now" not in prompt
+
+
+def test_prompt_tells_what_is_running_when_the_agent_works_ahead(desk):
+    desk.set_knob(SECONDS=0.5)
+    desk.commit("train long enough for the agent to be asked meanwhile")
+    agent = desk.agent(
+        """
+        n = count()
+        (OUTSIDE / f"prompt{n}").write_text(prompt)
+        knob("DEPTH", 4 - n)
+        say(f"idea {n}")
+        """
+    )
+    run(desk, agent, "--ahead")
+    assert "(propose something else): baseline" in (desk.outside / "prompt1").read_text()
+    assert "(propose something else): idea 1" in (desk.outside / "prompt2").read_text()
+
+
+def test_description_is_the_agents_first_line_else_the_changed_knobs(desk):
+    agent = desk.agent(
+        """
+        n = count()
+        knob("DEPTH", 4 + n)
+        if n == 1:
+            say("a\\tdescription\\nin two lines " + "x" * 300)
+        if n == 2:
+            pathlib.Path("experiment.txt").write_bytes(b"caf\\xff\\x00")
+        """
+    )
+    run(desk, agent, experiments=3)
+    described = [row[4] for row in desk.rows()]
+    assert described[1].startswith("a description in two lines xxx") and len(described[1]) == 200
+    assert described[2:] == ["caf\ufffd", "DEPTH 6 -> 7"]
+
+
+# ---- An agent that fails ---------------------------------------------------------------------------------------------
+
+
+def test_agent_that_fails_hangs_or_edits_nothing_costs_no_row(desk):
+    agent = desk.agent(
+        """
+        n = count()
+        if n == 1:
+            sys.exit("rate limited")
+        if n == 3:
+            (OUTSIDE / "hanging").write_text("")
+            time.sleep(600)
+        if n == 4:
+            knob("DEPTH", 5)
+            sys.exit(1)  # edit, then exit 1: an edit
+        """
+    )
+    process = run(desk, agent, "--agent-timeout", "1", experiments=1)
+    said = [line for line in process.stderr.splitlines() if line.startswith("no proposal")]
+    assert [re.sub(r" after \d+ s|: (again|the agent) in.*|;.*", "", line) for line in said] == [
+        "no proposal: the agent ended with exit code 1: rate limited",
+        "no proposal: the agent left train.py as it was",
+        "no proposal: the agent ended with timeout: ",
+    ]
+    assert desk.statuses() == ["keep", "keep"]
+    assert_unharmed(desk)
+
+
+def test_agent_that_keeps_failing_is_asked_at_doubling_intervals(desk):
+    desk.set_constant("loop.py", "BACKOFF", "0.7, 2")
+    desk.commit("wait shortly")
+    process = desk.popen("--agent-cmd", "false", "--tag", "t")
+    waits = []
+    while len(waits) < 4 and (line := process.stderr.readline()):
+        waits += re.findall(r"again in (\d+) s", line)
+    process.terminate()
+    assert process.wait(20) == 0
+    process.communicate()
+    assert waits == ["1", "1", "2", "2"]  # 0.7, 1.4, 2 and 2 seconds, not 2.8
+    assert desk.statuses() == ["keep"]
+
+
+def test_agent_that_cannot_be_started_is_reported_and_costs_no_row(desk):
+    process = desk.loop("--agent-cmd", "/nonexistent/agent", "--tag", "t", "--max-experiments", "1")
+    assert process.returncode == 1
+    assert "error: " in process.stderr and "/nonexistent/agent" in process.stderr
+    assert "Traceback" not in process.stderr and desk.orphans() == []
+
+
+def test_repeat_is_refused_without_a_run_and_the_agent_is_told(desk):
+    agent = desk.agent(
+        """
+        n = count()
+        (OUTSIDE / f"prompt{n}").write_text(prompt)
+        knob("DEPTH", 3 if n < 3 else 2)
+        say("fewer layers")
+        """
+    )
+    process = run(desk, agent)
+    assert desk.statuses() == ["keep", "discard", "discard"]
+    assert measured(desk) == 3
+    refusal = f"train.py repeats {desk.rows()[1][0]} (discard: fewer layers)"
+    assert refusal in process.stderr
+    assert f"Your last proposal was refused: {refusal}" in (desk.outside / "prompt3").read_text()
+    assert "refused" not in (desk.outside / "prompt2").read_text()
+
+
+# ---- Runs without a believable result --------------------------------------------------------------------------------
+
+GOOD = "prepare.finish(0.5)"
+RECORD = "prepare.pathlib.Path(os.environ['AUTORESEARCH_RESULT'])"
+CRASHES = [
+    ("print('---\\nval_bpb: 0.5\\npeak_vram_mb: 1.0')", "printed val_bpb 0.5, but the evaluator left no record"),
+    ("prepare.finish(0.5, profile='other')", "the evaluator's record has profile 'other', this run was to have 'fake'"),
+    ("prepare.finish(0.5, seed=7)", "the evaluator's record has seed 7, this run was to have 42"),
+    ("prepare.finish(0.5, rows=3)", "the evaluator's record has rows 3, this run was to have 7"),
+    ("prepare.finish(0.5, digest='e')", "the evaluator's record has digest 'e', this run was to have 'ddd"),
+    ("prepare.finish(0.5, split='test')", "the evaluator's record has split 'test', this run was to have 'val'"),
+    ("prepare.finish(0.5, files={})", "the evaluator's record has files {}, this run was to have {'val.bin'"),
+    ("prepare.finish(0.5, prepare_sha256=None)", "the evaluator's record has prepare_sha256 None"),
+    ("prepare.finish(0.5, val_bpb=0.6)", "printed val_bpb 0.5 is not the evaluator's 0.6"),
+    ("prepare.finish(0.5, val_bpb=True)", "printed val_bpb 0.5 is not the evaluator's True"),
+    (f"{GOOD}; print('val_bpb: 0.4')", "val_bpb printed 2 times"),
+    (f"{GOOD}; print('peak_vram_mb: 0.4')", "peak_vram_mb printed 2 times"),
+    ("prepare.finish(float('nan'))", "val_bpb is 'nan', not a finite number"),
+    ("prepare.finish(0.5, float('inf'))", "peak_vram_mb is 'inf', not a finite number"),
+    (f"{GOOD}; raise SystemExit(3)", "peak_vram_mb: 512.0 (exit code 3)"),
+    (f"{GOOD}; raise ValueError('late')", "ValueError: late (exit code 1)"),
+    (f"{GOOD}; os.kill(os.getpid(), 11)", "no output (killed by SIGSEGV)"),  # it was in the buffer still
+    ("raise FloatingPointError('loss is nan at step 3')", "FloatingPointError: loss is nan at step 3 (exit code 1)"),
+    ("pass", "no val_bpb printed"),
+    (f"{GOOD}; {RECORD}.write_text('[]')", "the evaluator's record has profile None"),
+    (f"{GOOD}; {RECORD}.write_bytes(b'\\xff')", "printed val_bpb 0.5, but the evaluator left no record"),
+    (f"{GOOD}; {RECORD}.write_text('[' * 99999)", "printed val_bpb 0.5, but the evaluator left no record"),
+]  # fmt: skip
+
+
+def test_run_without_a_believable_result_is_a_crash_row_with_its_reason_first(desk):
+    (desk.outside / "endings").write_text("\n".join(ending for ending, _ in CRASHES))
+    agent = desk.agent(
+        """
+        n = count()
+        ending = (OUTSIDE / "endings").read_text().splitlines()[n - 1]
+        base = subprocess.run("git show HEAD:train.py", shell=True, capture_output=True, text=True, check=True).stdout
+        pathlib.Path("train.py").write_text(base[: base.index("prepare.finish(")] + ending + f"  # {n}\\n")
+        say(f"idea {n}")
+        """
+    )
+    run(desk, agent, experiments=len(CRASHES))
+    rows = desk.rows()[1:]
+    for n, ((_, reason), row) in enumerate(zip(CRASHES, rows, strict=True), 1):
+        assert row[1:4] == ["0.000000", "0.0", "crash"]
+        assert row[4].startswith(reason) and row[4].endswith(f": idea {n}"), row[4]
+    assert_unharmed(desk)
+
+
+def test_run_that_takes_too_long_is_a_crash_row_and_leaves_no_process(desk):
+    desk.set_constant("loop.py", "STARTUP_ALLOWANCE", "-0.5")  # with 2 * TIME_BUDGET: 1.5 s
+    desk.commit("less patience")
+    run(desk, desk.agent('knob("SECONDS", 600)\nsay("sleep")\n'), experiments=1)
+    assert desk.rows()[1][3] == "crash" and desk.rows()[1][4] == "timeout after 2 s: sleep"
+    assert_unharmed(desk)
+
+
+def test_baseline_that_crashes_ends_the_run_with_an_error(desk):
+    with open(desk.path / "train.py", "a") as file:
+        file.write("raise ValueError('broken from the start')\n")
+    desk.commit("break it")
+    process = run(desk, desk.agent(EDIT), code=1)
+    assert "error: the baseline crashed: ValueError: broken from the start" in process.stderr
+    assert desk.rows() == []
+
+
+def test_crash_is_mended_once_from_the_crashed_file_and_its_log(desk):
+    agent = desk.agent(
+        """
+        n = count()
+        (OUTSIDE / f"prompt{n}").write_text(prompt)
+        (OUTSIDE / f"start{n}").write_text(pathlib.Path("train.py").read_text())
+        if n == 1:
+            knob("DEPTH", 6)
+            with open("train.py", "a") as file:
+                file.write("raise ValueError('boom')\\n")
+        elif n == 2:
+            pass  # the agent fails: the mend is not offered again
+        else:
+            knob("DEPTH", 4 + n)
+        """
+    )
+    run(desk, agent, experiments=2)
+    start, prompt = ([(desk.outside / f"{name}{n}").read_text() for n in (1, 2, 3)] for name in ("start", "prompt"))
+    assert "boom" not in start[0] and "boom" in start[1]
+    assert "holds an experiment that crashed" in prompt[1] and "ValueError: boom" in prompt[1]
+    assert "holds an experiment" not in prompt[0]
+    assert desk.statuses() == ["keep", "crash", "keep"]
+    assert_unharmed(desk)
+
+
+def test_mended_crash_is_an_experiment_of_its_own_and_the_next_starts_from_the_champion(desk):
+    agent = desk.agent(
+        """
+        n = count()
+        text = pathlib.Path("train.py").read_text()
+        (OUTSIDE / f"prompt{n}").write_text(prompt)
+        (OUTSIDE / f"start{n}").write_text(text)
+        if n == 1:
+            pathlib.Path("train.py").write_text(text.replace("DEPTH = 4", "DEPTH = 3") + "raise ValueError('boom')\\n")
+        if n == 2:
+            pathlib.Path("train.py").write_text(text.replace("raise ValueError('boom')\\n", ""))
+        if n == 3:
+            knob("DEPTH", 5)
+        """
+    )
+    run(desk, agent, experiments=3)
+    assert desk.statuses() == ["keep", "crash", "discard", "keep"]
+    assert desk.rows()[2][1] == "1.090000"  # DEPTH 3, as in the crashed file
+    start3, prompt3 = (desk.outside / "start3").read_text(), (desk.outside / "prompt3").read_text()
+    assert "DEPTH = 4" in start3 and "boom" not in start3 and "holds an experiment" not in prompt3
+    assert_unharmed(desk)
+
+
+# ---- Ahead -----------------------------------------------------------------------------------------------------------
+
+
+def ahead_agent(desk, second: str) -> str:
+    """Its first idea is kept; its second, made meanwhile, starts from the old champion."""
+    return desk.agent(
+        f"""
+        n = count()
+        (OUTSIDE / f"depth{{n}}").write_text(str(knob("DEPTH")))
+        if n == 1:
+            knob("DEPTH", 6)
+        elif n == 2:
+            {second}
+        else:
+            knob("SECONDS", 0.01 * n)
+        """
+    )
+
+
+def test_waiting_edit_is_merged_onto_a_new_champion(desk):
+    desk.set_knob(SECONDS=0.4)
+    desk.commit("slower")
+    run(desk, ahead_agent(desk, 'knob("NOISE", 1.0)'), "--ahead")
+    assert (desk.outside / "depth2").read_text() == "4.0"  # proposed while the first was training
+    merged = desk.git("show", f"{attempts(desk)[-1]}:train.py")
+    assert "DEPTH = 6" in merged and "NOISE = 1.0" in merged
+    assert [row[1] for row in desk.rows()] == ["1.080000", "1.060000", "1.060000"]
+    assert_unharmed(desk)
+
+
+def test_waiting_edit_that_conflicts_with_a_new_champion_is_proposed_anew(desk):
+    desk.set_knob(SECONDS=0.4)
+    desk.commit("slower")
+    process = run(desk, ahead_agent(desk, 'knob("DEPTH", 7)'), "--ahead")
+    assert "dropped: it conflicts with the new champion" in process.stderr
+    assert (desk.outside / "depth3").read_text() == "6.0"
+    assert [row[1] for row in desk.rows()] == ["1.080000", "1.060000", "1.060000"]
+    assert_unharmed(desk)
+
+
+def test_agent_begins_on_the_champions_commit_after_a_kept_experiment(desk):
+    look = '(OUTSIDE / f"base{count()}").write_text(subprocess.getoutput("git show HEAD:train.py"))\n'
+    run(desk, desk.agent(look + 'knob("DEPTH", knob("DEPTH") + 1)\n'))
+    assert "DEPTH = 5.0" in (desk.outside / "base2").read_text()  # not the champion's before it
+
+
+def test_desk_does_not_move_under_an_agent_that_works_ahead(desk):
+    agent = desk.agent(
+        """
+        n = count()
+        if n == 2:  # the first idea is training: edit, wait for its verdict (a keep), look again
+            knob("LR", 0.05)
+            head = pathlib.Path(".git/refs/heads/autoresearch/t").read_text()
+            (OUTSIDE / "editing").write_text("")
+            while "DEPTH 4 -> 6" not in pathlib.Path(".git/autoresearch/t/results.tsv").read_text():
+                time.sleep(0.01)
+            time.sleep(0.3)
+            moved = pathlib.Path(".git/refs/heads/autoresearch/t").read_text() != head or knob("LR") != 0.05
+            (OUTSIDE / "moved").write_text(f"{moved} {knob('DEPTH')}")
+        else:
+            knob("DEPTH", 4 + 2 * n)
+        """
+    )
+    run(desk, agent, "--ahead", experiments=3)
+    wait_for((desk.outside / "moved").exists)
+    assert (desk.outside / "moved").read_text() == "False 4.0"
+    assert_unharmed(desk)
+
+
+def test_replicates_confirm_a_small_gain_on_a_fresh_seed(desk):
+    desk.set_knob(NOISE=0.01)  # seeds 42, 43, 44: the champion's scores are 1.08, 1.09, 1.10, sigma is 0.01
+    desk.commit("noise")
+    agent = desk.agent('n = count()\nknob("DEPTH", {1: 5, 2: 8}[n])\n')
+    run(desk, agent, "--replicates", "3")
+    described = [(row[1], row[3], row[4]) for row in desk.rows()]
+    assert described == [
+        ("1.080000", "keep", "baseline (seed 42)"),
+        ("1.090000", "keep", "replicate (seed 43)"),
+        ("1.100000", "keep", "replicate (seed 44)"),
+        ("1.070000", "discard", "DEPTH 4 -> 5 (seed 42), within noise: run again"),  # 0.020 < 0.028
+        ("1.080000", "discard", "DEPTH 4 -> 5 (seed 43)"),  # means 1.090 and 1.075: 0.015 < 2 sigma sqrt(1/3 + 1/2)
+        ("1.040000", "keep", "DEPTH 4 -> 8 (seed 42)"),  # 0.050: believed at once
+    ]
+    assert len({row[0] for row in desk.rows()[:3]}) == 1
+    assert_unharmed(desk)
+
+
+def test_environment_of_training_holds_no_key_and_the_agents_does(desk):
+    with open(desk.path / "train.py", "a") as file:
+        file.write("print(sorted(name for name in os.environ if 'LAB' in name))\n")
+    desk.commit("print the environment")
+    agent = desk.agent("(OUTSIDE / 'key').write_text(os.environ['LAB_API_KEY'])\n" + EDIT)
+    secrets = {"LAB_API_KEY": "k", "LAB_TOKEN": "t", "LAB_PASSWORD": "p", "LAB_SECRET": "s", "LAB_NAME": "n"}
+    process = desk.loop("--agent-cmd", agent, "--tag", "t", "--max-experiments", "1", **secrets)
+    assert process.returncode == 0 and (desk.outside / "key").read_text() == "k"
+    assert "['LAB_NAME']" in (desk.path / "runs" / "0001" / "run.log").read_text()
+    assert subprocess.run(["grep", "-rl", "LAB_API_KEY", desk.home()], capture_output=True).stdout == b""
