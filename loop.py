@@ -761,12 +761,9 @@ def guarded(command: Callable[[], int]) -> int:
     except (StopNow, KeyboardInterrupt):
         say("stopped")
         return 0
-    except UserError as error:
-        say(f"error: {one_line(error.args[0], 600)}")
-        return error.args[1] if len(error.args) > 1 else 1
-    except (OSError, subprocess.SubprocessError) as error:
+    except (UserError, OSError, subprocess.SubprocessError) as error:
         say(f"error: {one_line(str(error), 600)}")
-        return 1
+        return getattr(error, "code", 1)
 
 
 def main() -> int:

@@ -22,7 +22,11 @@ TAIL_CAP = 256 * 2**10      # bytes kept of what follows
 
 
 class UserError(Exception):
-    """Something that a person can mend: (message, exit code 1, or 2 for usage and refusal)."""
+    """Something that a person can mend; exit code 1, or 2 for usage and refusal."""
+
+    def __init__(self, message: str, code: int = 1):
+        super().__init__(message)
+        self.code = code
 
 
 # ---------------------------------------------------------------------------------------------------------------------
