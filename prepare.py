@@ -246,7 +246,8 @@ def _texts(num_shards: int | None, workers: int) -> dict[str, Path]:
     endpoint, folder = os.environ.get("HF_ENDPOINT") or "https://huggingface.co", CACHE / "text"
     if HUB_SHARDS:
         *train, test, val = (folder / f"shard_{i:05d}.parquet" for i in range(HUB_SHARDS))
-        train = [path for path in train if path.exists() or path in train[:num_shards]]
+        wanted = len(train) if num_shards is None else num_shards
+        train = [path for i, path in enumerate(train) if i < wanted or path.exists()]
         texts = {"val": val, "test": test} | {path.stem: path for path in train}
         base = f"{endpoint}/datasets/{SOURCE}/resolve/main"
         _download_all({path: f"{base}/{path.name}" for path in texts.values()}, workers)
@@ -552,7 +553,8 @@ def _check_files(manifest: dict) -> dict[str, str]:
     for name, file in manifest["metric"]["files"].items():
         if found[name] != file["sha256"]:
             change = f"SHA-256 {found[name][:12]}, was {file['sha256'][:12]}"
-            raise UserError(f"{CACHE / name} is not what was prepared ({change}): delete {CACHE}, run 'uv run prepare.py'")
+            remedy = f"delete {CACHE} and run 'uv run prepare.py'"
+            raise UserError(f"{CACHE / name} is not what was prepared ({change}): {remedy}")
     return found
 
 
@@ -590,8 +592,8 @@ class RowStream:
 
     The longest document that fits the places left is picked. If none fits, the shortest is cropped to them, its tail
     dropped. Of equal ones, the first to come is taken. The buffer is refilled, a batch at a time, whenever it holds
-    fewer than PACKING_BUFFER documents. In it a document is one integer of a sorted list: its length, and below that 32 bits
-    counting arrivals down. So a pick is one bisection, and the last of equal lengths came first.
+    fewer than PACKING_BUFFER documents. In it a document is one integer of a sorted list: its length and, in the low 32
+    bits, arrivals counted down. So a pick is one bisection, and the last of equal lengths came first.
     """
 
     def __init__(self, shards: list[Shard], T: int, forever: bool = False):
@@ -748,7 +750,7 @@ def evaluate_bpb(model, tokenizer: Tokenizer, batch_size: int) -> float:
         getattr(torch, device.type).synchronize()
     seconds, limit, result = training_seconds(), 1.01 * TIME_BUDGET + 0.5, os.environ.get("AUTORESEARCH_RESULT")
     if seconds > limit:
-        raise BudgetExceeded(f"trained for {seconds:.2f} s, TIME_BUDGET is {TIME_BUDGET} s: over {limit:.2f} s is refused")
+        raise BudgetExceeded(f"trained for {seconds:.2f} s, TIME_BUDGET is {TIME_BUDGET} s: {limit:.2f} s is the most")
     if result and _stopwatch.started is None:
         raise EvaluationRefused("the clock never started: no batch came from make_dataloader")
     if result and Path(result).exists():

@@ -1,4 +1,4 @@
-"""The evaluator: bits per byte against hand calculation and a known entropy rate; every cheat refused with its reason."""
+"""The evaluator: bits per byte against hand calculation and a known entropy rate; every cheat refused."""
 
 import itertools
 import json
@@ -15,7 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
-from prepare_fixtures import copy_prepare, english, load_prepare, locks_given_back, profile_row, write_jsonl  # noqa: F401
+from prepare_fixtures import (  # noqa: F401
+    copy_prepare,
+    english,
+    load_prepare,
+    locks_given_back,
+    profile_row,
+    write_jsonl,
+)
 from torch import nn
 
 T, V = 32, 300
@@ -230,7 +237,8 @@ LEAKS = {
 @pytest.mark.parametrize("batch_size", [1, 16, 100])
 @pytest.mark.parametrize("leak", LEAKS)
 def test_look_ahead_is_refused(judge, leak, batch_size):
-    refused(judge, Toy(LEAKS[leak]), r"logits at position \d+ moved by [\d.]+ when only tokens from position", batch_size)
+    reason = r"logits at position \d+ moved by [\d.]+ when only tokens from position"
+    refused(judge, Toy(LEAKS[leak]), reason, batch_size)
 
 
 @pytest.mark.parametrize("batch_size", [2, 16, 100])
@@ -242,7 +250,7 @@ def test_mixing_over_the_batch_is_refused(judge, batch_size):
 def test_mixing_from_the_next_row_past_is_refused_as_other_rows(judge):
     """Row r reads only the past of row r + 1, so the whole row alone shows it."""
     model = Wrapped(lambda logits, idx: logits + logits.roll(1, 0))
-    with pytest.raises(judge.NotCausal, match="when only (other rows|tokens from position)"):
+    with pytest.raises(judge.NotCausal, match=r"when only (other rows|tokens from position)"):
         evaluate(judge, model)
 
 

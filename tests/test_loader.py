@@ -1,4 +1,4 @@
-"""The dataloader's rows against the plainest implementation of the packing rules, and its batches, clock and threads."""
+"""The dataloader: rows against the plainest implementation of the packing rules; batches, clock, threads."""
 
 import itertools
 import os
@@ -13,7 +13,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prepare_fixtures import PREPARE, copy_prepare, english, load_prepare, locks_given_back, profile_row, write_jsonl  # noqa: F401
+from prepare_fixtures import (  # noqa: F401
+    PREPARE,
+    copy_prepare,
+    english,
+    load_prepare,
+    locks_given_back,
+    profile_row,
+    write_jsonl,
+)
 
 import prepare as any_prepare  # for RowStream, which depends on no profile
 
@@ -65,11 +73,13 @@ def shards_of_lengths(lengths):
 
 
 LENGTHS = st.one_of(st.integers(1, 12), st.just(1), st.just(5), st.integers(1, 60))
+BATCHES = st.lists(st.lists(LENGTHS, min_size=1, max_size=16), min_size=1, max_size=5)
+SHARDS = st.lists(BATCHES, min_size=1, max_size=3)
 
 
 @settings(max_examples=150, deadline=None)
 @given(
-    lengths=st.lists(st.lists(st.lists(LENGTHS, min_size=1, max_size=16), min_size=1, max_size=5), min_size=1, max_size=3),
+    lengths=SHARDS,
     T=st.integers(1, 40),
     buffer_size=st.integers(1, 30),
     forever=st.booleans(),

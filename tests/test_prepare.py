@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from prepare_fixtures import PREPARE, copy_prepare, english, load_prepare, locks_given_back, profile_row, write_jsonl  # noqa: F401
+from prepare_fixtures import (  # noqa: F401
+    PREPARE,
+    copy_prepare,
+    english,
+    load_prepare,
+    locks_given_back,
+    profile_row,
+    write_jsonl,
+)
 
 
 def corpus(seed=1, documents=1200, words=60):
@@ -51,7 +60,8 @@ def shared(tmp_path_factory):
 
 def run(code, **env):
     environment = {key: value for key, value in os.environ.items() if not key.startswith("AUTORESEARCH")} | env
-    return subprocess.run([sys.executable, "-c", code], cwd=PREPARE.parent, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=PREPARE.parent, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +78,7 @@ def test_bad_environment_ends_an_import_with_code_2(variable, value, message):
 
 
 def test_profiles_hold_the_published_constants():
-    code = "import prepare; print([(k, *v[1:5]) for k, v in prepare.PROFILES.items()]); print(prepare.SEED, prepare.TIME_BUDGET)"
+    code = "import prepare as p; print([(k, *v[1:5]) for k, v in p.PROFILES.items()]); print(p.SEED, p.TIME_BUDGET)"
     done = run(code, AUTORESEARCH_PROFILE="smoke", AUTORESEARCH_SEED="7")
     assert "('climbmix', 2048, 300, 20971520, 8192), ('code', 2048, 300, 20971520, 8192)" in done.stdout
     assert "('pocket', 256, 30," in done.stdout and done.stdout.endswith("7 2\n")
@@ -76,7 +86,8 @@ def test_profiles_hold_the_published_constants():
 
 def test_unprepared_profile_is_an_error_with_a_remedy(tmp_path):
     judge = load_prepare(PREPARE, "pocket", tmp_path)
-    message = rf"^profile 'pocket' is not prepared \(no {tmp_path}/pocket/tokenizer.tiktoken\): run 'uv run prepare.py'$"
+    missing = rf"{tmp_path}/pocket/tokenizer.tiktoken"
+    message = rf"^profile 'pocket' is not prepared \(no {missing}\): run 'uv run prepare.py'$"
     with pytest.raises(judge.UserError, match=message):
         judge.Tokenizer.from_directory()
     with pytest.raises(judge.UserError, match=r"no .*/manifest.json\): run 'uv run prepare.py'"):
@@ -166,20 +177,21 @@ def test_english_articles_in_md_files_work(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "reason"),
-    [("{", ":3 is no JSON"), ('{"body": 1}', ":3 is no JSON"), ('{"text": 5}', ":3 is no JSON"), ("[1]", ":3 is no JSON")],
+    "line",
+    ["{", '{"body": 1}', '{"text": 5}', "[1]"],
 )
-def test_bad_jsonl_line_is_named(tmp_path, capsys, line, reason):
+def test_bad_jsonl_line_is_named(tmp_path, capsys, line):
     path = write_jsonl(tmp_path / "a.jsonl", ["one", "two"])
     path.write_text(path.read_text() + line + "\n")
     prepared(tmp_path, path, expect=1)
-    assert error_line(capsys).startswith(f"error: {path}{reason} object with a string in 'text'")
+    assert error_line(capsys).startswith(f"error: {path}:3 is no JSON object with a string in 'text'")
 
 
 def test_bad_local_parquet_is_named(tmp_path, capsys):
     pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "a.parquet")
     prepared(tmp_path, tmp_path / "a.parquet", expect=1)
-    assert f"{tmp_path / 'a.parquet'} is not a readable parquet file with a text column (of another type than string)" in error_line(capsys)
+    problem = "is not a readable parquet file with a text column (of another type than string)"
+    assert f"{tmp_path / 'a.parquet'} {problem}" in error_line(capsys)
 
 
 def test_folder_without_text_is_an_error(tmp_path, capsys):
@@ -240,7 +252,8 @@ def test_long_documents_encode_as_if_whole(shared, monkeypatch):
     """Chunks end where no token can cross: the ids are those of the undivided text."""
     tokenizer = shared.Tokenizer.from_directory()
     rng = random.Random(4)
-    text = "".join(rng.choice(["ba ke\n", "!!\n", " \n", "\r\n", "'s", "  lo", "\n\n", "12", "\t", "é", "x\n"]) for _ in range(6000))
+    parts = ["ba ke\n", "!!\n", " \n", "\r\n", "'s", "  lo", "\n\n", "12", "\t", "é", "x\n"]
+    text = "".join(rng.choices(parts, k=6000))
     whole = tokenizer.encoding.encode_ordinary(text)
     for size in (50, 333, 4000):
         monkeypatch.setattr(shared, "CHUNK_CHARS", size)
@@ -323,10 +336,10 @@ def test_document_of_50_mb_is_tokenized_in_little_memory(tmp_path):
 def test_truncated_token_file_is_named(shared, tmp_path):
     path = tmp_path / "x.tokens"
     path.write_bytes((shared.CACHE / "tokens/val.tokens").read_bytes()[:-8])
-    with pytest.raises(shared.UserError, match="x.tokens is not a token file"):
+    with pytest.raises(shared.UserError, match=r"x\.tokens is not a token file"):
         shared._read_shard(path)
     path.write_bytes(b"")
-    with pytest.raises(shared.UserError, match="x.tokens is not a token file"):
+    with pytest.raises(shared.UserError, match=r"x\.tokens is not a token file"):
         shared._read_shard(path)
 
 
@@ -367,7 +380,8 @@ def test_changed_constants_ask_for_a_new_preparation(tmp_path, capsys):
     source = write_jsonl(tmp_path / "a.jsonl", corpus())
     first = prepared(tmp_path, source)
     digest = first.describe()["digest"]
-    budget = load_prepare(copy_prepare(tmp_path, profile_row("mine", source, time_budget=60)), "mine", tmp_path / "cache")
+    path = copy_prepare(tmp_path, profile_row("mine", source, time_budget=60))
+    budget = load_prepare(path, "mine", tmp_path / "cache")
     assert "was made with time_budget 10, now it is 60: run 'uv run prepare.py'" in budget.describe()["problem"]
     assert budget.main([]) == 0 and budget.describe()["problem"] is None
     assert budget.describe()["digest"] != digest
@@ -406,7 +420,8 @@ def test_kill_at_any_moment_leaves_what_the_next_run_completes(tmp_path, shared)
     cache = tmp_path / "mine"
     steps = ["text.part", "tokenizer.tiktoken"]
     for step in steps:
-        child = subprocess.Popen([sys.executable, shared.__file__], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        command = [sys.executable, shared.__file__]
+        child = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while not (cache / step).exists() and child.poll() is None:
             time.sleep(0.0005)
         child.send_signal(signal.SIGKILL)
@@ -414,7 +429,7 @@ def test_kill_at_any_moment_leaves_what_the_next_run_completes(tmp_path, shared)
         judge = load_prepare(shared.__file__, "mine", tmp_path)
         assert judge.main([]) == 0 and judge.main(["--verify"]) == 0
         assert {k: v for k, v in snapshot(cache).items() if not k.name.endswith(".part")} == reference
-        __import__("shutil").rmtree(cache)
+        shutil.rmtree(cache)
 
 
 def test_interrupt_ends_preparation_at_once(tmp_path):

@@ -239,7 +239,8 @@ def test_download_names_what_is_missing_and_the_next_run_resumes(judge, hub, cap
     assert judge.main(["--num-shards", "-1"]) == 1
     error = capsys.readouterr().err.rsplit("\r", 1)[-1].splitlines()[-1]
     assert error.startswith("error: 2 of 6 shards are missing: ")
-    assert "shard_00001.parquet (404" in error and "shard_00003.parquet (it came with a wrong length or SHA-256)" in error
+    assert "shard_00001.parquet (404" in error
+    assert "shard_00003.parquet (it came with a wrong length or SHA-256)" in error
     assert error.endswith("Running the same command again resumes")
     hub.shards[ALL[1]] = missing
     requests = hub.requests.copy()
@@ -293,9 +294,11 @@ def test_full_disk_is_refused_before_the_download(judge, hub, monkeypatch, capsy
 
 
 def test_listed_data_set_is_fetched_and_split(hub, tmp_path):
-    judge = load_prepare(copy_prepare(tmp_path, profile_row("listed", "some.one/corpus-2")), "listed", tmp_path / "cache")
+    path = copy_prepare(tmp_path, profile_row("listed", "some.one/corpus-2"))
+    judge = load_prepare(path, "listed", tmp_path / "cache")
     assert judge.main(["--num-shards", "5"]) == 0
-    assert [path.name for path in sorted((judge.CACHE / "download").iterdir())] == [f"{i:05d}.parquet" for i in range(5)]
+    names = sorted(path.name for path in (judge.CACHE / "download").iterdir())
+    assert names == [f"{i:05d}.parquet" for i in range(5)]
     texts = {path.stem: pq.read_table(path)["text"].to_pylist() for path in (judge.CACHE / "text").iterdir()}
     assert set(texts) == {"val", "test", *(f"train_{i:05d}" for i in range(8))}
     source = [t for name in ALL[:5] for t in pq.read_table(pa.BufferReader(hub.shards[name]))["text"].to_pylist()]
@@ -331,7 +334,8 @@ def test_killed_download_is_continued(judge, hub, number):
 def test_two_preparations_at_once_do_the_work_once(judge, hub):
     env = {**os.environ, "AUTORESEARCH_PROFILE": "web", "AUTORESEARCH_CACHE": str(judge.CACHE_ROOT)}
     command = [sys.executable, judge.__file__, "--num-shards", "2"]
-    children = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in "ab"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    children = [subprocess.Popen(command, env=env, **pipes) for _ in "ab"]
     outputs = [child.communicate(timeout=60) for child in children]
     assert [child.returncode for child in children] == [0, 0], outputs
     assert sum(hub.requests.values()) == 5  # four shards, and one question for the size

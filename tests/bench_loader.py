@@ -1,0 +1,119 @@
+"""What the loader, the tokenizer and the evaluator cost here, in one run:
+
+    PYTHONPATH=. uv run python tests/bench_loader.py
+
+Documents of log-normal length, 1,000 tokens on average, rows of 2048 tokens, 128 rows a batch: 262,144 tokens.
+"""
+
+import gc
+import itertools
+import os
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from test_loader import plain_rows
+
+import prepare
+
+B, T, BATCHES = 128, 2048, 40
+
+
+def peak_mb():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def halves(rows):
+    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+def bench_loader(device):
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(6.4, 1.0, 30_000).astype(np.int64), 2, None)
+    tokens = rng.integers(0, 8188, lengths.sum(), dtype=np.uint16)
+    batches = np.full(-(-len(lengths) // 128), 128)
+    batches[-1] = len(lengths) - 128 * (len(batches) - 1)
+    shard = prepare.Shard(tokens, lengths, batches)
+
+    lists = np.split(tokens.astype(np.int64), np.cumsum(lengths)[:-1])
+    documents = [document.tolist() for document in lists]
+    batch_lists = [(documents[i : i + 128], 1) for i in range(0, len(documents), 128)]
+    gc.freeze()  # else the collector walks through these 30 million integers while we measure
+    plain = plain_rows(itertools.cycle(batch_lists), T + 1)
+    plain_ms = []
+    for _ in range(6):
+        start = time.perf_counter()
+        halves(torch.tensor([next(plain)[0] for _ in range(B)]))
+        plain_ms.append(1000 * (time.perf_counter() - start))
+
+    stream, ours_ms = prepare.RowStream([shard], T, forever=True), []
+    for _ in range(BATCHES):
+        start = time.perf_counter()
+        halves(torch.from_numpy(stream.take(B)))
+        ours_ms.append(1000 * (time.perf_counter() - start))
+    ratio = np.median(plain_ms) / np.median(ours_ms)
+    print(f"loader, batch of {B * T:,} tokens: plain {np.median(plain_ms):.1f} ms, ", end="")
+    print(f"ours {np.median(ours_ms):.2f} ms: {ratio:.0f} times faster")
+
+    loader = prepare._load(prepare.RowStream([shard], T, forever=True), B, T, torch.device(device))
+    next(loader)
+    start = time.perf_counter()
+    for _ in range(BATCHES):
+        next(loader)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    ms = 1000 * (time.perf_counter() - start) / BATCHES
+    print(f"make_dataloader on {device}, nothing else to do: {ms:.2f} ms a batch, {B * T / ms / 1000:.0f} M tokens/s")
+    loader.close()
+
+
+def bench_tokenizer():
+    """A shard of 250 MB in one row group: the standard library's text, eight times."""
+    text = [path.read_text(encoding="utf-8", errors="replace") for path in Path(os.__file__).parent.rglob("*.py")]
+    text = [document for document in text if len(document) < 200_000]
+    times = 250_000_000 // sum(map(len, text))
+    with tempfile.TemporaryDirectory() as folder:
+        prepare.CACHE = Path(folder)
+        pq.write_table(pa.table({"text": text}), prepare.CACHE / "once.parquet")
+        pq.write_table(pa.table({"text": text * times}), prepare.CACHE / "shard.parquet", row_group_size=10**9)
+        prepare._train_tokenizer([prepare.CACHE / "once.parquet"])
+        before, start = peak_mb(), time.perf_counter()
+        prepare._tokenize({"shard": prepare.CACHE / "shard.parquet"})
+        seconds = time.perf_counter() - start
+        tokens = len(prepare._read_shard(prepare._tokens_path("shard")).tokens)
+    megabytes = times * sum(map(len, text)) / 1e6
+    speed = f"{tokens / seconds / 1e6:.2f} M tokens/s, {megabytes / seconds:.1f} MB/s"
+    print(f"tokenization of a {megabytes:.0f} MB shard on {os.cpu_count()} cores: {speed}; ", end="")
+    print(f"peak memory {before:.0f} MB before, {peak_mb():.0f} MB after")
+
+
+def bench_evaluator(device):
+    """Losses of one batch of bf16 logits: what they need beside the logits themselves."""
+    rows = 128 if device == "cuda" else 8
+    logits = torch.randn(rows, T, prepare.VOCAB_SIZE, dtype=torch.bfloat16, device=device)
+    y = torch.randint(prepare.VOCAB_SIZE, (rows, T), device=device)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() / 2**20
+    else:
+        before = peak_mb()
+    start = time.perf_counter()
+    prepare._by_position(prepare._nats, logits, y)
+    ms = 1000 * (time.perf_counter() - start)
+    peak = (torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else peak_mb()) - before
+    whole = logits.numel() * 4 / 2**20
+    print(f"losses of {rows} x {T} rows, V {prepare.VOCAB_SIZE}, on {device}: {ms:.0f} ms, +{peak:.0f} MB ", end="")
+    print(f"(float32 logits of the batch would be {whole:.0f} MB)")
+
+
+if __name__ == "__main__":
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    bench_evaluator(where)
+    bench_tokenizer()
+    bench_loader(where)
+    print(f"peak memory of all this: {peak_mb():.0f} MB")
