@@ -625,10 +625,10 @@ class Ratchet:
     def try_once(self, folder: Path, description: str) -> int:
         """The experiment of `try`, whose file was copied into the folder before; returns an exit code."""
         self.open(trying=True)
-        if not self.rows:
+        if first := not self.rows:
             self.experiment(self.champion, self.new_folder(), "baseline")
         path, tried, verdict = self.desk / EDITABLE, (folder / EDITABLE).read_bytes(), "keep"
-        if tried != self.git.read(self.champion, EDITABLE):
+        if not first or tried != self.git.read(self.champion, EDITABLE):
             if problem := self.gate(folder / EDITABLE):
                 raise UserError(f"refused: {problem}", 2)
             verdict = self.experiment(self.commit(folder.name, folder / EDITABLE, description), folder, description)
