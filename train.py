@@ -486,12 +486,12 @@ def warm_up(model: nn.Module, optimizer: MuonAdamW, vocab_size: int) -> int:
 
     def trial(rows: int) -> None:
         forget()
-        tokens = torch.randint(vocab_size, (rows, MAX_SEQ_LEN), device=device)
+        x, y = (torch.randint(vocab_size, (rows, MAX_SEQ_LEN), device=device) for _ in "xy")
         for _ in range(2):  # the second micro-step accumulates
-            model(tokens, tokens).backward()
+            model(x, y).backward()
         optimizer.step()
         with torch.no_grad():
-            model.eval()(tokens)  # as the judge calls it
+            _ = model.eval()(x), model(x)  # the judge holds two results
 
     device_batch = fit_device_batch(trial, TOTAL_BATCH_SIZE // MAX_SEQ_LEN, DEVICE_BATCH_SIZE)
     forget()

@@ -79,7 +79,7 @@ class Clock:
                 on_first()
             if count:
                 self.now += seconds / per_step
-            x, y = torch.randint(31, (2, rows, 16), generator=generator)
+            x, y = (torch.randint(31, (rows, 16), generator=generator) for _ in "xy")
             yield x, y, 1
 
 
@@ -144,7 +144,7 @@ def test_warm_up_trains_and_judges_but_leaves_no_trace():
     step = optimizer.step
     optimizer.step = lambda: (step(), steps.append(not torch.equal(model.lm_head.weight, before["lm_head.weight"])))
     assert train.warm_up(model, optimizer, vocab_size=31) == 8
-    assert seen == [(True, 0), (True, 0), (False, 3)]
+    assert seen == [(True, 0), (True, 0), (False, 3), (False, 3)]
     assert steps == [True]  # a real step was made, and undone
     assert_same(before, snapshot(model))
     assert not optimizer.state
@@ -179,6 +179,27 @@ def test_first_timed_step_starts_from_the_initial_state(monkeypatch):
     assert_same(before, parameters)
     assert state == {}
     assert all(state["step"] == 1 for state in optimizer.state.values() if "step" in state)
+
+
+def test_nothing_is_compiled_after_warm_up(monkeypatch):
+    model, optimizer = build()
+    train.choose_attention(CONFIG, torch.device("cpu"))
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    optimizer._muon_update = torch.compile(train.muon_update, backend=backend, dynamic=False, fullgraph=True)
+    runner = torch.compile(model, backend=backend, dynamic=False, fullgraph=True)
+    rows = train.warm_up(runner, optimizer, vocab_size=31)
+    compiled = len(graphs)
+    assert compiled >= 2 + len({p.shape for p in model.transformer.h.parameters()})
+    clock = Clock(5.0, monkeypatch)
+    assert train.train(runner, optimizer, clock.batches(rows), rows, 0.0) == 5
+    with torch.no_grad():
+        runner.eval()(torch.zeros(rows, 16, dtype=torch.long))
+    assert len(graphs) == compiled
 
 
 # ---- Training loop ----
