@@ -254,6 +254,14 @@ def test_missing_cli_is_refused_with_how_to_install_it(bare, name):
     assert re.search(r"npm install|uv tool install", line)
 
 
+@pytest.mark.parametrize("command", ["no-such-agent --yes", "agent 'unclosed"])
+def test_agent_cmd_that_cannot_start_is_refused(bare, command):
+    code, line = run_loop(bare, "--agent-cmd", command, "--max-experiments", "1")
+    assert (code, line.count("\n")) == (2, 1), line
+    assert line.startswith("error: "), line
+    assert not bare.home().exists()
+
+
 @pytest.mark.parametrize("name", LOGGED_OUT)
 def test_cli_not_logged_in_is_refused_with_how_to_log_in(bare, name):
     install(bare, name, *LOGGED_OUT[name])
