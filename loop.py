@@ -692,6 +692,7 @@ def command_try(args: argparse.Namespace) -> int:
     import report  # not above: it imports this file
 
     ratchet, path = Ratchet(None, args), Path(EDITABLE)
+    before = len(ratchet.rows)
     if ratchet.start_branch != ratchet.branch:
         raise UserError(f"this checkout is not on the branch of a run: 'git checkout -b {ratchet.branch}' makes one", 2)
     if (ratchet.desk / path).is_symlink() or not (ratchet.desk / path).is_file():
@@ -710,7 +711,7 @@ def command_try(args: argparse.Namespace) -> int:
     say(f"running as runs/{folder.name}; if this command is cut off, it goes on: uv run loop.py status --wait")
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     ratchet.load()
-    print(tail(folder / "loop.log", 1) if code == 2 or not ratchet.rows else report.verdict(ratchet))
+    print(tail(folder / "loop.log", 1) if len(ratchet.rows) == before else report.verdict(ratchet))
     return code
 
 

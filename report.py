@@ -8,6 +8,7 @@ again, on seeds that the run never used, on the validation split and on the seal
 import contextlib
 import itertools
 import json
+import math
 import secrets
 import statistics
 import time
@@ -81,7 +82,8 @@ def report(ratchet: Ratchet | None, ledger: str | None) -> int:
     if ratchet and events(ratchet):
         print(pace(events(ratchet)))
     low, high = statistics.fmean(values[best]), statistics.fmean(values[first])
-    print(f"best {low:.6f} ({best}), baseline {high:.6f}, gain {high - low:.6f} bpb ({(high - low) / high:.2%})\n")
+    gain = high - low
+    print(f"best {low:.6f} ({best}), baseline {high:.6f}, gain {gain:.6f} bpb ({gain / (high or 1):.2%})\n")
 
     sigma = noise(rows)
     print(f"{'kept':8} {METRIC:>8} {'gain':>9}  {'':12} description")
@@ -117,8 +119,9 @@ def plot(rows: list[Row], path: Path) -> None:
     room = (high - low) or 0.01 * abs(high) or 0.01
     low, high = low - 0.10 * room, high + 0.25 * room  # most failures are far above: they would flatten the rest
 
-    figure = Figure(figsize=(14, 7), dpi=110, layout="constrained")
-    axes = figure.add_subplot()
+    figure = Figure(figsize=(14, 7), dpi=110)
+    axes = figure.add_axes((0.06, 0.08, 0.93, 0.87))
+    axes.set(xlim=(-0.02 * len(rows) - 0.5, 1.18 * len(rows)), ylim=(low, high))  # room on the right for the last label
     axes.plot([i for i, _ in others], [y for _, y in others], "o", color="#bbbbbb", markersize=4, label="discarded")
     axes.plot(crashed, [high] * len(crashed), "x", color="#c0392b", markersize=6, label="crashed", clip_on=False)
     steps = [*kept, (len(rows) - 1, kept[-1][1])]
@@ -126,18 +129,34 @@ def plot(rows: list[Row], path: Path) -> None:
     axes.plot([i for i, _ in kept], [row.val_bpb for _, row in kept], "o", color="#2e7d32", markersize=6, label="kept")
     gains = {i: old.val_bpb - new.val_bpb for (_, old), (i, new) in itertools.pairwise(kept)}
     named = {kept[0][0], *sorted(gains, key=gains.get, reverse=True)[:30]}  # more would not be legible
-    for i, row in kept:
-        if i in named:
-            place = {"textcoords": "offset points", "rotation": 35, "fontsize": 8}
-            axes.annotate(row.description[:45], (i, row.val_bpb), (4, 6), **place)
+    label(axes, [(i, row.val_bpb, row.description[:45]) for i, row in kept if i in named])
     above = sum(y > high for _, y in others)
-    axes.set_ylim(low, high)
-    axes.set_xlabel("run" + (f" ({above} discarded ones are above the frame)" if above else ""))
+    axes.set_xlabel("run" + (f" ({above} of the discarded are above the frame)" if above else ""))
     axes.set_ylabel("validation bits per byte (lower is better)")
     axes.set_title(f"{len(rows)} runs, {len(kept)} kept: {kept[0][1].val_bpb:.4f} to {kept[-1][1].val_bpb:.4f}")
     axes.grid(alpha=0.25)
     axes.legend(loc="upper right")
     FigureCanvasAgg(figure).print_png(path)
+
+
+def label(axes, points: list[tuple[int, float, str]]) -> None:
+    """A slanted label at each point, from the right; raised, with a thin line, until it is clear of those before."""
+    slope, height, width = math.radians(35), 13, 6.0  # of the text, pixels a line and a character
+    along, across = (math.cos(slope), math.sin(slope)), (-math.sin(slope), math.cos(slope))
+    placed: list[tuple[float, float, float]] = []  # distance across the text, its begin and end along it
+    for x, y, text in reversed(points):
+        px, py = axes.transData.transform((x, y))
+        left, bottom = px + 7, py + 9
+        for raised in range(0, 300, 2):
+            off, start = (u * left + v * (bottom + raised) for u, v in (across, along))
+            stop = start + width * len(text)
+            if not any(abs(off - o) < height and start < end and begin < stop for o, begin, end in placed):
+                break
+        placed.append((off, start, stop))
+        line = {"arrowstyle": "-", "color": "#2e7d32", "linewidth": 0.5, "relpos": (0, 0), "shrinkB": 0}
+        place = axes.transData.inverted().transform((left, bottom + raised))
+        axes.annotate(text, (x, y), place, rotation=35, rotation_mode="anchor", ha="left", va="bottom", fontsize=8,
+                      parse_math=False, arrowprops=line if raised else None)  # fmt: skip
 
 
 def audit(ratchet: Ratchet, replicates: int) -> int:

@@ -215,3 +215,12 @@ def test_try_after_the_agent_moved_head_stays_on_the_runs_branch(branch):
     assert process.returncode == 0, process.stderr
     assert branch.rows()[-1][1] == "1.070000"
     assert subprocess.getoutput(f"git -C {branch.path} log --format=%s -2").splitlines()[1].endswith("baseline")
+
+
+def test_try_that_ends_without_a_row_tells_why_and_not_an_old_verdict(branch):
+    attempt(branch, "baseline")
+    (branch.cache / "val.bin").write_bytes(b"spoilt")
+    process = attempt(branch, "deeper", code=1, DEPTH=5)
+    assert process.stdout.startswith("error: ") and "val.bin is not as it was prepared" in process.stdout
+    assert len(process.stdout.splitlines()) == 1
+    assert "DEPTH = 5" in (branch.path / "train.py").read_text()  # the edit is not lost
