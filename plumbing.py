@@ -35,8 +35,12 @@ class UserError(Exception):
 
 def say(text: str, end: str = "\n") -> None:
     """A line on stderr, over a live line if one is there; a terminal that went away ends nothing."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # the last: started with stderr closed
+    try:
         print(("\r\033[K" if sys.stderr.isatty() else "") + text, end=end, file=sys.stderr, flush=True)
+    except OSError:
+        sys.stderr = os.fdopen(2, "w", closefd=False)  # without the text that cannot be written: it would fail the exit
+    except (ValueError, AttributeError):  # it is closed, or was so from the start
+        pass
 
 
 def show(text: str) -> None:
