@@ -1,6 +1,5 @@
 """plumbing.py alone: real processes in sessions of their own, real signals, real git with real locks left behind."""
 
-import contextlib
 import os
 import re
 import resource
@@ -186,14 +185,19 @@ def test_log_on_a_full_disk_does_not_stop_the_child(child):
 
 
 def test_say_and_show_survive_a_lost_stderr(monkeypatch):
-    closed, full = open(os.devnull), open("/dev/full", "w")  # noqa: SIM115
-    closed.close()
-    for stderr in (None, closed, full):
+    with open(os.devnull) as closed:
+        pass
+    for stderr in (None, closed):
         monkeypatch.setattr(sys, "stderr", stderr)
         say("nobody hears this")
         show("nor sees this")
-    with contextlib.suppress(OSError):
-        full.close()
+
+
+def test_say_to_a_full_disk_spoils_no_exit_code():
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import plumbing; plumbing.say('x'); plumbing.say('y')"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code, str(Path(plumbing.__file__).parent)], stderr=full)
+    assert done.returncode == 0
 
 
 def test_write_atomically_replaces_and_leaves_nothing(tmp_path):
