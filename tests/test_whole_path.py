@@ -1,0 +1,58 @@
+"""From a clone to a ledger, with nothing faked: the real prepare.py, train.py and loop.py on the smoke profile."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """A repository with the files of this tree as they are now, and no data anywhere."""
+    path = tmp_path_factory.mktemp("whole") / "autoresearch"
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, names.split("\0")):
+        if (ROOT / name).exists():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_bytes((ROOT / name).read_bytes())
+    identity = ["-c", "user.name=person", "-c", "user.email=person@localhost"]
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "start"]):
+        subprocess.run(["git", *identity, *command], cwd=path, check=True)
+    return path
+
+
+def run(checkout: Path, *command: str, **env: str) -> subprocess.CompletedProcess:
+    own = {"AUTORESEARCH_PROFILE": "smoke", "AUTORESEARCH_CACHE": str(checkout.parent / "cache")}
+    kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    return subprocess.run(
+        [sys.executable, *command], cwd=checkout, env=kept | own | env, capture_output=True, text=True, timeout=150
+    )
+
+
+def test_loop_goes_from_nothing_to_a_ledger(checkout):
+    told = run(checkout, "train.py")
+    assert told.returncode == 1
+    assert told.stderr.splitlines()[-1].startswith("error: profile 'smoke' is not prepared")
+
+    told = run(checkout, "loop.py", "--tag", "whole", "--agent", "random", "--max-experiments", "1")
+    assert told.returncode == 0, told.stderr
+    assert "has no data yet: preparing it" in told.stderr
+    header, baseline, *rest = (checkout / "results.tsv").read_text().splitlines()
+    assert header == "commit\tval_bpb\tmemory_gb\tstatus\tdescription"
+    assert re.fullmatch(r"[0-9a-f]{7}\t[1-9]\.\d{6}\t0\.0\tkeep\tbaseline", baseline)
+    assert len(rest) == 1
+    assert re.fullmatch(r"[0-9a-f]{7}\t\d\.\d{6}\t0\.0\t(keep|discard|crash)\t.*[A-Z_]+ .* -> .*", rest[0])
+    assert (checkout / "runs" / "0002" / "change.diff").read_text().startswith("diff --git a/train.py b/train.py")
+    summary = (checkout / "runs" / "0001" / "run.log").read_text()
+    keys = "val_bpb training_seconds total_seconds peak_vram_mb mfu_percent total_tokens_M num_steps num_params_M depth"
+    keys += " startup_seconds eval_seconds seed sample"
+    assert [line.split(":")[0] for line in summary.partition("---\n")[2].splitlines()] == keys.split()
+
+    told = run(checkout, "loop.py", "report")
+    assert told.returncode == 0, told.stderr
+    assert (checkout / "progress.png").stat().st_size > 10_000
