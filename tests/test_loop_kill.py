@@ -224,3 +224,26 @@ def test_kill_at_steps_and_at_random_loses_nothing(desk, mode):
 @pytest.mark.parametrize("mode", ["--no-ahead", "--ahead"])
 def test_kill_at_every_step_loses_nothing(desk, mode):
     many_kills(Night(desk, mode), 150, seed=random.randrange(10**6))
+
+
+@pytest.mark.parametrize("role", ["agent", "train"])
+def test_children_of_a_killed_loop_are_ended_by_the_next(desk, role):
+    """The first call hangs, with a grandchild in a session of its own; the loop dies; its successor cleans up."""
+    hang = "import subprocess, time; subprocess.Popen(['sleep', '60'], start_new_session=True); time.sleep(60)"
+    agent = f"""
+        if count() == 1 and {role == "agent"}:
+            {hang}
+        knob("DEPTH", knob("DEPTH") + 1)
+        if count() == 2:
+            with open("train.py", "a") as file:
+                file.write({hang!r})
+    """
+    command = ["--tag", "t", "--agent-cmd", desk.agent(agent), "--max-experiments", "1"]
+    process = desk.popen(*command)
+    wait_for(lambda: any(line.startswith("sleep") for line in desk.orphans()))
+    process.kill()
+    process.communicate()
+    assert len(desk.orphans()) == 2 and desk.statuses() == ["keep"]
+    done = desk.loop(*command)
+    assert done.returncode == 0 and desk.statuses() == ["keep", "keep"]
+    assert desk.orphans() == []
