@@ -244,6 +244,7 @@ class Ratchet:
         with open(self.home / "lock", "a") as lock:
             if not flock_now(lock):
                 raise UserError(f"tag {self.tag} is busy: 'uv run loop.py status --wait' waits for the verdict", 2)
+            self.load()  # another loop may have written a row since
             handlers = {signal.SIGINT: self.on_signal, signal.SIGTERM: self.on_signal, signal.SIGHUP: signal.SIG_IGN}
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -692,13 +693,12 @@ def command_try(args: argparse.Namespace) -> int:
     import report  # not above: it imports this file
 
     ratchet, path = Ratchet(None, args), Path(EDITABLE)
-    before = len(ratchet.rows)
     if ratchet.start_branch != ratchet.branch:
         raise UserError(f"this checkout is not on the branch of a run: 'git checkout -b {ratchet.branch}' makes one", 2)
     if (ratchet.desk / path).is_symlink() or not (ratchet.desk / path).is_file():
         raise UserError(f"{EDITABLE} is not a regular file: 'git checkout -- {EDITABLE}' restores it", 2)
     with ratchet.locked():
-        folder = ratchet.new_folder()
+        before, folder = len(ratchet.rows), ratchet.new_folder()
         shutil.copyfile(ratchet.desk / path, folder / EDITABLE)
         if not (child := os.fork()):  # it inherits the lock
             os.setsid()

@@ -6,6 +6,7 @@
 import os
 import signal
 import subprocess
+import sys
 
 import pytest
 from conftest import wait_for
@@ -224,3 +225,17 @@ def test_try_that_ends_without_a_row_tells_why_and_not_an_old_verdict(branch):
     assert process.stdout.startswith("error: ") and "val.bin is not as it was prepared" in process.stdout
     assert len(process.stdout.splitlines()) == 1
     assert "DEPTH = 5" in (branch.path / "train.py").read_text()  # the edit is not lost
+
+
+def test_row_written_between_start_and_lock_is_not_lost(branch):
+    attempt(branch, "baseline")
+    second = """
+import argparse, loop
+ratchet = loop.Ratchet("t", argparse.Namespace())  # it has read the ledger
+with open(ratchet.ledger, "a") as ledger:  # the loop before it records, and ends
+    ledger.write(f"{ratchet.rows[0].commit}\\t1.080000\\t0.5\\tkeep\\treplicate\\n")
+with ratchet.locked():
+    ratchet.open(trying=True)
+"""
+    subprocess.run([sys.executable, "-c", second], cwd=branch.path, env=branch.env, check=True)
+    assert [row[4] for row in branch.rows()] == ["baseline", "replicate"]

@@ -1,0 +1,212 @@
+"""Bad input gets one `error:` line and exit code 1 or 2, never a traceback; the help and the exit codes.
+
+    uv run pytest tests/test_loop_cli.py
+"""
+
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+
+import pytest
+
+
+def refused(desk, *args, code, **env) -> str:
+    """The one error line of a command that must fail."""
+    process = desk.loop(*args, timeout=30, **env)
+    errors = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
+    assert process.returncode == code, process.stderr
+    assert len(errors) == 1 and "Traceback" not in process.stderr, process.stderr
+    assert process.stdout == ""
+    return errors[0]
+
+
+def git_only(desk, *more: str) -> str:
+    """A PATH on which only git (and what is named) can be found."""
+    folder = desk.outside / "bin"
+    folder.mkdir()
+    for name in ("git", *more):
+        (folder / name).symlink_to(shutil.which(name))
+    return str(folder)
+
+
+# ---- Which agent -----------------------------------------------------------------------------------------------------
+
+
+def test_run_without_an_agent_lists_the_installed_ones(desk):
+    error = refused(desk, code=2)
+    assert "no agent given" in error and "--agent NAME (installed here: " in error and "random" in error
+    assert "--agent-cmd" in error
+
+
+def test_unknown_agent_is_named_and_the_installed_ones_listed(desk):
+    error = refused(desk, "--agent", "hal9000", code=2)
+    assert "unknown agent 'hal9000'" in error and "random" in error
+
+
+def test_agent_that_is_not_installed_comes_with_its_remedy(desk):
+    error = refused(desk, "--agent", "claude", code=2, PATH=git_only(desk))
+    assert "claude is not installed: npm install -g @anthropic-ai/claude-code" in error
+
+
+@pytest.mark.parametrize("command", ["", "'unfinished", "no-such-agent --yes"])
+def test_agent_command_that_cannot_be_started_is_refused_before_anything_is_made(desk, command):
+    refused(desk, "--agent-cmd", command, "--tag", "t", code=2)
+    assert not desk.home().exists() and desk.git("symbolic-ref", "--short", "HEAD") == "main"
+
+
+def test_explicit_run_and_bare_options_are_the_same_command(desk):
+    for words in (("run",), ()):
+        process = desk.loop(*words, "--agent-cmd", "true", "--tag", "t", "--max-experiments", "0")
+        assert process.returncode == 0, process.stderr
+    assert desk.statuses() == ["keep"]
+
+
+# ---- Where it is started ---------------------------------------------------------------------------------------------
+
+
+def test_folder_that_is_no_git_repository_is_an_error(desk):
+    shutil.rmtree(desk.path / ".git")
+    assert "is not the top level of a git repository" in refused(desk, "--agent-cmd", "true", code=1)
+
+
+def test_copy_inside_another_repository_is_an_error(desk):
+    inner = desk.path / "inner"
+    shutil.copytree(desk.path, inner, ignore=shutil.ignore_patterns(".git", "inner"))
+    process = subprocess.run(
+        [sys.executable, inner / "loop.py", "status"], env=desk.env, capture_output=True, text=True, cwd=inner
+    )
+    assert process.returncode == 1 and "is not the top level of a git repository" in process.stderr
+
+
+def test_repository_without_a_commit_is_an_error(desk):
+    shutil.rmtree(desk.path / ".git")
+    desk.git("init", "-q")
+    assert "has no commit: run 'git add -A && git commit" in refused(desk, "--agent-cmd", "true", code=1)
+
+
+@pytest.mark.parametrize("command", [["--agent-cmd", sys.executable], ["try", "x"], ["status"]])
+def test_machine_without_git_is_an_error(desk, command):
+    assert "git is not installed" in refused(desk, *command, code=1, PATH=str(desk.outside))
+
+
+@pytest.mark.parametrize("file", ["train.py", "prepare.py"])
+def test_dirty_file_at_the_first_start_is_an_error_that_names_it(desk, file):
+    with open(desk.path / file, "a") as text:
+        text.write("# mine\n")
+    error = refused(desk, "--agent-cmd", "true", "--tag", "t", code=1)
+    assert f"{file} has uncommitted changes: commit them or run 'git stash'" in error
+    assert (desk.path / file).read_text().endswith("# mine\n")
+    assert desk.git("symbolic-ref", "--short", "HEAD") == "main" and not (desk.home() / "results.tsv").exists()
+
+
+def test_dirty_instructions_and_untracked_files_are_no_error(desk):
+    (desk.path / "program.md").write_text("mine\n")
+    (desk.path / "notes.txt").write_text("mine\n")
+    process = desk.loop("--agent-cmd", "true", "--tag", "t", "--max-experiments", "0")
+    assert process.returncode == 0, process.stderr
+
+
+# ---- Tags, profiles, numbers -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tag", ["a b", "..", "a/b", "x.lock", "a~1", "a:b", "é\x07", "@{"])
+@pytest.mark.parametrize("command", [["--agent-cmd", "true"], ["status"]])
+def test_tag_that_is_no_branch_name_is_refused(desk, tag, command):
+    error = refused(desk, *command, f"--tag={tag}", code=2)
+    assert "is no valid branch name" in error
+
+
+def test_tag_defaults_to_the_current_branchs_else_to_today(desk):
+    assert re.match(r"autoresearch/[a-z]{3}\d\d: ", desk.loop("status").stdout)
+    desk.git("checkout", "-q", "-b", "autoresearch/mine")
+    assert desk.loop("status").stdout.startswith("autoresearch/mine: ")
+
+
+def test_unknown_profile_is_refused_with_the_judges_own_words(desk):
+    assert refused(desk, "--agent-cmd", "true", code=2, AUTORESEARCH_PROFILE="tiny") == "error: unknown profile 'tiny'"
+
+
+def test_run_resumed_under_another_profile_is_an_error(desk):
+    assert desk.loop("--agent-cmd", "true", "--tag", "t", "--max-experiments", "0").returncode == 0
+    error = refused(desk, "--agent-cmd", "true", "--tag", "t", code=1, AUTORESEARCH_PROFILE="other")
+    assert "tag t was begun under profile fake, this is other" in error and "another --tag" in error
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--max-experiments", "many"],
+        ["--hours", "x"],
+        ["--agent-timeout", ""],
+        ["--replicates", "1.5"],
+        ["try"],
+        ["frobnicate"],
+        ["status", "--agent", "x"],
+    ],
+)
+def test_arguments_that_make_no_sense_are_a_usage_error(desk, args):
+    process = desk.loop(*args)
+    assert process.returncode == 2 and "error: " in process.stderr.splitlines()[-1]
+    assert "Traceback" not in process.stderr
+
+
+def test_help_names_every_command(desk):
+    process = desk.loop("--help")
+    assert process.returncode == 0
+    assert all(f"loop.py {name}" in process.stdout for name in ("try", "status", "report", "audit"))
+
+
+# ---- Places that cannot be written -----------------------------------------------------------------------------------
+
+
+def test_home_that_cannot_be_made_is_an_error(desk):
+    (desk.path / ".git" / "autoresearch").write_text("a file where the loop's folder should be")
+    refused(desk, "--agent-cmd", "true", "--tag", "t", code=1)
+
+
+def test_bench_that_cannot_be_made_is_an_error(desk):
+    desk.home().mkdir(parents=True)
+    (desk.home() / "bench").write_text("a file where the bench should be")
+    refused(desk, "--agent-cmd", "true", "--tag", "t", code=1)
+
+
+def test_ledgers_copy_that_cannot_be_written_is_only_a_warning(desk):
+    (desk.path / "results.tsv").mkdir()
+    (desk.path / "results.tsv" / "mine.txt").write_text("a person's")
+    process = desk.loop("--agent-cmd", "true", "--tag", "t", "--max-experiments", "0")
+    assert process.returncode == 0 and "warning: no copy of the ledger" in process.stderr
+    assert desk.statuses() == ["keep"] and (desk.path / "results.tsv" / "mine.txt").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_checkout_that_is_read_only_is_an_error(desk):
+    mode = stat.S_IMODE((desk.path / ".git").stat().st_mode)
+    (desk.path / ".git").chmod(0o555)
+    refused(desk, "--agent-cmd", "true", "--tag", "t", code=1)
+    (desk.path / ".git").chmod(mode)
+
+
+def test_preparation_that_fails_is_an_error_with_its_problem(desk):
+    path = desk.path / "prepare.py"
+    path.write_text(path.read_text().replace("CACHE.mkdir(", 'sys.exit("error: no network")\n    CACHE.mkdir('))
+    desk.commit("a preparation that fails")
+    process = desk.loop("--agent-cmd", "true", "--tag", "t")
+    assert process.returncode == 1
+    assert process.stderr.splitlines()[1:] == ["error: no network", "error: the preparation failed: no manifest"]
+
+
+def test_data_that_changed_under_a_run_is_an_error(desk):
+    assert desk.loop("--agent-cmd", "true", "--tag", "t", "--max-experiments", "0").returncode == 0
+    (desk.cache / "val.bin").write_bytes(b"other text")
+    agent = desk.agent('knob("DEPTH", 5)')
+    error = refused(desk, "--agent-cmd", agent, "--tag", "t", "--max-experiments", "1", code=1)
+    assert "val.bin is not as it was prepared: look with 'uv run prepare.py --verify'" in error
+    assert desk.statuses() == ["keep"]
+
+
+def test_variables_of_a_git_hook_do_not_lead_the_loop_elsewhere(desk):
+    process = desk.loop("status", GIT_DIR="/nonexistent", GIT_WORK_TREE="/nonexistent", GIT_INDEX_FILE="/nonexistent")
+    assert process.returncode == 0, process.stderr
