@@ -669,10 +669,10 @@ def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str, device=Non
     """
     if split not in ("train", "val", "test") or min(B, T) < 1:
         raise ValueError(f"make_dataloader got B={B}, T={T}, split={split!r}: give sizes over 0; train, val or test")
-    return _load(_open_split(split, T), B, T, torch.device(device or default_device()))
+    return _load(_open_split(split, T), B, T, torch.device(device or default_device()), split)
 
 
-def _load(stream, B, T, device):
+def _load(stream, B, T, device, split):
     """A thread packs one batch ahead, into a slot whose last copy to the device has completed."""
     cuda = device.type == "cuda"
     slots = [torch.empty((B, T + 1), dtype=torch.int64, pin_memory=cuda) for _ in range(LOADER_SLOTS)]
@@ -696,7 +696,7 @@ def _load(stream, B, T, device):
             if cuda:
                 copied[slot].record()
             x, y = (half.clone(memory_format=torch.contiguous_format) for half in (rows[:, :-1], rows[:, 1:]))
-            _stopwatch.start(device)
+            _stopwatch.start(device, split)
             yield x, y, epoch
 
 
@@ -706,12 +706,12 @@ _now = time.perf_counter  # a test puts its own clock here
 
 
 class Stopwatch:
-    started = stopped = lock = None
+    started = stopped = lock = split = None
 
-    def start(self, device) -> None:
+    def start(self, device, split) -> None:
         if self.started is None:
             self.lock = _lock(_device_lock(device), f"another run holds {device}")  # until the process ends
-            self.started = _now()
+            self.started, self.split = _now(), split
 
 
 _stopwatch = Stopwatch()
@@ -751,8 +751,9 @@ def evaluate_bpb(model, tokenizer: Tokenizer, batch_size: int) -> float:
     seconds, limit, result = training_seconds(), 1.01 * TIME_BUDGET + 0.5, os.environ.get("AUTORESEARCH_RESULT")
     if seconds > limit:
         raise BudgetExceeded(f"trained for {seconds:.2f} s, TIME_BUDGET is {TIME_BUDGET} s: {limit:.2f} s is the most")
-    if result and _stopwatch.started is None:
-        raise EvaluationRefused("the clock never started: no batch came from make_dataloader")
+    if result and _stopwatch.split != "train":
+        started = f"was started by split {_stopwatch.split!r}" if _stopwatch.split else "never started"
+        raise EvaluationRefused(f"the clock {started}: training takes its batches from make_dataloader's split 'train'")
     if result and Path(result).exists():
         raise EvaluationRefused(f"a run is scored once, and {result} holds this run's record")
     if batch_size < 1 or tokenizer.get_vocab_size() != VOCAB_SIZE:
@@ -868,23 +869,16 @@ def describe() -> dict:
     except UserError as error:
         problem = str(error)
     metric = manifest.get("metric", {"files": {}, "rows": {}})
+    cuda = device.type == "cuda"
     return {
-        "profile": PROFILE,
-        "reason": PROFILE_REASON,
-        "time_budget": TIME_BUDGET,
-        "seed": SEED,
-        "cache": str(CACHE),
-        "prepared": not problem,
-        "problem": problem,
-        "manifest": str(CACHE / "manifest.json"),
-        "digest": manifest.get("digest"),
+        "profile": PROFILE, "reason": PROFILE_REASON, "time_budget": TIME_BUDGET, "seed": SEED,
+        "cache": str(CACHE), "prepared": not problem, "problem": problem, "manifest": str(CACHE / "manifest.json"),
+        "digest": manifest.get("digest"), "rows": metric["rows"],
         "files": {name: file["sha256"] for name, file in metric["files"].items()},
-        "rows": metric["rows"],
-        "device": device.type,
-        "device_name": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
-        "lock": str(_device_lock(device)),
-        "prepare_sha256": _sha256(Path(__file__)),
-    }
+        "device": device.type, "device_name": torch.cuda.get_device_name() if cuda else device.type,
+        "free_gb": torch.cuda.mem_get_info()[0] / 1e9 if cuda else 0.0,
+        "lock": str(_device_lock(device)), "prepare_sha256": _sha256(Path(__file__)),
+    }  # fmt: skip
 
 
 def _prepare(num_shards, workers):

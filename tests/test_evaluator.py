@@ -436,6 +436,15 @@ def test_clock_never_started_under_the_loop_is_refused(judge, tmp_path, monkeypa
     assert not (tmp_path / "result.json").exists()
 
 
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_clock_started_by_another_split_than_training_is_refused(judge, tmp_path, monkeypatch, split):
+    """Else a run could train on batches of its own making, and start the clock just before it is scored."""
+    monkeypatch.setenv("AUTORESEARCH_RESULT", str(tmp_path / "result.json"))
+    next(judge.make_dataloader(judge.Tokenizer.from_directory(), 2, judge.MAX_SEQ_LEN, split, device="cpu"))
+    refused(judge, Toy(), f"the clock was started by split '{split}'", kind="EvaluationRefused")
+    assert not (tmp_path / "result.json").exists()
+
+
 def test_profile_chosen_inside_train_shows_in_the_record(tiny, tmp_path):
     """train.py may set the variable before it imports prepare: the record says which profile was scored."""
     code = (
