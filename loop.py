@@ -313,7 +313,7 @@ class Ratchet:
         """The candidate: the champion's tree with one blob replaced, kept for ever under a ref of its number."""
         message = f"experiment {int(number)}: {description}\n\nAutoresearch-profile: {self.facts['profile']}\n"
         message += f"Autoresearch-digest: {self.facts['digest']}"
-        commit = self.git.commit(self.champion, file, message, f"{self.refs}{int(number)}", self.home / "index")
+        commit = self.git.commit(self.champion, file, message, f"{self.refs}{int(number)}")
         self.hashes[commit[:7]] = commit
         return commit
 

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -211,15 +212,16 @@ class Git:
     def read(self, commit: str, path: str) -> bytes:
         return self("cat-file", "blob", f"{commit}:{path}", raw=True)
 
-    def commit(self, parent: str, file: Path | None, message: str, ref: str, index: Path) -> str:
+    def commit(self, parent: str, file: Path | None, message: str, ref: str) -> str:
         """A commit of the parent's tree with the editable file's blob replaced, kept under `ref`."""
-        index.unlink(missing_ok=True)
-        env = {"GIT_INDEX_FILE": str(index)}
-        self("read-tree", parent, env=env)
-        if file:
-            blob = self("hash-object", "-w", "--no-filters", "--", str(file))
-            self("update-index", "--cacheinfo", f"100644,{blob},{self.editable}", env=env)
-        commit = self("commit-tree", self("write-tree", env=env), "-p", parent, "-m", message)
+        with tempfile.TemporaryDirectory() as folder:  # an index of its own; a crash leaves no lock on another
+            env = {"GIT_INDEX_FILE": f"{folder}/index"}
+            self("read-tree", parent, env=env)
+            if file:
+                blob = self("hash-object", "-w", "--no-filters", "--", str(file))
+                self("update-index", "--cacheinfo", f"100644,{blob},{self.editable}", env=env)
+            tree = self("write-tree", env=env)
+        commit = self("commit-tree", tree, "-p", parent, "-m", message)
         self("update-ref", ref, commit)
         return commit
 

@@ -312,8 +312,7 @@ def test_commit_replaces_one_blob_of_the_parents_tree(desk, git, tmp_path):
     (desk.path / "prepare.py").write_text("an agent's edit, staged")
     desk.git("add", "-A")
     (tmp_path / "new.py").write_bytes(b"DEPTH = 5\r\n")
-    (tmp_path / "index").write_text("garbage that a crash left")
-    commit = git.commit(parent, tmp_path / "new.py", "message", "refs/autoresearch/t/1", tmp_path / "index")
+    commit = git.commit(parent, tmp_path / "new.py", "message", "refs/autoresearch/t/1")
     assert desk.git("diff", "--name-only", parent, commit) == "train.py"
     assert git.read(commit, "train.py") == b"DEPTH = 5\r\n"
     assert desk.git("log", "-1", "--format=%P %an %s", commit) == f"{parent} autoresearch message"
