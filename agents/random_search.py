@@ -69,7 +69,8 @@ def propose(source: str, profile: str, seen: str, rng: random.Random) -> tuple[s
         number, old = knobs[name]
         new = mutate(name, old, rng)
         description = f"{name} {old} -> {new}"
-        if new != old and description not in seen:
+        tried = rf"(?<!\w){re.escape(description)}(?!\.?\w)"  # `2 -> 1` is not in `2 -> 10`
+        if new != old and not re.search(tried, seen):
             lines = source.splitlines(keepends=True)
             lines[number] = KNOB.sub(rf"\g<indent>{name} = {new!r}", lines[number])
             return "".join(lines), description
