@@ -183,7 +183,7 @@ class Git:
     def __call__(self, *args: str, cwd: Path | None = None, env=None, raw: bool = False, default=None):
         """The output of one git command (bytes if raw); `default` if it fails. A held lock is waited for.
 
-        A lock that outlives every git process which ran when it was met was left by a crash, and is removed.
+        A lock that outlives every git process which ran here when it was met was left by a crash, and is removed.
         """
         patience, holders = time.monotonic() + self.LOCK_PATIENCE, None
         while True:
@@ -195,8 +195,7 @@ class Git:
             except self.failure as error:
                 told = error.stderr.removeprefix("\n  stderr: '").rstrip("'") or str(error)
                 if lock := re.search(r"'([^']+\.lock)': File exists", told):
-                    gits = processes("cmdline", rb"^([^\0]*/)?git\0")
-                    holders = gits if holders is None else holders & gits
+                    holders = self.processes() if holders is None else holders & self.processes()
                 elif default is None:
                     raise UserError(f"git {args[0]} failed: {' '.join(told.split())}") from None
                 else:
@@ -208,6 +207,16 @@ class Git:
                 say(f"note: removed {lock[1]}, left by a git that was killed")
                 patience, holders = time.monotonic() + self.LOCK_PATIENCE, None
             time.sleep(0.2)
+
+    def processes(self) -> set[int]:
+        """Ids of the git processes that run in this checkout."""
+        found = set()
+        for pid in processes("cmdline", rb"^([^\0]*/)?git\0"):
+            with contextlib.suppress(OSError):
+                place = Path(os.readlink(f"/proc/{pid}/cwd"))
+                if {self.desk, self.common.parent} & {place, *place.parents}:
+                    found.add(pid)
+        return found
 
     def read(self, commit: str, path: str) -> bytes:
         return self("cat-file", "blob", f"{commit}:{path}", raw=True)
@@ -238,7 +247,7 @@ class Git:
         self("symbolic-ref", "HEAD", f"refs/heads/{branch}")
         self("update-ref", f"refs/heads/{branch}", commit)
         self("read-tree", commit)  # a new index: the old one may be broken, or hide a change
-        self("reset", "--quiet", "--mixed", commit)
+        self("update-index", "-q", "--refresh", default="")  # what did not change is not written anew
         self("restore", "--worktree", "--", ".", f":(exclude){self.spared}")
         if path.is_symlink() or path.read_bytes() != self.read(commit, self.editable):
             raise UserError(f"{path} cannot be set to {commit[:7]}: a git filter or an index flag changes it")

@@ -1,5 +1,6 @@
 """plumbing.py alone: real processes in sessions of their own, real signals, real git with real locks left behind."""
 
+import contextlib
 import os
 import re
 import resource
@@ -263,16 +264,19 @@ def test_lock_left_by_a_crash_is_removed(desk, git, name, capsys):
     assert not lock.exists() and desk.git("rev-parse", "autoresearch/t") == commit
 
 
-def test_lock_of_a_living_git_is_waited_for_then_told(desk, git, tmp_path):
+@pytest.mark.parametrize("place", ["desk", "outside"])
+def test_lock_of_a_living_git_is_waited_for_then_told(desk, git, tmp_path, place):
+    """A git that runs elsewhere, `git log` in a pager say, holds no lock here."""
     lock = desk.path / ".git/index.lock"
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/git").symlink_to(sys.executable)  # a git that takes its time
-    holder = subprocess.Popen([tmp_path / "bin/git", "-c", "import time; time.sleep(60)"])
+    holder = subprocess.Popen([tmp_path / "bin/git", "-c", "import time; time.sleep(60)"], cwd=tmp_path / place)
     lock.write_text("")
     try:
-        with pytest.raises(UserError, match=f"^{re.escape(str(lock))} is held: end the git that holds it, or remove"):
+        told = f"^{re.escape(str(lock))} is held: end the git that holds it, or remove"
+        with pytest.raises(UserError, match=told) if place == "desk" else contextlib.nullcontext():
             git.reset_desk("autoresearch/t", desk.git("rev-parse", "HEAD"))
-        assert lock.exists()
+        assert lock.exists() == (place == "desk")
     finally:
         holder.kill()
         holder.wait()
