@@ -51,14 +51,14 @@ FINAL_LR_FRAC = 0.0  # share of the peak learning rate that is left at the end
 COMPILE = True  # torch.compile the model and Muon's update
 
 if PROFILE in ("pocket", "smoke"):  # CPU-sized values, chosen by measurement on two cores
-    DEPTH = 2  # layers
-    HEAD_DIM = 64  # channels per attention head
-    WINDOW_PATTERN = "L"  # a short window's mask costs more than it saves here
+    DEPTH = 1  # layers
+    ASPECT_RATIO = 96  # channels per layer
+    HEAD_DIM = 48  # channels per attention head
     TOTAL_BATCH_SIZE = 2048  # tokens per optimizer step
     LOSS_CHUNK = 512  # tokens whose logits exist at the same time
-    EMBEDDING_LR = 0.2  # wte and value embeddings (AdamW)
-    UNEMBEDDING_LR = 0.01  # lm_head (AdamW)
-    WARMDOWN_RATIO = 0.8  # share of the time budget in which the learning rate falls
+    EMBEDDING_LR = 0.3  # wte and value embeddings (AdamW)
+    UNEMBEDDING_LR = 0.02  # lm_head (AdamW)
+    WARMDOWN_RATIO = 0.9  # share of the time budget in which the learning rate falls
     COMPILE = False  # the compiler takes longer to start than the whole budget
 
 # ---- Attention: one function, three back-ends ------------------------------------------------------------------------
