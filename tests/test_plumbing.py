@@ -330,7 +330,7 @@ def test_place_leaves_nothing_of_an_earlier_run(desk, git):
     assert desk.git("worktree", "list").count("\n") == 1
 
 
-@pytest.mark.parametrize("state", ["initializing", "no gitdir", "index lock", "half a folder", "plain file"])
+@pytest.mark.parametrize("state", ["initializing", "no gitdir", "empty commondir", "index lock", "half a folder", "no files"])
 def test_place_after_a_crash_in_the_middle(desk, git, state):
     bench, commit = desk.home() / "bench", desk.git("rev-parse", "HEAD")
     git.place(bench, commit)
@@ -340,13 +340,14 @@ def test_place_after_a_crash_in_the_middle(desk, git, state):
     elif state == "no gitdir":
         (admin / "locked").write_text("initializing")
         (admin / "gitdir").unlink()
+    elif state == "empty commondir":  # with one of these, git refuses every worktree of the repository
+        (admin / "commondir").write_text("")
     elif state == "index lock":
         (admin / "index.lock").write_text("")
     elif state == "half a folder":
         (bench / ".git").unlink()
     else:
-        sweep_away = [path for path in bench.iterdir() if path.is_file()]
-        for path in sweep_away:
+        for path in [path for path in bench.iterdir() if path.is_file()]:
             path.unlink()
     for _ in range(2):
         git.place(bench, commit)
