@@ -330,7 +330,9 @@ def test_place_leaves_nothing_of_an_earlier_run(desk, git):
     assert desk.git("worktree", "list").count("\n") == 1
 
 
-@pytest.mark.parametrize("state", ["initializing", "no gitdir", "empty commondir", "index lock", "half a folder", "no files"])
+@pytest.mark.parametrize(
+    "state", ["initializing", "no gitdir", "empty commondir", "index lock", "half a folder", "no files"]
+)
 def test_place_after_a_crash_in_the_middle(desk, git, state):
     bench, commit = desk.home() / "bench", desk.git("rev-parse", "HEAD")
     git.place(bench, commit)
