@@ -19,7 +19,7 @@ COMMIT = 'subprocess.run("git -c user.name=a -c user.email=a@a commit -qam mine"
 
 
 def run(desk, agent, *args, experiments=2, code=0):
-    process = desk.loop("--agent-cmd", agent, "--tag", "t", "--max-experiments", str(experiments), *args, timeout=30)
+    process = desk.loop("--agent-cmd", agent, "--tag", "t", "--max-experiments", str(experiments), *args, timeout=40)
     assert process.returncode == code, process.stderr
     assert "Traceback" not in process.stderr
     return process
@@ -351,7 +351,7 @@ def test_agent_that_fails_hangs_or_edits_nothing_costs_no_row(desk):
 
 
 def test_agent_that_keeps_failing_is_asked_at_doubling_intervals(desk):
-    desk.set_constant("loop.py", "BACKOFF", "0.7, 2")
+    desk.set_constant("loop.py", "BACKOFF", "0.6, 1.8")
     desk.commit("wait shortly")
     process = desk.popen("--agent-cmd", "false", "--tag", "t")
     waits = []
@@ -360,15 +360,8 @@ def test_agent_that_keeps_failing_is_asked_at_doubling_intervals(desk):
     process.terminate()
     assert process.wait(20) == 0
     process.communicate()
-    assert waits == ["1", "1", "2", "2"]  # 0.7, 1.4, 2 and 2 seconds, not 2.8
+    assert waits == ["1", "1", "2", "2"]  # 0.6, 1.2, 1.8 and 1.8 seconds, not 2.4
     assert desk.statuses() == ["keep"]
-
-
-def test_agent_that_cannot_be_started_is_reported_and_costs_no_row(desk):
-    process = desk.loop("--agent-cmd", "/nonexistent/agent", "--tag", "t", "--max-experiments", "1")
-    assert process.returncode == 1
-    assert "error: " in process.stderr and "/nonexistent/agent" in process.stderr
-    assert "Traceback" not in process.stderr and desk.orphans() == []
 
 
 def test_repeat_is_refused_without_a_run_and_the_agent_is_told(desk):
