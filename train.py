@@ -10,12 +10,13 @@ val_bpb, training_seconds, total_seconds (from process start), peak_vram_mb (MiB
 num_steps, num_params_M, depth, startup_seconds, eval_seconds, seed, sample (text that the trained model wrote).
 """
 # ruff: noqa: E402 (the process's clock starts before the slow imports, so that they are counted)
+import os
 import time
 
 PROCESS_STARTED = time.perf_counter()
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin at barriers crawl where cores are shared
 import gc
 import math
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -130,8 +131,7 @@ def probe_attention(backend: Callable, T: int, window: int, device: torch.device
             raise ValueError(f"{name} differs from SDPA by {error:.3f}")
 
 
-# (q, k, v, window) -> y, all (B, T, heads, D): causal, scale 1/sqrt(D), k and v may have fewer heads
-attention: Callable = sdpa_attention  # the back-end in use, set by choose_attention
+attention: Callable = sdpa_attention  # causal, scale 1/sqrt(D), k and v may have fewer heads; see choose_attention
 
 
 def choose_attention(config: "GPTConfig", device: torch.device) -> str:
