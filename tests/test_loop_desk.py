@@ -351,16 +351,16 @@ def test_agent_that_fails_hangs_or_edits_nothing_costs_no_row(desk):
 
 
 def test_agent_that_keeps_failing_is_asked_at_doubling_intervals(desk):
-    desk.set_constant("loop.py", "BACKOFF", "0.6, 1.8")
+    desk.set_constant("loop.py", "BACKOFF", "0.5, 0.9")
     desk.commit("wait shortly")
     process = desk.popen("--agent-cmd", "false", "--tag", "t")
     waits = []
-    while len(waits) < 4 and (line := process.stderr.readline()):
+    while len(waits) < 3 and (line := process.stderr.readline()):
         waits += re.findall(r"again in (\d+) s", line)
     process.terminate()
     assert process.wait(20) == 0
     process.communicate()
-    assert waits == ["1", "1", "2", "2"]  # 0.6, 1.2, 1.8 and 1.8 seconds, not 2.4
+    assert waits == ["0", "1", "1"]  # 0.5, 0.9 and 0.9 seconds, rounded: doubled, then capped
     assert desk.statuses() == ["keep"]
 
 
