@@ -218,7 +218,6 @@ class Ratchet:
         self.done = self.failures = 0  # experiments of this session; proposals that failed in a row
         self.refusal = self.running = ""  # for the prompt: why the last edit was refused, what trains meanwhile
         self.crashed: tuple[str, str] | None = None  # a crashed attempt and the end of its log: to be mended, once
-        self.expected = 0.0  # seconds that a run takes, from the last one
         self.stop_soon, self.stop_now, self.trained = threading.Event(), threading.Event(), threading.Event()
         self.deadline = time.monotonic() + 3600 * getattr(args, "hours", math.inf)
         self.load()
@@ -272,6 +271,7 @@ class Ratchet:
             say(f"note: {', '.join(changed)} differed from the champion; the difference is saved in {diff}")
         self.git.place(self.bench, self.champion)
         self.facts = self.describe()
+        self.expected = self.facts["time_budget"]  # seconds that a run takes; later the last one's
         if "0" not in self.attempts:
             self.champion = self.commit("0", None, "baseline")
         for key in ("profile", "digest"):
@@ -516,7 +516,7 @@ class Ratchet:
     def experiment(self, commit: str, folder: Path, description: str) -> str:
         """Run, judge, record; a kept commit is the champion from now on. Returns the status of the last row."""
         (folder / "change.diff").write_bytes(self.git("diff", f"{commit}^", commit, raw=True))
-        say(f"experiment {folder.name}{self.place_in_run()}: {description}")
+        say(f"{self.place_in_run()}: {description} (runs/{folder.name})")
         self.running, known, verdict = description, commit == self.champion, "again"
         while verdict == "again":
             mine, sigma, best = scores(self.rows).get(commit[:7], []), noise(self.rows), self.best()
@@ -647,13 +647,13 @@ class Ratchet:
 
     def show(self, text: str, log: Path) -> None:
         """The live line: where the run stands and the last line of a log."""
-        best = self.best() or math.nan
-        show(f"experiment{self.place_in_run()} | best {best:.6f} | {text} | {one_line(tail(log, 1))}")
+        best = f"best {self.best():.6f}" if self.best() else "no score yet"
+        show(f"{self.place_in_run()} | {best} | {text} | {one_line(tail(log, 1))}")
 
     def place_in_run(self) -> str:
         total = getattr(self.args, "max_experiments", math.inf)
         left = (total - self.done + 1) * self.expected
-        return "" if total == math.inf else f" {self.done} of {total}" + (f", {duration(left)} left" if left else "")
+        return f"experiment {self.done}" + ("" if total == math.inf else f" of {total}, ~{duration(left)} left")
 
     def summary(self) -> str:
         """Best so far and what it took, in one line."""
