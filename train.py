@@ -53,8 +53,7 @@ COMPILE = True  # torch.compile the model and Muon's update
 
 if PROFILE in ("pocket", "smoke"):  # CPU-sized values, chosen by measurement on two cores
     DEPTH = 1  # layers
-    ASPECT_RATIO = 96  # channels per layer
-    HEAD_DIM = 48  # channels per attention head
+    HEAD_DIM = 64  # channels per attention head
     TOTAL_BATCH_SIZE = 2048  # tokens per optimizer step
     LOSS_CHUNK = 512  # tokens whose logits exist at the same time
     EMBEDDING_LR = 0.3  # wte and value embeddings (AdamW)
