@@ -56,9 +56,9 @@ if PROFILE in ("pocket", "smoke"):  # CPU-sized values, chosen by measurement on
     HEAD_DIM = 64  # channels per attention head
     TOTAL_BATCH_SIZE = 2048  # tokens per optimizer step
     LOSS_CHUNK = 512  # tokens whose logits exist at the same time
-    EMBEDDING_LR = 0.3  # wte and value embeddings (AdamW)
-    UNEMBEDDING_LR = 0.02  # lm_head (AdamW)
-    WARMDOWN_RATIO = 0.9  # share of the time budget in which the learning rate falls
+    EMBEDDING_LR = 0.2  # wte and value embeddings (AdamW)
+    UNEMBEDDING_LR = 0.01  # lm_head (AdamW)
+    WARMDOWN_RATIO = 0.7  # share of the time budget in which the learning rate falls
     COMPILE = False  # the compiler takes longer to start than the whole budget
 
 # ---- Attention: one function, three back-ends ------------------------------------------------------------------------
