@@ -59,7 +59,7 @@ MIN_FREE_GB = 1.0        # GB that the disk must have free before a run
 FIRST_SEED = 42          # every attempt's first run; its replicates count up from here
 ASSUMED_SIGMA = 0.0004   # bpb between runs of one commit (one H100); for the report where no commit was run twice
 
-SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)  # variables withheld from training
+SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH|_PAT$", re.IGNORECASE)  # variables withheld from training
 COLUMNS = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
 
 

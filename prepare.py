@@ -59,7 +59,7 @@ class Profile(NamedTuple):
 PROFILES = {  # your own data is one more row
     "climbmix": Profile("karpathy/climbmix-400b-shuffle", 2048, 300, 40 * 524288, 8192, hub_shards=6543),
     "code": Profile("python:all", 2048, 300, 40 * 524288, 8192),
-    "pocket": Profile("python:stdlib", 256, 30, 2**16, 2048),
+    "pocket": Profile("python:stdlib", 256, 30, 2**18, 2048),
     "smoke": Profile("python:stdlib", 64, 2, 2**13, 512, max_chars=2_000_000),
 }
 
@@ -354,9 +354,9 @@ def _split(documents, folder):
                     texts.clear()
             if end:
                 break
-            number = int(hashlib.sha256(document.encode()).hexdigest(), 16)
-            name = {0: "val", 1: "test"}.get(number % 20, f"train_{number // 20 % TRAIN_SHARDS:05d}")
-            pieces[name] += _cut(document, 2 * MAX_SEQ_LEN)
+            held_out = {0: "val", 1: "test"}.get(int(hashlib.sha256(document.encode()).hexdigest(), 16) % 20)
+            for piece in _cut(document, 2 * MAX_SEQ_LEN):  # a short run sees one shard: it has of every document
+                pieces[held_out or f"train_{rng.randrange(TRAIN_SHARDS):05d}"].append(piece)
             chars += len(document)
     os.replace(part, folder)
 

@@ -56,8 +56,8 @@ if PROFILE in ("pocket", "smoke"):  # CPU-sized values, chosen by measurement on
     HEAD_DIM = 64  # channels per attention head
     TOTAL_BATCH_SIZE = 2048  # tokens per optimizer step
     LOSS_CHUNK = 512  # tokens whose logits exist at the same time
-    EMBEDDING_LR = 0.2  # wte and value embeddings (AdamW)
-    UNEMBEDDING_LR = 0.01  # lm_head (AdamW)
+    EMBEDDING_LR = 0.3  # wte and value embeddings (AdamW)
+    UNEMBEDDING_LR = 0.005  # lm_head (AdamW)
     WARMDOWN_RATIO = 0.7  # share of the time budget in which the learning rate falls
     COMPILE = False  # the compiler takes longer to start than the whole budget
 
@@ -226,8 +226,8 @@ class Block(nn.Module):
 
 
 def head_logits(x: Tensor, weight_VC: Tensor) -> Tensor:
-    """(..., C) to float32 logits (..., V), soft-capped to ±15."""
-    return 15 * torch.tanh(F.linear(x, weight_VC).float() / 15)
+    """(..., C) to float32 logits (..., V), soft-capped: 15 tanh(logits / 15); sigmoid is 6 times as fast on a CPU."""
+    return 30 * torch.sigmoid(F.linear(x, weight_VC).float() / 7.5) - 15
 
 
 def head_loss(x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor) -> Tensor:
