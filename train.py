@@ -14,7 +14,7 @@ import os
 import time
 
 PROCESS_STARTED = time.perf_counter()
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin at barriers crawl where cores are shared
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # at barriers: libgomp's default crawls where cores are shared
 import gc
 import math
 import re
