@@ -41,7 +41,7 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 
-# requests, pyarrow, rustbpe and tqdm are imported where they are needed: train.py starts sooner without them.
+# requests, pyarrow, rustbpe and tqdm are imported where they are needed: train.py starts sooner.
 
 # ----- Profiles -----
 
@@ -88,15 +88,15 @@ MIN_ROWS = 64  # rows, that every split must give
 
 
 class UserError(Exception):
-    """Something that a person can mend: what, the value received, what to do next."""
+    """Something that a person can mend."""
 
 
 class EvaluationRefused(RuntimeError):
-    """The judge does not score this model or this run; the message gives reason and figures."""
+    """The judge does not score this model or run; the message says why."""
 
 
 class BudgetExceeded(EvaluationRefused):
-    """The run trained longer than TIME_BUDGET allows."""
+    """Trained longer than TIME_BUDGET allows."""
 
 
 class NotCausal(EvaluationRefused):
@@ -125,7 +125,7 @@ def _write_text(path, text):
 
 
 def _lock(path, waiting_for):
-    """Takes an exclusive flock and says so if it has to wait; closing the file, or dying, gives it back."""
+    """Takes an exclusive flock, saying so if it has to wait; closing the file, or dying, gives it back."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "a")  # noqa: SIM115
     try:
@@ -145,7 +145,7 @@ DISK_FACTOR = 2.5  # bytes on disk for one of parquet: the shard, its tokens, so
 
 
 def _session():
-    """A requests session that repeats what is answered with 429 or 5xx, after as long as Retry-After says."""
+    """Repeats what is answered with 429 or 5xx, after as long as Retry-After says."""
     import requests
     from requests.adapters import HTTPAdapter, Retry
 
@@ -161,7 +161,7 @@ def _session():
 
 
 def _download_all(urls: dict[Path, str], workers: int) -> None:
-    """Fetches every file that is not there; UserError with the list of what is missing in the end."""
+    """Fetches what is not there; UserError with the list of what is missing in the end."""
     todo, total, failed = [path for path in urls if not path.exists()], 0, []
     if not todo:
         return
@@ -188,7 +188,7 @@ def _download_all(urls: dict[Path, str], workers: int) -> None:
 
 
 def _download(session, url, path, bar):
-    """Fetches one shard by way of path.part, which outlives failures and is continued."""
+    """Fetches one shard by way of path.part, which is continued after a failure."""
     part, failures = path.with_name(path.name + ".part"), 0
     part.parent.mkdir(parents=True, exist_ok=True)
     while True:
@@ -207,7 +207,7 @@ def _download(session, url, path, bar):
 
 
 def _fetch(session, url, part, bar):
-    """Appends what `part` lacks, or writes it anew if the server knows no ranges; checks length and SHA-256."""
+    """Appends what `part` lacks (all, if the server knows no ranges); checks length and SHA-256."""
     have = _size(part)
     asked = {"Range": f"bytes={have}-"} if have else {}
     with session.get(url, headers=asked, stream=True, timeout=HTTP_TIMEOUT) as answer:
@@ -226,7 +226,7 @@ def _fetch(session, url, part, bar):
 
 
 def _size_and_sha256(answer):
-    """Of the whole file, as far as the server says; the hub says so when it redirects to its storage."""
+    """Of the whole file, if the server says; the hub does where it redirects to its storage."""
     headers = {key.lower(): value for one in (*answer.history, answer) for key, value in one.headers.items()}
     of_range = answer.headers.get("Content-Range", "/").split("/")[1]  # "bytes 5-9/10", "bytes */10"
     size = headers.get("x-linked-size") or of_range or answer.headers.get("Content-Length", "")
@@ -266,7 +266,7 @@ def _texts(num_shards: int | None, workers: int) -> dict[str, Path]:
 
 
 def _local_files() -> list[Path]:
-    """The files of a local source in the order of their paths; none if there is no such place."""
+    """The files of a local source; none if there is no such place."""
     if SOURCE.startswith("python:"):
         paths, packages = sysconfig.get_paths(), {"site-packages", "dist-packages"}
         files = {file for file in Path(paths["stdlib"]).rglob("*.py") if not packages & {*file.parts}}
@@ -319,7 +319,7 @@ def _open_parquet(path):
 
 
 def _document_batches(path):
-    """Yields lists of at most BATCH_DOCUMENTS documents of one row group. A null is an empty document."""
+    """Yields lists of documents, each of one row group. A null is an empty document."""
     parquet = _open_parquet(path)
     for group in range(parquet.num_row_groups):
         for batch in parquet.iter_batches(BATCH_DOCUMENTS, row_groups=[group], columns=["text"], use_threads=False):
@@ -333,7 +333,7 @@ def _well_formed(text):
 
 
 def _split(documents, folder):
-    """Writes val, test and the training shards. A document's SHA-256 says which, so no text is in two splits."""
+    """Writes the shards. A document's SHA-256 chooses its split, so no text is in two."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -362,7 +362,7 @@ def _split(documents, folder):
 
 
 def _cut(document, limit):
-    """Yields pieces of at most `limit` characters, cut at line ends; a single longer line is cut hard."""
+    """Yields pieces of at most `limit` characters, cut at line ends; a longer line is cut hard."""
     start = 0
     while start < len(document):
         end = start + limit
@@ -391,7 +391,7 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, directory: Path | None = None) -> "Tokenizer":
-        """Reads tokenizer.tiktoken and tokenizer.json, by default the profile's. UserError if there are none."""
+        """Reads a folder's tokenizer files, by default the profile's. UserError if there are none."""
         directory = Path(directory or CACHE)
         try:
             lines = (directory / "tokenizer.tiktoken").read_bytes().splitlines()
@@ -427,7 +427,7 @@ class Tokenizer:
 
 
 def _chunks(text):
-    """Yields a long text in chunks that end before a line without leading white space: no token crosses there."""
+    """Yields chunks that end before a line without leading white space: no token crosses there."""
     start = 0
     while len(text) - start > CHUNK_CHARS:
         end = text.rfind("\n", start, start + CHUNK_CHARS) + 1
@@ -496,7 +496,7 @@ def _read_shard(path: Path) -> Shard:
 
 
 def _tokenize(texts: dict[str, Path]) -> None:
-    """Writes the token files that are missing; all cores encode, batch by batch, so that memory stays bounded."""
+    """Writes the missing token files on all cores, batch by batch, so that memory stays bounded."""
     todo = [name for name in texts if not _tokens_path(name).exists()]
     if not todo:
         return
@@ -548,7 +548,7 @@ def _manifest(may_change=()):
 
 
 def _check_files(manifest: dict) -> dict[str, str]:
-    """SHA-256 of each metric file, recomputed; UserError naming one that is not as it was prepared."""
+    """SHA-256 of each metric file, recomputed; UserError names one that changed."""
     found = {name: _sha256(CACHE / name) if (CACHE / name).exists() else "none" for name in METRIC_FILES}
     for name, file in manifest["metric"]["files"].items():
         if found[name] != file["sha256"]:
@@ -559,7 +559,7 @@ def _check_files(manifest: dict) -> dict[str, str]:
 
 
 def _write_manifest(train: list[str]) -> dict:
-    """Counts the rows of each split, makes the metric files read-only and writes manifest.json."""
+    """Counts rows, makes the metric files read-only, writes manifest.json."""
     scored, rows = max(EVAL_TOKENS // MAX_SEQ_LEN, 1), {}
     for split, names in {"val": ["val"], "test": ["test"], "train": train}.items():
         stream = RowStream([_read_shard(_tokens_path(name)) for name in names], MAX_SEQ_LEN)

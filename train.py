@@ -32,7 +32,7 @@ from torch.optim.adamw import adamw
 import prepare
 from prepare import MAX_SEQ_LEN, PROFILE, SEED, TIME_BUDGET, UserError, training_seconds
 
-# ---- Knobs -----------------------------------------------------------------------------------------------------------
+# ---- Knobs ----
 DEPTH = 8  # layers
 ASPECT_RATIO = 64  # channels per layer: the width is DEPTH * ASPECT_RATIO, rounded up to a multiple of HEAD_DIM
 HEAD_DIM = 128  # channels per attention head
@@ -61,7 +61,7 @@ if PROFILE in ("pocket", "smoke"):  # CPU-sized values, chosen by measurement on
     WARMDOWN_RATIO = 0.7  # share of the time budget in which the learning rate falls
     COMPILE = False  # the compiler takes longer to start than the whole budget
 
-# ---- Attention: one function, three back-ends ------------------------------------------------------------------------
+# ---- Attention: one function, three back-ends ----
 FLASH_KERNEL = {"repo_id": "kernels-community/flash-attn3", "version": 1}  # on the Hugging Face hub, pinned
 LOAD_ERRORS = (ImportError, OSError, RuntimeError, ValueError, AttributeError, TypeError)  # of a missing kernel
 _masks: dict = {}  # built before a model is compiled, shared by its layers
@@ -153,7 +153,7 @@ def choose_attention(config: "GPTConfig", device: torch.device) -> str:
     return "sdpa"
 
 
-# ---- Model -----------------------------------------------------------------------------------------------------------
+# ---- Model ----
 
 @dataclass
 class GPTConfig:
@@ -346,7 +346,7 @@ def model_config(vocab_size: int) -> GPTConfig:
     return GPTConfig(MAX_SEQ_LEN, vocab_size, DEPTH, n_head, n_head, n_head * HEAD_DIM, WINDOW_PATTERN)
 
 
-# ---- Optimizer -------------------------------------------------------------------------------------------------------
+# ---- Optimizer ----
 POLAR_EXPRESS = (  # (a, b, c) of each step, arXiv 2505.16932
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -423,7 +423,7 @@ class MuonAdamW(torch.optim.Optimizer):
         torch._foreach_copy_(params, self._muon_update(p, g, *state.values(), *scalars).unbind())
 
 
-# ---- Schedules: functions of progress (share of the time budget that is used, 0 to 1) or of the step -----------------
+# ---- Schedules: functions of progress (share of the time budget that is used, 0 to 1) or of the step ----
 
 def get_lr_multiplier(progress: float) -> float:
     if progress < WARMUP_RATIO:
@@ -449,7 +449,7 @@ def set_schedules(optimizer: MuonAdamW, step: int, progress: float) -> None:
             group["momentum"], group["weight_decay"] = get_muon_momentum(step), get_weight_decay(progress)
 
 
-# ---- Warm-up: what must not be timed, on state that is restored ------------------------------------------------------
+# ---- Warm-up: what must not be timed, on state that is restored ----
 
 def fit_device_batch(trial: Callable[[int], None], total_rows: int, upper_bound: int) -> int:
     """The largest divisor of total_rows, up to upper_bound, for which trial(rows) has memory; the bound is halved."""
@@ -499,7 +499,7 @@ def warm_up(model: nn.Module, optimizer: MuonAdamW, vocab_size: int) -> int:
     return device_batch
 
 
-# ---- Training loop ---------------------------------------------------------------------------------------------------
+# ---- Training loop ----
 LOG_SECONDS = 5  # a line this often, where stderr is no terminal
 MAX_LOSS = 100  # nats per token; an untrained model has ln(V), about 9
 
@@ -560,7 +560,7 @@ def train(model: nn.Module, optimizer: MuonAdamW, loader, device_batch: int, mfu
     return step
 
 
-# ---- Summary ---------------------------------------------------------------------------------------------------------
+# ---- Summary ----
 PEAK_TFLOPS = {  # dense bf16, by a word in the device's name; the first match counts
     "B200": 2250, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "GH200": 989, "H200": 989, "H20": 148, "A100": 312,
     "A40": 150, "A10": 125, "L40S": 362, "L4": 121, "RTX 5090": 210, "RTX 4090": 165, "RTX 3090": 71,
