@@ -69,6 +69,7 @@ def test_ctrl_c_twice_or_term_stops_now(desk, signals, mode):
 def test_ctrl_c_in_the_whole_foreground_group_hurts_neither_agent_nor_git(desk):
     """As a terminal sends it: to every process of the group."""
     process = start_slow(desk, 1, "--ahead")
+    wait_for(lambda: any("train.py" in command for command in desk.orphans()))  # it has a session of its own by then
     os.killpg(process.pid, signal.SIGINT)
     done = ended(process)
     assert done.returncode == 0 and errors(done) == []
