@@ -79,6 +79,8 @@ seed = int(os.environ.get("AUTORESEARCH_SEED", 42))
 prepare.finish(1.0 + abs(DEPTH - 12) / 100 + abs(LR - 0.1) / 10 + NOISE * (seed - 42))
 '''
 
+DEEPER = 'knob("DEPTH", knob("DEPTH") + 1)'  # for Desk.agent: a proposal that is better, up to 12
+
 IGNORED = "results.tsv\nrun.log\nruns\nexperiment.txt\nSTOP\nprogress.png\n__pycache__/\n"
 
 
@@ -199,6 +201,23 @@ def wait_for(condition, seconds: float = 20.0):
         assert time.monotonic() < end, "the condition did not come true"
         time.sleep(0.01)
     return value
+
+
+def errors(done: subprocess.CompletedProcess) -> list[str]:
+    """The lines of stderr that tell a failure; a traceback is never one."""
+    assert "Traceback" not in done.stderr, done.stderr
+    return [line for line in done.stderr.splitlines() if line.startswith("error:")]
+
+
+def ended(process: subprocess.Popen) -> subprocess.CompletedProcess:
+    out, err = process.communicate(timeout=30)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def has_event(desk: Desk, event: str, count: int = 1):
+    """A condition to wait for: so many such events are in the timeline."""
+    path = desk.home() / "timeline.jsonl"
+    return lambda: path.exists() and path.read_text().count(f'"event": "{event}"') >= count
 
 
 @pytest.fixture

@@ -9,26 +9,7 @@ import sys
 import time
 
 import pytest
-from conftest import Desk, wait_for
-
-DEEPER = 'knob("DEPTH", knob("DEPTH") + 1)'
-
-
-def errors(done: subprocess.CompletedProcess) -> list[str]:
-    """The lines of stderr that tell a failure; a traceback is never one."""
-    assert "Traceback" not in done.stderr, done.stderr
-    return [line for line in done.stderr.splitlines() if line.startswith("error:")]
-
-
-def ended(process: subprocess.Popen) -> subprocess.CompletedProcess:
-    out, err = process.communicate(timeout=30)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-
-def has_event(desk: Desk, event: str, count: int = 1):
-    """A condition to wait for: so many such events are in the timeline."""
-    path = desk.home() / "timeline.jsonl"
-    return lambda: path.exists() and path.read_text().count(f'"event": "{event}"') >= count
+from conftest import DEEPER, Desk, ended, errors, has_event, wait_for
 
 
 def start_slow(desk: Desk, seconds: float, *options: str) -> subprocess.Popen:
