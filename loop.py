@@ -20,7 +20,6 @@ if __name__ == "__main__":  # an agent may have left a json.py beside this file:
 
 import argparse
 import contextlib
-import datetime
 import hashlib
 import json
 import math
@@ -38,7 +37,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agents.clis import AGENTS, choose_agent
-from plumbing import MARK, Git, UserError, duration, flock_now, run_child, say, show, sweep, tail, write_atomically
+from plumbing import Git, UserError, duration, flock_now, run_child, say, show, sweep, tail, watch, write_atomically
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a fork for another domain changes
@@ -57,7 +56,7 @@ BACKOFF = 5, 600         # seconds, first and longest wait after a failed propos
 POLL = 10                # seconds between looks at an environment that must recover
 MIN_FREE_GB = 1.0        # GB that the disk must have free before a run
 FIRST_SEED = 42          # every attempt's first run; its replicates count up from here
-ASSUMED_SIGMA = 0.0004   # bpb between runs of one commit (one H100); for the report where no commit was run twice
+ASSUMED_SIGMA = {"climbmix": 0.0004, "pocket": 0.014}  # bpb between runs of one commit, where none was run twice
 
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH|_PAT$", re.IGNORECASE)  # variables withheld from training
 COLUMNS = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
@@ -206,7 +205,7 @@ class Ratchet:
         self.desk, self.args = Path(__file__).resolve().parent, args
         self.git = Git(self.desk, EDITABLE, spared=INSTRUCTIONS)
         self.start_branch = self.git("symbolic-ref", "--short", "--quiet", "HEAD", default="")
-        today = f"{datetime.date.today():%b%d}".lower()
+        today = time.strftime("%b%d").lower()
         self.tag = tag or (self.start_branch[13:] if self.start_branch.startswith("autoresearch/") else today)
         self.branch, self.refs = f"autoresearch/{self.tag}", f"refs/autoresearch/{self.tag}/"
         if "/" in self.tag or not self.git("check-ref-format", "--branch", self.branch, default=""):
@@ -235,6 +234,10 @@ class Ratchet:
         if kept and kept[-1] not in self.hashes:
             raise UserError(f"the ledger's last kept commit {kept[-1]} is not in {self.refs}: choose another --tag")
         self.champion = self.hashes[kept[-1]] if kept else self.attempts.get("0") or self.git("rev-parse", "HEAD")
+
+    def trailer(self, key: str) -> str:
+        """What the champion's commit says of the profile or the data's digest."""
+        return self.git("log", "-1", f"--format=%(trailers:key=Autoresearch-{key},valueonly)", self.champion).strip()
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -275,8 +278,7 @@ class Ratchet:
         if "0" not in self.attempts:
             self.champion = self.commit("0", None, "baseline")
         for key in ("profile", "digest"):
-            had = self.git("log", "-1", f"--format=%(trailers:key=Autoresearch-{key},valueonly)", self.champion).strip()
-            if had != self.facts[key]:
+            if (had := self.trailer(key)) != self.facts[key]:
                 now = f"this is {self.facts[key][:12]}: set AUTORESEARCH_PROFILE and AUTORESEARCH_CACHE as they were"
                 raise UserError(f"tag {self.tag} was begun under {key} {had[:12]}, {now}, or choose another --tag")
         write_atomically(self.ledger, COLUMNS + "".join(map(str, self.rows)))
@@ -295,7 +297,7 @@ class Ratchet:
             facts = json.loads(child.stdout.splitlines()[-1])
             if not facts["prepared"] and may_prepare:
                 say(f"profile {facts['profile']} ({facts['reason']}) has no data yet: preparing it in {facts['cache']}")
-                subprocess.run(PREPARE_COMMAND, cwd=self.bench, stdin=subprocess.DEVNULL)
+                watch(PREPARE_COMMAND, cwd=self.bench, stop=self.stop_now)
         if self.stop_soon.is_set() and not self.facts:
             raise StopNow
         if not facts["prepared"]:
@@ -335,7 +337,7 @@ class Ratchet:
         return f"{self.home}:{role}"
 
     def child_env(self, role: str) -> dict[str, str]:
-        own = "AUTORESEARCH_RESULT", "AUTORESEARCH_AUDIT", "AUTORESEARCH_SEED", MARK
+        own = "AUTORESEARCH_RESULT", "AUTORESEARCH_AUDIT", "AUTORESEARCH_SEED", "AUTORESEARCH_MARK"
         kept = [key for key in os.environ if key not in own and (role == "agent" or not SECRET.search(key))]
         profile = {"AUTORESEARCH_PROFILE": self.facts["profile"]} if self.facts else {}
         return {key: os.environ[key] for key in kept} | profile
@@ -555,10 +557,9 @@ class Ratchet:
 
     def run(self) -> None:
         """Baseline, then propose, run and record until asked to stop."""
-        facts = self.facts
-        ahead = facts["device"] == "cuda" if self.args.ahead is None else self.args.ahead
-        device = f"{facts['device_name']}, {facts['time_budget']} s of training a run"
-        say(f"{self.branch}: profile {facts['profile']} ({facts['reason']}), {device}")
+        ahead = self.facts["device"] == "cuda" if self.args.ahead is None else self.args.ahead
+        told = "profile {profile} ({reason}), {device_name}, {time_budget} s of training a run".format(**self.facts)
+        say(f"{self.branch}: {told}")
         (self.desk / "STOP").unlink(missing_ok=True)  # an old one
         self.note("session")
         waiting: Future | None = None
@@ -608,6 +609,7 @@ class Ratchet:
             theirs.write_bytes(text or theirs.read_bytes())
         if problem := problem or self.gate(theirs):
             say(f"proposal {proposal.folder.name} dropped: {problem}")
+            self.refusal = problem
         return not problem
 
     def stopping(self) -> bool:

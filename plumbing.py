@@ -146,6 +146,14 @@ def run_child(command, *, cwd, env, mark, log, limit, stop, tick, stdin=os.devnu
     return reason
 
 
+def watch(command, *, cwd, stop) -> None:
+    """Run a command whose output is for the person to see, until it ends or the event `stop` is set."""
+    with subprocess.Popen(command, cwd=cwd, stdin=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            if stop.wait(0.2):
+                process.terminate()
+
+
 def flock_now(file) -> bool:
     """Take the lock on an open file if nobody else has it."""
     with contextlib.suppress(BlockingIOError):

@@ -85,15 +85,18 @@ def report(ratchet: Ratchet | None, ledger: str | None) -> int:
     gain = high - low
     print(f"best {low:.6f} ({best}), baseline {high:.6f}, gain {gain:.6f} bpb ({gain / (high or 1):.2%})\n")
 
-    sigma = noise(rows)
+    profile = ratchet.trailer("profile") if ratchet else ""
+    of = profile if profile in ASSUMED_SIGMA else next(iter(ASSUMED_SIGMA))
+    sigma = noise(rows) or ASSUMED_SIGMA[of]
     print(f"{'kept':8} {METRIC:>8} {'gain':>9}  {'':12} description")
     print(f"{first:8} {high:8.6f} {'':9}  {'':12} {kept[first]}")
     for before, commit in itertools.pairwise(kept):
         gain = statistics.fmean(values[before]) - statistics.fmean(values[commit])
-        word = "resolved" if is_resolved(values[before], values[commit], sigma or ASSUMED_SIGMA) else "within noise"
+        word = "resolved" if is_resolved(values[before], values[commit], sigma) else "within noise"
         print(f"{commit:8} {statistics.fmean(values[commit]):8.6f} {gain:9.6f}  {word:12} {kept[commit]}")
-    source = "from commits that were run more than once" if sigma else "assumed; --replicates 3 measures it"
-    print(f"\nnoise of one run: {sigma or ASSUMED_SIGMA:.6f} bpb ({source}); resolved: over 2 standard errors")
+    assumed = f"assumed, as measured for {of}; --replicates 3 measures it here"
+    source = "from commits that were run more than once" if noise(rows) else assumed
+    print(f"\nnoise of one run: {sigma:.6f} bpb ({source})\nresolved: the gain is over 2 standard errors")
     plot(rows, desk / "progress.png")
     print(f"picture: {desk / 'progress.png'}")
     return 0

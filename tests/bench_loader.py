@@ -1,6 +1,6 @@
 """What the loader, the tokenizer and the evaluator cost here, in one run:
 
-    PYTHONPATH=. uv run python tests/bench_loader.py
+    uv run tests/bench_loader.py
 
 Documents of log-normal length, 1,000 tokens on average, rows of 2048 tokens, 128 rows a batch: 262,144 tokens.
 """
@@ -8,6 +8,7 @@ Documents of log-normal length, 1,000 tokens on average, rows of 2048 tokens, 12
 import itertools
 import os
 import resource
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -16,6 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from test_loader import plain_rows
 
 import prepare
@@ -107,7 +110,7 @@ def bench_evaluator(device):
     peak = (torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else peak_mb()) - before
     whole = logits.numel() * 4 / 2**20
     print(f"losses of {rows} x {T} rows, V {prepare.VOCAB_SIZE}, on {device}: {ms:.0f} ms, +{peak:.0f} MB ", end="")
-    print(f"(float32 logits of the batch would be {whole:.0f} MB)")
+    print(f"(float32 logits of the batch: {whole:.0f} MB, {whole / peak:.1f} times as much)")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How many false keeps each rule makes in a night of experiments, and what it costs in runs: a simulation.
 
-    uv run python tests/bench_noise.py [LEDGER] [--sigma 0.00037] [--nights 2000]
+    uv run tests/bench_noise.py [LEDGER] [--sigma 0.00037] [--nights 2000]
 
 The decision and the estimate of sigma are loop.py's own. A night is the true effects of a ledger: of each scored row,
 its difference from the champion of its time (crashes left out), in the order of the ledger; without LEDGER a synthetic

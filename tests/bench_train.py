@@ -2,9 +2,9 @@
 
     uv run tests/bench_train.py                  # tokens per second: variants interleaved in one process, medians
     uv run tests/bench_train.py --compile        # torch.compile among them
-    uv run tests/bench_train.py --compile-cache  # start-up of a compiled run, cold and with the cache kept
+    uv run tests/bench_train.py --overhead       # what a run takes outside its budget, compile cache cold and kept
 
-Uses the knobs of the profile (AUTORESEARCH_PROFILE); random tokens, so no data is needed for the first form.
+Uses the knobs of the profile (AUTORESEARCH_PROFILE); random tokens, so no data is needed for the first two forms.
 """
 
 import os
@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import prepare
 import train
 
+ROOT = Path(__file__).parents[1]
 ROUNDS = 15
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -118,16 +119,25 @@ def compare() -> None:
         print(f"{name:<28}{1000 * each:8.1f} ms {tokens / each:10,.0f} tok/s {base / each:6.2f}x")
 
 
-def compile_cache() -> None:
-    code = "import train; train.COMPILE = True; raise SystemExit(train.main())"
+def overhead() -> None:
+    """Whole runs, data prepared before: the seconds of each that are not training, interpreter start and exit too."""
+    print(f"profile {prepare.PROFILE}, seconds outside the budget of {prepare.TIME_BUDGET:g} s")
+    print(f"{'':24}{'start-up':>10}{'evaluation':>12}{'sample, exit':>14}{'in all':>8}{'steps':>8}")
     with tempfile.TemporaryDirectory() as folder:
         env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": folder}
-        for name in ("cold", "cache kept"):
-            run = subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True, text=True)
+        for name, compiled in {"eager": False, "compiled, cache cold": True, "compiled, cache kept": True}.items():
+            code = f"import train; train.COMPILE = {compiled}; raise SystemExit(train.main())"
+            started = time.perf_counter()
+            command = [sys.executable, "-c", code]
+            run = subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True, text=True)
+            wall = time.perf_counter() - started
             found = dict(line.split(": ", 1) for line in run.stdout.splitlines() if ": " in line)
-            values = {key: found[key].strip() for key in ("startup_seconds", "num_steps", "eval_seconds", "val_bpb")}
-            print(name, values, flush=True)
+            startup, evaluation, training = (float(found[f"{key}_seconds"]) for key in ("startup", "eval", "training"))
+            outside = wall - training
+            rest = outside - startup - evaluation
+            row = f"{startup:10.1f}{evaluation:12.1f}{rest:14.1f}{outside:8.1f}{int(found['num_steps']):8}"
+            print(f"{name:<24}{row}", flush=True)
 
 
 if __name__ == "__main__":
-    compile_cache() if "--compile-cache" in sys.argv else compare()
+    overhead() if "--overhead" in sys.argv else compare()

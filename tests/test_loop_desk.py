@@ -505,6 +505,7 @@ def ahead_agent(desk, second: str) -> str:
         f"""
         n = count()
         (OUTSIDE / f"depth{{n}}").write_text(str(knob("DEPTH")))
+        (OUTSIDE / f"prompt{{n}}").write_text(prompt)
         if n == 1:
             knob("DEPTH", 6)
         elif n == 2:
@@ -532,6 +533,7 @@ def test_waiting_edit_that_conflicts_with_a_new_champion_is_proposed_anew(desk):
     process = run(desk, ahead_agent(desk, 'knob("DEPTH", 7)'), "--ahead")
     assert "dropped: it conflicts with the new champion" in process.stderr
     assert (desk.outside / "depth3").read_text() == "6.0"
+    assert "refused: it conflicts with the new champion" in (desk.outside / "prompt3").read_text()
     assert [row[1] for row in desk.rows()] == ["1.080000", "1.060000", "1.060000"]
     assert_unharmed(desk)
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import DEEPER, Desk, ended, errors, has_event, wait_for
@@ -55,6 +56,20 @@ def test_ctrl_c_in_the_whole_foreground_group_hurts_neither_agent_nor_git(desk):
     done = ended(process)
     assert done.returncode == 0 and errors(done) == []
     assert desk.statuses() == ["keep"] * 3
+
+
+def test_term_ends_the_first_preparation(desk):
+    source = (desk.path / "prepare.py").read_text()
+    main = 'if __name__ == "__main__":\n'
+    slow = '    import time\n    (CACHE.parent / "pid").write_text(str(os.getpid()))\n    time.sleep(60)\n'
+    (desk.path / "prepare.py").write_text(source.replace(main, main + slow))
+    desk.commit("data that takes long")
+    process = desk.popen("--tag", "t", "--agent-cmd", desk.agent("count()"))
+    pid = wait_for(lambda: (path := desk.cache.parent / "pid").exists() and path.read_text())
+    process.send_signal(signal.SIGTERM)
+    done = ended(process)
+    assert done.returncode == 0 and errors(done) == []
+    assert not Path("/proc", pid).exists()
 
 
 def test_ctrl_c_ends_a_backoff(desk):
