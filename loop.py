@@ -25,6 +25,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import signal
 import statistics
@@ -36,7 +37,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import report
 from agents.clis import AGENTS, choose_agent
+from ledger import AGAIN, COLUMNS, Row, decide, noise, one_line, parse_ledger, scores
 from plumbing import Git, UserError, duration, flock_now, run_child, say, show, sweep, tail, watch, write_atomically
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -56,10 +59,8 @@ BACKOFF = 5, 600         # seconds, first and longest wait after a failed propos
 POLL = 10                # seconds between looks at an environment that must recover
 MIN_FREE_GB = 1.0        # GB that the disk must have free before a run
 FIRST_SEED = 42          # every attempt's first run; its replicates count up from here
-ASSUMED_SIGMA = {"climbmix": 0.0004, "pocket": 0.014}  # bpb between runs of one commit, where none was run twice
 
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH|_PAT$", re.IGNORECASE)  # variables withheld from training
-COLUMNS = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
 
 
 class StopNow(Exception):
@@ -68,80 +69,6 @@ class StopNow(Exception):
 
 class Crash(Exception):
     """A run without a believable result; the message is the reason that the ledger records."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The ledger: text in, rows out; and the decision. Pure functions
-
-
-@dataclass(frozen=True)
-class Row:
-    commit: str  # 7 characters
-    val_bpb: float  # 0 for a crash
-    memory_gb: float  # GiB
-    status: str  # keep, discard or crash
-    description: str
-
-    def __str__(self) -> str:
-        return f"{self.commit}\t{self.val_bpb:.6f}\t{self.memory_gb:.1f}\t{self.status}\t{self.description}\n"
-
-
-def parse_ledger(text: str) -> tuple[list[Row], int]:
-    """The rows of a ledger and the number of lines that are none; forgiving, an agent may have written it by hand."""
-    rows, bad = [], 0
-    for line in filter(str.strip, text.splitlines()):
-        cells = line.split("\t", 4) if line.count("\t") > 2 else line.split(None, 4)
-        try:
-            commit, score, memory, status = cells[0].strip(), float(cells[1]), float(cells[2]), cells[3].strip().lower()
-            if not math.isfinite(score) or status not in ("keep", "discard", "crash"):
-                raise ValueError
-            rows.append(Row(commit, score, memory, status, "".join(cells[4:]).strip()))
-        except (ValueError, IndexError):
-            bad += cells[0].strip().lower() != "commit"
-    return rows, bad
-
-
-def one_line(text: str, limit: int = 200) -> str:
-    """Fit for a cell of the ledger: no tab, newline or other control character, nor what UTF-8 cannot hold."""
-    return " ".join(re.sub(r"[\x00-\x20\x7f-\x9f\u2028\u2029\ud800-\udfff]+", " ", text).split())[:limit].rstrip()
-
-
-def scores(rows: list[Row]) -> dict[str, list[float]]:
-    """Commit -> its scores (bpb), crashes left out, in the order of the ledger."""
-    found: dict[str, list[float]] = {}
-    for row in rows:
-        if row.status != "crash":
-            found.setdefault(row.commit, []).append(row.val_bpb)
-    return found
-
-
-def noise(rows: list[Row]) -> float | None:
-    """Pooled standard deviation (bpb) of the commits that were run more than once; None where none was."""
-    groups = [values for values in scores(rows).values() if len(values) > 1]
-    squares = sum(statistics.variance(values) * (len(values) - 1) for values in groups)
-    return math.sqrt(squares / sum(len(values) - 1 for values in groups)) if groups else None
-
-
-def is_resolved(before: list[float], after: list[float], sigma: float) -> bool:
-    """True if the means differ by more than twice the standard error of their difference."""
-    gain = statistics.fmean(before) - statistics.fmean(after)
-    return gain > 2 * sigma * math.sqrt(1 / len(before) + 1 / len(after))
-
-
-def decide(champion: list[float], candidate: list[float], sigma: float | None) -> str:
-    """`keep`, `discard` or `again` (one more run on a fresh seed), from the scores (bpb) of the two commits.
-
-    Without sigma the plain rule: lower is kept. With it, a first gain under 2*sqrt(2)*sigma, twice the noise of the
-    difference of two runs, is not believed before a second run; then the means decide.
-    """
-    gain = statistics.fmean(champion) - statistics.fmean(candidate)
-    if gain <= 0:
-        return "discard"
-    if sigma is None:
-        return "keep"
-    if len(candidate) == 1:
-        return "keep" if gain >= 2 * math.sqrt(2) * sigma else "again"
-    return "keep" if is_resolved(champion, candidate, sigma) else "discard"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -199,14 +126,14 @@ class Proposal:
 
 
 class Ratchet:
-    """One tag's run on one desk: `locked`, then `open`, then `run`, `try_once` or `execute`."""
+    """One tag's run on one desk: `locked`, then `start`, then `run`, `try_once` or `audit`."""
 
     def __init__(self, tag: str | None, args: argparse.Namespace):
         self.desk, self.args = Path(__file__).resolve().parent, args
         self.git = Git(self.desk, EDITABLE, spared=INSTRUCTIONS)
         self.start_branch = self.git("symbolic-ref", "--short", "--quiet", "HEAD", default="")
-        today = time.strftime("%b%d").lower()
-        self.tag = tag or (self.start_branch[13:] if self.start_branch.startswith("autoresearch/") else today)
+        today, branch_tag = time.strftime("%b%d").lower(), self.start_branch.removeprefix("autoresearch/")
+        self.tag = tag or (today if branch_tag == self.start_branch else branch_tag)
         self.branch, self.refs = f"autoresearch/{self.tag}", f"refs/autoresearch/{self.tag}/"
         if "/" in self.tag or not self.git("check-ref-format", "--branch", self.branch, default=""):
             raise UserError(f"--tag {self.tag!r} is no valid branch name: use letters, digits and '-', say {today}", 2)
@@ -236,8 +163,13 @@ class Ratchet:
         self.champion = self.hashes[kept[-1]] if kept else self.attempts.get("0") or self.git("rev-parse", "HEAD")
 
     def trailer(self, key: str) -> str:
-        """What the champion's commit says of the profile or the data's digest."""
+        """What the champion's commit says of "profile" or "digest"."""
         return self.git("log", "-1", f"--format=%(trailers:key=Autoresearch-{key},valueonly)", self.champion).strip()
+
+    def check_trailer(self, key: str, facts: dict) -> None:
+        if (had := self.trailer(key)) != facts[key]:
+            now = f"this is {facts[key][:12]}: set AUTORESEARCH_PROFILE and AUTORESEARCH_CACHE as they were"
+            raise UserError(f"tag {self.tag} was begun under {key} {had[:12]}, {now}, or choose another --tag")
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -259,28 +191,31 @@ class Ratchet:
             say("finishing this experiment, then stopping (Ctrl-C again: stop now)")
         self.stop_soon.set()
 
-    def open(self, trying: bool = False) -> None:
+    def start(self, trying: bool = False) -> None:
         """Ledger, desk, bench and data as they must be before the next experiment; `try` keeps the desk's edit."""
         for role in ("agent", "train"):
             sweep(self.mark(role))
-        changed = self.git.changed(self.champion)
+        changed = [name for name in self.git.changed(self.champion) if not (trying and name == EDITABLE)]
+        tip = self.git("rev-parse", "--verify", "--quiet", f"refs/heads/{self.branch}", default=self.champion)
         if "0" not in self.attempts:
-            if names := ", ".join(name for name in changed if not (trying and name == EDITABLE)):
+            if changed:
+                names = ", ".join(changed)
                 raise UserError(f"{names} has uncommitted changes: commit them or run 'git stash', then start again")
-        elif changed and not trying:
+            if tip != self.champion:
+                raise UserError(f"branch {self.branch} exists, at {tip[:7]}: check it out, or choose another --tag", 2)
+        elif changed:
             diff = max([self.home, *self.runs.glob("[0-9]*")]) / "interrupted.diff"
             with open(diff, "ab") as file:
-                file.write(self.git("diff", "--binary", self.champion, raw=True) + b"\n")
+                file.write(self.git("diff", "--binary", self.champion, "--", *changed, raw=True) + b"\n")
             say(f"note: {', '.join(changed)} differed from the champion; the difference is saved in {diff}")
+        if self.attempts and not self.git("for-each-ref", f"--contains={tip}", self.refs):
+            say(f"note: {self.branch} was at {tip[:7]}, no experiment's: 'git branch NAME {tip[:7]}' keeps it")
         self.git.place(self.bench, self.champion)
         self.facts = self.describe()
         self.expected = self.facts["time_budget"]  # seconds that a run takes; later the last one's
         if "0" not in self.attempts:
             self.champion = self.commit("0", None, "baseline")
-        for key in ("profile", "digest"):
-            if (had := self.trailer(key)) != self.facts[key]:
-                now = f"this is {self.facts[key][:12]}: set AUTORESEARCH_PROFILE and AUTORESEARCH_CACHE as they were"
-                raise UserError(f"tag {self.tag} was begun under {key} {had[:12]}, {now}, or choose another --tag")
+        self.check_trailer("digest", self.facts)
         write_atomically(self.ledger, COLUMNS + "".join(map(str, self.rows)))
         self.publish()
         if not trying:
@@ -293,8 +228,11 @@ class Ratchet:
             child = subprocess.run(DESCRIBE_COMMAND, cwd=self.bench, env=env, capture_output=True, text=True)
             if child.returncode:
                 lines = child.stderr.strip().splitlines() or ["prepare.py cannot describe itself"]
-                raise UserError(lines[-1].removeprefix("error: "), 2 if child.returncode == 2 else 1)
+                whose = f" (so says prepare.py as of {self.champion[:7]})" if self.attempts else ""
+                raise UserError(lines[-1].removeprefix("error: ") + whose, 2 if child.returncode == 2 else 1)
             facts = json.loads(child.stdout.splitlines()[-1])
+            if self.attempts:
+                self.check_trailer("profile", facts)
             if not facts["prepared"] and may_prepare:
                 say(f"profile {facts['profile']} ({facts['reason']}) has no data yet: preparing it in {facts['cache']}")
                 watch(PREPARE_COMMAND, cwd=self.bench, stop=self.stop_now)
@@ -351,7 +289,7 @@ class Ratchet:
         if (free := shutil.disk_usage(self.home).free / 1e9) < MIN_FREE_GB:
             return f"{free:.1f} GB free on the disk of {self.home}, {MIN_FREE_GB} GB needed"
         with contextlib.suppress(FileNotFoundError), open(self.facts["lock"]) as lock:
-            if not flock_now(lock):
+            if not after_crash and not flock_now(lock):  # after a crash it may be another loop's already
                 return f"another run holds the device {self.facts['device_name']} ({lock.name})"
         if after_crash and self.facts["device"] == "cuda":  # not before a run: it takes seconds
             self.git.place(self.bench, self.champion)
@@ -415,12 +353,15 @@ class Ratchet:
         with contextlib.suppress(OSError):
             (self.desk / "experiment.txt").unlink()
         command = [word.replace("{prompt_file}", str(prompt)) for word in self.args.agent.command]
-        ended = run_child(
-            command, cwd=self.desk, env=self.child_env("agent"), mark=self.mark("agent"), log=log,
-            limit=self.args.agent_timeout, stop=self.stop_now,
-            stdin=prompt if command == self.args.agent.command else os.devnull,
-            tick=lambda seconds: self.running or self.show(f"the agent proposes, {seconds:.0f} s", log),
-        )  # fmt: skip
+        try:
+            ended = run_child(
+                command, cwd=self.desk, env=self.child_env("agent"), mark=self.mark("agent"), log=log,
+                limit=self.args.agent_timeout, stop=self.stop_now,
+                stdin=prompt if command == self.args.agent.command else os.devnull,
+                tick=lambda seconds: self.running or self.show_live(f"the agent proposes, {seconds:.0f} s", log),
+            )  # fmt: skip
+        except OSError as error:  # while it updates itself, say
+            return f"the agent does not start: {error}"
         if self.stop_now.is_set():
             raise StopNow
         if ended:
@@ -439,7 +380,7 @@ class Ratchet:
         rows = [row for row in self.rows if row.commit in self.hashes]  # a copy: the main thread appends
         blobs = self.git("rev-parse", *(f"{self.hashes[row.commit]}:{EDITABLE}" for row in rows)).split()
         for row, tried in zip(rows, blobs, strict=True):
-            if blob == tried:
+            if blob == tried and not row.description.endswith(AGAIN):  # the loop was killed before its second run
                 return f"{EDITABLE} repeats {row.commit} ({row.status}: {row.description})"
         return ""
 
@@ -452,8 +393,9 @@ class Ratchet:
     def prompt(self, failure: str) -> str:
         """The human's instructions, then what only the loop knows."""
         path = self.desk / INSTRUCTIONS
-        told = path.read_text() if path.is_file() else self.git.read(self.champion, INSTRUCTIONS).decode()
-        told += f"\n---\n\n# This experiment\n\nloop.py calls you for one proposal. {self.summary()}\n\n"
+        told = path.read_bytes() if path.is_file() else self.git.read(self.champion, INSTRUCTIONS)
+        told = told.decode(errors="replace") + "\n---\n\n# This experiment\n\n"
+        told += f"loop.py calls you for one proposal. {self.summary()}\n\n"
         told += "The ledger's last rows:\n\n" + COLUMNS + "".join(map(str, self.rows[-20:])) + "\n"
         if self.running:
             told += f"Running now, its verdict unknown (propose something else): {self.running}\n\n"
@@ -497,7 +439,7 @@ class Ratchet:
         ended = run_child(
             TRAIN_COMMAND, cwd=self.bench, env=env, mark=self.mark("train"), log=log, stop=self.stop_now,
             limit=2 * self.facts["time_budget"] + STARTUP_ALLOWANCE,
-            tick=lambda seconds: self.show(f"{seconds:.0f} s of ~{duration(self.expected)}", log),
+            tick=lambda seconds: self.show_live(f"{seconds:.0f} s of ~{duration(self.expected)}", log),
         )  # fmt: skip
         if self.stop_now.is_set():
             raise StopNow
@@ -519,25 +461,26 @@ class Ratchet:
         """Run, judge, record; a kept commit is the champion from now on. Returns the status of the last row."""
         (folder / "change.diff").write_bytes(self.git("diff", f"{commit}^", commit, raw=True))
         say(f"{self.place_in_run()}: {description} (runs/{folder.name})")
-        self.running, known, verdict = description, commit == self.champion, "again"
+        self.running, is_champion, verdict = description, commit == self.champion, "again"
         while verdict == "again":
-            mine, sigma, best = scores(self.rows).get(commit[:7], []), noise(self.rows), self.best()
-            seed = FIRST_SEED + len(mine)
-            told = f"{description} (seed {seed})" if sigma or mine or self.args.replicates > 1 else description
+            before, sigma, best = scores(self.rows).get(commit[:7], []), noise(self.rows), self.best()
+            seed = FIRST_SEED + len(before)
+            told = f"{description} (seed {seed})" if sigma or before or self.args.replicates > 1 else description
             try:
                 record, memory_gb = self.execute(commit, seed, folder)
             except Crash as crash:
                 if not self.rows:  # the next start begins from HEAD again: a person mends it and commits
                     self.git("update-ref", "-d", f"{self.refs}0")
-                if known:
-                    raise UserError(f"the baseline crashed: {crash} (log runs/{folder.name}/run.log)") from None
+                if is_champion:
+                    raise UserError(f"the {description} crashed: {crash} (log runs/{folder.name}/run.log)") from None
                 self.crashed = commit, tail(folder / "run.log", 50)
                 self.record(Row(commit[:7], 0.0, 0.0, "crash", one_line(f"{crash}: {told}")))
                 say(f"  crash: {crash}")
                 return "crash"
             score = round(record[METRIC], 6)
-            verdict = "keep" if known else decide(scores(self.rows)[self.champion[:7]], [*mine, score], sigma)
-            status, told = ("discard", f"{told}, within noise: run again") if verdict == "again" else (verdict, told)
+            champions = scores(self.rows).get(self.champion[:7], [])
+            verdict = "keep" if is_champion else decide(champions, [*before, score], sigma)
+            status, told = ("discard", f"{told}, {AGAIN}") if verdict == "again" else (verdict, told)
             self.record(Row(commit[:7], score, memory_gb, status, one_line(told)))
             gain = "" if best is None else f", {score - best:+.6f} to the best"
             say(f"  {verdict}: {METRIC} {score:.6f}{gain}, {duration(self.expected)}")
@@ -627,13 +570,14 @@ class Ratchet:
 
     def try_once(self, folder: Path, description: str) -> int:
         """The experiment of `try`, whose file was copied into the folder before; returns an exit code."""
-        self.open(trying=True)
-        if first := not self.rows:
+        self.start(trying=True)
+        first, path, tried, verdict = not self.rows, self.desk / EDITABLE, (folder / EDITABLE).read_bytes(), "keep"
+        is_baseline = first and tried == self.git.read(self.champion, EDITABLE)
+        if not is_baseline and (problem := self.gate(folder / EDITABLE)):
+            raise UserError(f"refused: {problem}", 2)
+        if first:
             self.experiment(self.champion, self.new_folder(), "baseline")
-        path, tried, verdict = self.desk / EDITABLE, (folder / EDITABLE).read_bytes(), "keep"
-        if not first or tried != self.git.read(self.champion, EDITABLE):
-            if problem := self.gate(folder / EDITABLE):
-                raise UserError(f"refused: {problem}", 2)
+        if not is_baseline:
             verdict = self.experiment(self.commit(folder.name, folder / EDITABLE, description), folder, description)
         later = path.read_bytes() if path.is_file() else tried
         self.git.reset_desk(self.branch, self.champion)
@@ -641,13 +585,33 @@ class Ratchet:
             path.write_bytes(later)
         return 1 if verdict == "crash" else 0
 
+    def audit(self, replicates: int) -> dict[str, list[tuple[float, float]]]:
+        """Train baseline and champion, alternating, on fresh seeds; their scores (bpb): validation, sealed test."""
+        commits = {"baseline": self.hashes[self.rows[0].commit], "champion": self.champion}
+        found: dict[str, list[tuple[float, float]]] = {f"{name} {commit[:7]}": [] for name, commit in commits.items()}
+        self.note("session")
+        for _ in range(replicates):
+            seed = secrets.randbelow(10**9)  # no edit can foresee it
+            for name, commit in zip(found, commits.values(), strict=True):
+                folder = self.new_folder()
+                self.running = f"audit of the {name}, seed {seed}"
+                say(f"{folder.name}: {self.running}")
+                try:
+                    record, _ = self.execute(commit, seed, folder, audit=True)
+                except Crash as crash:
+                    raise UserError(f"the {name} crashed: {crash} (log runs/{folder.name}/run.log)") from None
+                found[name].append((record[METRIC], record["test_bpb"]))
+                say(f"  validation {record[METRIC]:.6f}, test {record['test_bpb']:.6f}")
+        self.note("stopped")
+        return found
+
     # What a person sees
 
     def best(self) -> float | None:
         found = scores(self.rows).get(self.champion[:7])
         return statistics.fmean(found) if found else None
 
-    def show(self, text: str, log: Path) -> None:
+    def show_live(self, text: str, log: Path) -> None:
         """The live line: where the run stands and the last line of a log."""
         best = f"best {self.best():.6f}" if self.best() else "no score yet"
         show(f"{self.place_in_run()} | {best} | {text} | {one_line(tail(log, 1))}")
@@ -682,7 +646,7 @@ def command_run(args: argparse.Namespace) -> int:
     ratchet = Ratchet(args.tag, args)
     with ratchet.locked():
         try:
-            ratchet.open()
+            ratchet.start()
             ratchet.run()
         except StopNow:
             say("stopped: the experiment in flight is dropped, ledger and branch are as its last row says")
@@ -692,8 +656,6 @@ def command_run(args: argparse.Namespace) -> int:
 
 def command_try(args: argparse.Namespace) -> int:
     """The experiment runs in a session of its own: killing this command, which only waits for it, does not end it."""
-    import report  # not above: it imports this file
-
     ratchet, path = Ratchet(None, args), Path(EDITABLE)
     if ratchet.start_branch != ratchet.branch:
         raise UserError(f"this checkout is not on the branch of a run: 'git checkout -b {ratchet.branch}' makes one", 2)
@@ -713,22 +675,28 @@ def command_try(args: argparse.Namespace) -> int:
     say(f"running as runs/{folder.name}; if this command is cut off, it goes on: uv run loop.py status --wait")
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     ratchet.load()
-    print(tail(folder / "loop.log", 1) if len(ratchet.rows) == before else report.verdict(ratchet))
+    print(tail(folder / "loop.log", 1) if code == 2 or len(ratchet.rows) == before else report.verdict(ratchet))
     return code
 
 
-def command_read(args: argparse.Namespace) -> int:
-    """status, report and audit."""
-    import report
+def command_status(args: argparse.Namespace) -> int:
+    return report.status(Ratchet(args.tag, args), args.wait)
 
-    if args.command == "report":
-        return report.report(None if args.ledger else Ratchet(args.tag, args), args.ledger)
+
+def command_report(args: argparse.Namespace) -> int:
+    return report.report(None if args.ledger else Ratchet(args.tag, args), args.ledger)
+
+
+def command_audit(args: argparse.Namespace) -> int:
     ratchet = Ratchet(args.tag, args)
-    if args.command == "status":
-        return report.status(ratchet, args.wait)
+    if not ratchet.rows:
+        raise UserError("there are no rows to audit: 'uv run loop.py --agent random' starts a run")
+    if args.replicates < 1:
+        raise UserError(f"--replicates {args.replicates}: audit needs at least 1", 2)
     with ratchet.locked():
-        ratchet.open()
-        return report.audit(ratchet, args.replicates)
+        ratchet.start()
+        report.print_audit(ratchet.audit(args.replicates))
+    return 0
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -747,12 +715,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     trying.set_defaults(replicates=1)
     status = commands.add_parser("status", help="where the run stands, one screen")
     status.add_argument("--wait", action="store_true", help="wait for the verdict of the experiment that runs now")
-    report = commands.add_parser("report", help="what was kept, what it gained, progress.png")
-    report.add_argument("ledger", nargs="?", metavar="LEDGER", help="another ledger than this run's")
+    reading = commands.add_parser("report", help="what was kept, what it gained, progress.png")
+    reading.add_argument("ledger", nargs="?", metavar="LEDGER", help="another ledger than this run's")
     audit = commands.add_parser("audit", help="baseline and champion again: fresh seeds, sealed test split")
     for command, count, meaning in ((run, 1, "baseline runs; over 1: confirm small gains"), (audit, 3, "seeds each")):
         command.add_argument("--replicates", type=int, default=count, metavar="N", help=f"{meaning} (default {count})")
-    for command in (run, status, report, audit):
+    for command in (run, status, reading, audit):
         command.add_argument("--tag", help="name of the run (default: the current branch's, else today's date)")
     return parser.parse_args(argv if argv and argv[0] in (*commands.choices, "-h", "--help") else ["run", *argv])
 
@@ -771,13 +739,13 @@ def guarded(command: Callable[[], int]) -> int:
 
 def main() -> int:
     args = parse_arguments(sys.argv[1:])
-    for name in filter(re.compile("GIT_").match, list(os.environ)):
+    for name in [name for name in os.environ if name.startswith("GIT_")]:
         del os.environ[name]  # set by a hook or an alias, they would point git elsewhere
-    command = {"run": command_run, "try": command_try}.get(args.command, command_read)
-    return guarded(lambda: command(args))
+    if cache := os.environ.get("AUTORESEARCH_CACHE"):  # relative to here, not to the bench
+        os.environ["AUTORESEARCH_CACHE"] = os.path.abspath(os.path.expanduser(cache))
+    commands = {"run": command_run, "try": command_try, "status": command_status, "report": command_report}
+    return guarded(lambda: (commands | {"audit": command_audit})[args.command](args))
 
 
 if __name__ == "__main__":
-    from loop import main  # as the module that report.py imports too: one copy of every class
-
     sys.exit(main())

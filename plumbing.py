@@ -91,10 +91,10 @@ def processes(file: str, pattern: bytes) -> set[int]:
 def sweep(mark: str) -> None:
     """End every process that carries the mark, in whatever session it hides: TERM, then KILL until none is left."""
     entry = rb"(^|\0)%b\0" % re.escape(f"{MARK}={mark}").encode()
-    for sign in (signal.SIGTERM, *[signal.SIGKILL] * 5):
+    for number in (signal.SIGTERM, *[signal.SIGKILL] * 5):
         for pid in (pids := processes("environ", entry)):
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, sign)
+                os.kill(pid, number)
         patience = time.monotonic() + KILL_GRACE
         while pids and time.monotonic() < patience:
             time.sleep(0.02)
@@ -127,17 +127,18 @@ def run_child(command, *, cwd, env, mark, log, limit, stop, tick, stdin=os.devnu
     env = env | {MARK: mark, "PWD": str(cwd)}  # opencode takes its folder from PWD
     with open(stdin, "rb") as source:
         process = subprocess.Popen(
-            command, cwd=cwd, env=env, stdin=source, stdout=-1, stderr=subprocess.STDOUT, start_new_session=True
-        )
+            command, cwd=cwd, env=env, stdin=source, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
     reader = threading.Thread(target=drain, args=(process.stdout, log), daemon=True)
     reader.start()
     threading.Thread(target=lambda: (process.wait(), ended.set()), daemon=True).start()
     while not reason and not ended.wait(0.2):
         tick(seconds := time.monotonic() - begin)
         reason = "stopped" if stop.is_set() else f"timeout after {seconds:.0f} s" if seconds > limit else ""
-    for sign in (signal.SIGTERM, signal.SIGKILL):  # the group's stragglers too, after a normal exit
+    for number in (signal.SIGTERM, signal.SIGKILL):  # the group's stragglers too, after a normal exit
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, sign)
+            os.killpg(process.pid, number)
         ended.wait(KILL_GRACE)
     sweep(mark)
     reader.join(KILL_GRACE)

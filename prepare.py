@@ -41,7 +41,7 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 
-# requests, pyarrow, rustbpe and tqdm are imported where they are needed: train.py starts sooner.
+# requests, pyarrow, rustbpe and tqdm are imported where they are used: train.py starts sooner.
 
 # ----- Profiles -----
 
@@ -69,14 +69,14 @@ if not PROFILE:
     PROFILE, PROFILE_REASON = "pocket", "default without a CUDA device"
     if torch.cuda.device_count() > 0:  # does not start CUDA
         PROFILE, PROFILE_REASON = "climbmix", "default with a CUDA device"
-SEED = os.environ.get("AUTORESEARCH_SEED") or "42"
-for name, value, valid, remedy in (
-    ("AUTORESEARCH_PROFILE", PROFILE, PROFILE in PROFILES, f"one of {', '.join(PROFILES)}"),
-    ("AUTORESEARCH_SEED", SEED, re.fullmatch("[0-9]{1,9}", SEED), "a whole number below 10**9"),
-):
-    if not valid:
-        print(f"error: {name} is {value!r}: use {remedy}", file=sys.stderr)
-        sys.exit(2)
+SEED, problem = os.environ.get("AUTORESEARCH_SEED") or "42", ""
+if PROFILE not in PROFILES:
+    problem = f"AUTORESEARCH_PROFILE is {PROFILE!r}: use one of {', '.join(PROFILES)}"
+elif not re.fullmatch("[0-9]{1,9}", SEED):
+    problem = f"AUTORESEARCH_SEED is {SEED!r}: use a whole number below 10**9"
+if problem:
+    print(f"error: {problem}", file=sys.stderr)
+    sys.exit(2)
 SEED = int(SEED)
 CONSTANTS = PROFILES[PROFILE]._asdict()
 SOURCE, MAX_SEQ_LEN, TIME_BUDGET, EVAL_TOKENS, VOCAB_SIZE, HUB_SHARDS, MAX_CHARS = CONSTANTS.values()
@@ -141,7 +141,7 @@ def _lock(path, waiting_for):
 ATTEMPTS = 6  # failures in a row, without a new byte, before a shard is given up
 BACKOFF_SECONDS = 1.0  # before the first repetition; doubles
 HTTP_TIMEOUT = (10, 30)  # seconds, to connect, and without a byte
-DISK_FACTOR = 2.5  # bytes on disk for one of parquet: the shard, its tokens, some air
+DISK_FACTOR = 2.5  # bytes on disk for one of parquet: shard, tokens, some air
 
 
 def _session():
@@ -149,11 +149,11 @@ def _session():
     import requests
     from requests.adapters import HTTPAdapter, Retry
 
-    kinds = {"total": None, "connect": 0, "read": 0, "other": 0, "status": ATTEMPTS - 1}  # of failure, repeated here
-    codes = {"status_forcelist": (429, 500, 502, 503, 504), "raise_on_status": False}
+    retry = Retry(ATTEMPTS - 1, connect=0, read=0, other=0, backoff_factor=BACKOFF_SECONDS, raise_on_status=False,
+                  status_forcelist=(429, 500, 502, 503, 504))  # fmt: skip
     session = requests.Session()
     for scheme in ("http://", "https://"):
-        session.mount(scheme, HTTPAdapter(64, 64, Retry(**kinds, **codes, backoff_factor=BACKOFF_SECONDS)))
+        session.mount(scheme, HTTPAdapter(64, 64, retry))
     session.headers["Accept-Encoding"] = "identity"  # lengths are the file's
     if token := os.environ.get("HF_TOKEN"):
         session.headers["Authorization"] = f"Bearer {token}"
@@ -167,10 +167,10 @@ def _download_all(urls: dict[Path, str], workers: int) -> None:
         return
     session = _session()
     with contextlib.suppress(OSError), session.get(urls[todo[0]], stream=True, timeout=HTTP_TIMEOUT) as first:
-        total = len(todo) * (_size_and_sha256(first)[0] or 0) * first.ok
+        total = len(todo) * (_size_and_sha256(first)[0] or 0) if first.ok else 0
     needed, free = DISK_FACTOR * total / 1e9, shutil.disk_usage(CACHE).free / 1e9
     if needed > free:
-        advice = "free some, move the cache with AUTORESEARCH_CACHE, or ask for fewer with --num-shards"
+        advice = "free some, or ask for fewer with --num-shards"
         raise UserError(f"{len(todo)} shards need about {needed:.1f} GB, {free:.1f} GB are free in {CACHE}: {advice}")
 
     def fetch(path):
@@ -262,6 +262,8 @@ def _texts(num_shards: int | None, workers: int) -> dict[str, Path]:
             files = [CACHE / f"download/{i:05d}.parquet" for i in range(len(urls))]
             _download_all(dict(zip(files, urls, strict=True)), workers)
         _split(_read_documents(files), folder)
+    else:
+        print(f"kept {folder}: delete {CACHE} to read {SOURCE} anew")
     return {path.stem: path for path in sorted(folder.glob("*.parquet"))}
 
 
@@ -285,7 +287,8 @@ def _listed_urls(endpoint):
     answer = _session().get(f"{endpoint}/api/datasets/{SOURCE}/parquet", timeout=HTTP_TIMEOUT)
     configs = answer.json() if answer.ok else None
     if not configs:
-        raise UserError(f"source {SOURCE!r} is no local path, and {endpoint} lists no such data: mend it in PROFILES")
+        advice = "mend it in PROFILES (a local path is absolute)"
+        raise UserError(f"source {SOURCE!r} is no local path, and {endpoint} lists no such data: {advice}")
     splits = configs.get("default") or next(iter(configs.values()))
     return [endpoint + urlsplit(file).path for file in splits.get("train") or next(iter(splits.values()))]
 
@@ -321,10 +324,13 @@ def _open_parquet(path):
 def _document_batches(path):
     """Yields lists of documents, each of one row group. A null is an empty document."""
     parquet = _open_parquet(path)
-    for group in range(parquet.num_row_groups):
-        for batch in parquet.iter_batches(BATCH_DOCUMENTS, row_groups=[group], columns=["text"], use_threads=False):
-            documents = batch.column(0).cast("large_binary").to_pylist()  # nothing ensures UTF-8 in a parquet file
-            yield [(document or b"").decode("utf-8", "replace") for document in documents]
+    try:
+        for group in range(parquet.num_row_groups):
+            for batch in parquet.iter_batches(BATCH_DOCUMENTS, [group], ["text"], use_threads=False):
+                documents = batch.column(0).cast("large_binary").to_pylist()  # parquet does not ensure UTF-8
+                yield [(document or b"").decode("utf-8", "replace") for document in documents]
+    except (ValueError, OSError) as error:  # pyarrow's, of a damaged page
+        raise UserError(f"{path} is damaged ({error}): mend or delete it") from error
 
 
 def _well_formed(text):
@@ -380,7 +386,7 @@ SPLIT_PATTERN = (
 SPECIAL_TOKENS = {f"<|reserved_{i}|>": VOCAB_SIZE - 4 + i for i in range(4)}
 BOS_ID = SPECIAL_TOKENS["<|reserved_0|>"]
 TOKENIZER_CHARS, TOKENIZER_DOCUMENT_CHARS = 10**9, 10_000  # characters it is trained on: at most, and of one document
-CHUNK_CHARS = 100_000  # characters, given to tiktoken at once (its regex overflows on a million spaces)
+CHUNK_CHARS = 100_000  # characters for tiktoken at once: its regex overflows on a million spaces
 
 
 class Tokenizer:
@@ -427,20 +433,12 @@ class Tokenizer:
 
 
 def _chunks(text):
-    """Yields chunks that end before a line without leading white space: no token crosses there."""
-    start = 0
-    while len(text) - start > CHUNK_CHARS:
-        end = text.rfind("\n", start, start + CHUNK_CHARS) + 1
-        while end and text[end].isspace():
-            end = text.rfind("\n", start, end - 1) + 1
-        end = end or start + CHUNK_CHARS  # no such line: cut hard
-        yield text[start:end]
-        start = end
-    yield text[start:]
+    """Chunks that end before a line without leading white space, where no token crosses; else cut hard."""
+    return re.findall(rf"(?s).{{1,{CHUNK_CHARS}}}(?:\Z|(?<=\n)(?=\S))|.{{{CHUNK_CHARS}}}", text) or [""]
 
 
 def get_token_bytes(device="cpu") -> torch.Tensor:
-    """Raw byte length of each token, int32 (V,), 0 for special tokens; computed from the tokenizer's file."""
+    """Raw byte length of each token, int32 (V,), 0 for special tokens; from the tokenizer's file."""
     encoding = Tokenizer.from_directory().encoding
     lengths = [len(encoding.decode_single_token_bytes(token)) for token in range(BOS_ID)]
     return torch.tensor(lengths + [0] * len(SPECIAL_TOKENS), dtype=torch.int32, device=device)
@@ -523,6 +521,7 @@ def _tokenize(texts: dict[str, Path]) -> None:
 
 # ----- Manifest: what the metric depends on -----
 
+SCORING = ("time_budget", "eval_tokens")  # constants on which no file depends
 METRIC_FILES = ("tokenizer.tiktoken", "tokenizer.json", "tokens/val.tokens", "tokens/test.tokens")
 MORE_TEXT = f"give {SOURCE} more text, about {MIN_ROWS * MAX_SEQ_LEN / 1e4:.1f} MB in many documents, and run again"
 
@@ -536,12 +535,14 @@ def _manifest(may_change=()):
     path = CACHE / "manifest.json"
     try:
         manifest = json.loads(path.read_bytes())
+        before = manifest["metric"]["constants"]
     except FileNotFoundError:
         raise UserError(_not_prepared(path)) from None
-    before = manifest["metric"]["constants"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}): delete it and run 'uv run prepare.py'") from error
     for name in CONSTANTS:
         if before.get(name) != CONSTANTS[name] and name not in may_change:
-            remedy = f"delete {CACHE} and run" if may_change else "run"
+            remedy = "run" if name in SCORING else f"delete {CACHE} and run"
             change = f"{name} {before.get(name)!r}, now it is {CONSTANTS[name]!r}"
             raise UserError(f"{path} was made with {change}: {remedy} 'uv run prepare.py'")
     return manifest
@@ -590,10 +591,10 @@ LOW_32_BITS = 2**32 - 1
 class RowStream:
     """Best-fit packing of documents into rows of T + 1 places; every row is full and starts with BOS.
 
-    The longest document that fits the places left is picked. If none fits, the shortest is cropped to them, its tail
-    dropped. Of equal ones, the first to come is taken. The buffer is refilled, a batch at a time, whenever it holds
-    fewer than PACKING_BUFFER documents. In it a document is one integer of a sorted list: its length and, in the low 32
-    bits, arrivals counted down. So a pick is one bisection, and the last of equal lengths came first.
+    The longest document that fits the places left is picked; if none fits, the shortest, cropped to them; of equal ones
+    the first to come. The buffer is refilled, a batch at a time, whenever it holds fewer than PACKING_BUFFER documents.
+    In it a document is an integer of a sorted list: its length and, in the low 32 bits, arrivals counted down. So a
+    pick is one bisection, and the last of equal lengths came first.
     """
 
     def __init__(self, shards: list[Shard], T: int, forever: bool = False):
@@ -692,7 +693,7 @@ def _load(stream, B, T, device, split):
             if not num_rows:
                 return
             ahead = thread.submit(pack, (slot + 1) % LOADER_SLOTS)
-            rows = slots[slot][:num_rows].to(device, non_blocking=True)
+            rows = slots[slot][:num_rows].to(device, non_blocking=cuda)
             if cuda:
                 copied[slot].record()
             x, y = (half.clone(memory_format=torch.contiguous_format) for half in (rows[:, :-1], rows[:, 1:]))
@@ -741,9 +742,9 @@ def evaluate_bpb(model, tokenizer: Tokenizer, batch_size: int) -> float:
 
     model(idx) -> logits, int64 (B, T) -> (B, T, V) of any float type, causal, on its first parameter's device; put in
     eval mode and back. The manifest's number of rows is scored, whatever batch_size is: a short last batch is filled up
-    with rows that do not count. Stops the run's clock; writes a record to AUTORESEARCH_RESULT, where the loop sets it;
-    with AUTORESEARCH_AUDIT=1 scores the sealed test split too. Raises EvaluationRefused, or BudgetExceeded or NotCausal
-    below it, with the reason; UserError if a file that the metric depends on has changed.
+    with rows that do not count. Stops the clock; writes a record to AUTORESEARCH_RESULT, which the loop sets; scores
+    the sealed test split too if AUTORESEARCH_AUDIT is 1. Raises EvaluationRefused (BudgetExceeded, NotCausal) with the
+    reason, UserError if a file that the metric depends on has changed.
     """
     device = next((parameter.device for parameter in getattr(model, "parameters", list)()), torch.device("cpu"))
     if device.type != "cpu":
@@ -785,8 +786,8 @@ def _score(model, split, num_rows, batch_size, device):
     """Scores the first num_rows rows of a split and probes random batches for leaks."""
     stream, token_bytes = _open_split(split, MAX_SEQ_LEN), get_token_bytes().numpy()
     B = min(batch_size, num_rows)
-    num_batches, num_probes = -(-num_rows // B), max(2, -(-max(128, num_rows // 10) // B))
-    rng = np.random.default_rng()  # of its own: the model can neither foresee the probes nor find torch's disturbed
+    num_batches, num_probes = math.ceil(num_rows / B), max(2, math.ceil(max(128, num_rows // 10) / B))
+    rng = np.random.default_rng()  # not torch's: the model can neither foresee the probes nor find its state moved
     probes = Counter(rng.integers(num_batches, size=num_probes).tolist())
     nats = num_tokens = num_bytes = 0
     for batch in range(num_batches):
@@ -805,7 +806,7 @@ def _score(model, split, num_rows, batch_size, device):
         if batch == 0:
             first = x, y, losses
             change = _by_position(_change, logits, _forward(model, x)).max()
-            if not change <= PROBE_TOLERANCE:
+            if not change <= PROBE_TOLERANCE:  # NaN too
                 raise NotCausal(f"two identical forwards in eval mode differ by {change:.3g}: let no chance in")
         for _ in range(probes[batch]):
             _probe(model, x, logits, rng)
@@ -844,7 +845,7 @@ def _change(logits, again):
 def _probe(model, x, logits, rng):
     """Changes each row from a position of its own on, one row not at all: the logits before must stay as they were."""
     B, T = x.shape
-    # Half of the changes begin anywhere, half at a multiple of some power of two, where chunked models leak.
+    # Half begin anywhere, half at a multiple of some power of two, where chunked models leak.
     step = 2 ** (rng.integers(math.floor(math.log2(T - 1)) + 1, size=B) * rng.integers(2, size=B))
     begin = step * rng.integers(1, (T - 1) // step + 1)
     begin[rng.integers(B)] = T if B > 1 else begin[0]
@@ -862,7 +863,7 @@ def _probe(model, x, logits, rng):
 
 
 def describe() -> dict:
-    """What loop.py asks once, in a child process: JSON-able; of the data, only the manifest is read."""
+    """What loop.py asks in a child process, JSON-able; of the data, only the manifest is read."""
     manifest, problem, device = {}, None, torch.device(default_device())
     try:
         manifest = _manifest()
@@ -871,8 +872,8 @@ def describe() -> dict:
     metric = manifest.get("metric", {"files": {}, "rows": {}})
     cuda = device.type == "cuda"
     return {
-        "profile": PROFILE, "reason": PROFILE_REASON, "time_budget": TIME_BUDGET, "seed": SEED,
-        "cache": str(CACHE), "prepared": not problem, "problem": problem, "manifest": str(CACHE / "manifest.json"),
+        "profile": PROFILE, "reason": PROFILE_REASON, "time_budget": TIME_BUDGET,
+        "cache": str(CACHE), "prepared": not problem, "problem": problem,
         "digest": manifest.get("digest"), "rows": metric["rows"],
         "files": {name: file["sha256"] for name, file in metric["files"].items()},
         "device": device.type, "device_name": torch.cuda.get_device_name() if cuda else device.type,
@@ -883,10 +884,11 @@ def describe() -> dict:
 
 def _prepare(num_shards, workers):
     exists = (CACHE / "manifest.json").exists()
-    before = _manifest(may_change=("time_budget", "eval_tokens")) if exists else None  # no file depends on these two
+    before = _manifest(may_change=SCORING) if exists else None
     texts = _texts(num_shards, workers)
     train = [name for name in texts if name not in ("val", "test")]
-    if not (CACHE / "tokenizer.tiktoken").exists():
+    exists = (CACHE / "tokenizer.tiktoken").exists()
+    if not exists or Tokenizer.from_directory().get_vocab_size() != VOCAB_SIZE:
         _train_tokenizer([texts[name] for name in train])
     _tokenize(texts)
     if before:
@@ -919,6 +921,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # Ctrl-C ends the process at once, threads and all: every file is written beside its place and then renamed.
+    # Ctrl-C ends the process at once, threads and all: no file is in its place before it is whole.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.exit(main())

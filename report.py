@@ -9,21 +9,25 @@ import contextlib
 import itertools
 import json
 import math
-import secrets
 import statistics
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from loop import ASSUMED_SIGMA, METRIC, Crash, Ratchet, Row, is_resolved, noise, parse_ledger, scores
+from ledger import AGAIN, ASSUMED_SIGMA, Row, is_resolved, noise, parse_ledger, scores
 from plumbing import UserError, duration, flock_now, say
 
+if TYPE_CHECKING:
+    from loop import Ratchet
 
-def status(ratchet: Ratchet, wait: bool) -> int:
-    """Print where the run stands; with `wait`, wait for the row of the experiment that runs now and print that."""
-    before = len(ratchet.rows)
-    while (busy := is_busy(ratchet)) and wait and len(ratchet.rows) == before:
+
+def status(ratchet: "Ratchet", wait: bool) -> int:
+    """Print where the run stands; with `wait`, wait for the verdict on the experiment that runs now and print that."""
+    before, size = len(ratchet.rows), 0
+    while (busy := is_busy(ratchet)) and wait and not has_verdict(ratchet.rows, before):
         time.sleep(0.2)
-        ratchet.load()
+        if ratchet.ledger.exists() and size != (size := ratchet.ledger.stat().st_size):
+            ratchet.load()
     if wait and ratchet.rows:
         print(verdict(ratchet))
         return 0
@@ -33,7 +37,12 @@ def status(ratchet: Ratchet, wait: bool) -> int:
     return 0
 
 
-def events(ratchet: Ratchet) -> list[dict]:
+def has_verdict(rows: list[Row], before: int) -> bool:
+    """True if a row came after which its experiment is over: no baseline before it, no gain that is run again."""
+    return any(row.commit != rows[0].commit and not row.description.endswith(AGAIN) for row in rows[before:])
+
+
+def events(ratchet: "Ratchet") -> list[dict]:
     """The timeline that a run writes; lines torn by a crash are left out."""
     found = []
     with contextlib.suppress(OSError):
@@ -43,27 +52,27 @@ def events(ratchet: Ratchet) -> list[dict]:
     return found
 
 
-def is_busy(ratchet: Ratchet) -> bool:
+def is_busy(ratchet: "Ratchet") -> bool:
     with contextlib.suppress(OSError), open(ratchet.home / "lock") as lock:
         return not flock_now(lock)
     return False
 
 
-def where(ratchet: Ratchet) -> str:
+def where(ratchet: "Ratchet") -> str:
     """What the loop is at, and since when."""
-    if not (told := events(ratchet)):
+    if not (timeline := events(ratchet)):
         return "starting"
-    words = [told[-1][key] for key in ("event", "run", "description")]
-    return " ".join(filter(None, words)) + f", {duration(time.time() - told[-1]['at'])}"
+    words = [timeline[-1][key] for key in ("event", "run", "description")]
+    return " ".join(filter(None, words)) + f", {duration(time.time() - timeline[-1]['at'])}"
 
 
-def verdict(ratchet: Ratchet) -> str:
+def verdict(ratchet: "Ratchet") -> str:
     """The last row and what it means, for an agent that waited for it."""
     run = next((event["run"] for event in reversed(events(ratchet)) if event["event"] == "measured"), "runs")
     return f"{str(ratchet.rows[-1]).strip()}\n{ratchet.summary()}\nlog {run}/run.log"
 
 
-def report(ratchet: Ratchet | None, ledger: str | None) -> int:
+def report(ratchet: "Ratchet | None", ledger: str | None) -> int:
     """Print the table of kept changes and draw progress.png; of a run, or of any ledger file."""
     desk = Path(__file__).resolve().parent
     path = Path(ledger) if ledger else ratchet.ledger if ratchet.ledger.exists() else desk / "results.tsv"
@@ -75,7 +84,11 @@ def report(ratchet: Ratchet | None, ledger: str | None) -> int:
         say(f"warning: {bad} lines of {path} are no rows and were left out")
     if not (values := scores(rows)):
         raise UserError(f"{path} holds no scored row yet: 'uv run loop.py status' tells what is running")
-    kept = {row.commit: row.description for row in rows if row.status == "keep"} or {next(iter(values)): "none kept"}
+    kept: dict[str, str] = {}
+    for row in rows:
+        if row.status == "keep":
+            kept.setdefault(row.commit, row.description)
+    kept = kept or {next(iter(values)): "none kept"}
     first, best = next(iter(kept)), next(reversed(kept))
     count = {kind: sum(row.status == kind for row in rows) for kind in ("keep", "discard", "crash")}
     print(f"{len(rows)} rows: " + ", ".join(f"{n} {kind} ({n / len(rows):.0%})" for kind, n in count.items()))
@@ -86,15 +99,15 @@ def report(ratchet: Ratchet | None, ledger: str | None) -> int:
     print(f"best {low:.6f} ({best}), baseline {high:.6f}, gain {gain:.6f} bpb ({gain / (high or 1):.2%})\n")
 
     profile = ratchet.trailer("profile") if ratchet else ""
-    of = profile if profile in ASSUMED_SIGMA else next(iter(ASSUMED_SIGMA))
-    sigma = noise(rows) or ASSUMED_SIGMA[of]
-    print(f"{'kept':8} {METRIC:>8} {'gain':>9}  {'':12} description")
+    profile = profile if profile in ASSUMED_SIGMA else "climbmix"
+    sigma = noise(rows) or ASSUMED_SIGMA[profile]
+    print(f"{'kept':8} {'val_bpb':>8} {'gain':>9}  {'':12} description")
     print(f"{first:8} {high:8.6f} {'':9}  {'':12} {kept[first]}")
     for before, commit in itertools.pairwise(kept):
         gain = statistics.fmean(values[before]) - statistics.fmean(values[commit])
         word = "resolved" if is_resolved(values[before], values[commit], sigma) else "within noise"
         print(f"{commit:8} {statistics.fmean(values[commit]):8.6f} {gain:9.6f}  {word:12} {kept[commit]}")
-    assumed = f"assumed, as measured for {of}; --replicates 3 measures it here"
+    assumed = f"assumed, as measured for {profile}; --replicates 3 measures it here"
     source = "from commits that were run more than once" if noise(rows) else assumed
     print(f"\nnoise of one run: {sigma:.6f} bpb ({source})\nresolved: the gain is over 2 standard errors")
     plot(rows, desk / "progress.png")
@@ -162,33 +175,17 @@ def label(axes, points: list[tuple[int, float, str]]) -> None:
                       parse_math=False, arrowprops=line if raised else None)  # fmt: skip
 
 
-def audit(ratchet: Ratchet, replicates: int) -> int:
-    """Train baseline and champion, alternating, on fresh seeds; print mean and deviation on both splits."""
-    if not ratchet.rows:
-        raise UserError("there are no rows to audit: 'uv run loop.py --agent random' starts a run")
-    commits = {"baseline": ratchet.hashes[ratchet.rows[0].commit], "champion": ratchet.champion}
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in commits}
-    for _ in range(replicates):
-        seed = secrets.randbelow(10**9)  # no edit can foresee it
-        for name, commit in commits.items():
-            folder = ratchet.new_folder()
-            ratchet.running = f"audit of the {name} {commit[:7]}, seed {seed}"
-            say(f"{folder.name}: {ratchet.running}")
-            try:
-                record, _ = ratchet.execute(commit, seed, folder, audit=True)
-            except Crash as crash:
-                raise UserError(f"the {name} crashed: {crash} (log runs/{folder.name}/run.log)") from None
-            found[name].append((record[METRIC], record["test_bpb"]))
-            say(f"  validation {record[METRIC]:.6f}, test {record['test_bpb']:.6f}")
-    ratchet.note("stopped")
-    print(f"{'':9} {'commit':8} {'validation bpb':>21} {'sealed test bpb':>21}   ({replicates} fresh seeds each)")
-    means = {}
+def print_audit(found: dict[str, list[tuple[float, float]]]) -> None:
+    """Mean and deviation over the seeds, on both splits; `found` is the baseline's scores and the champion's."""
+    replicates = len(next(iter(found.values())))
+    print(f"{'':17} {'validation bpb':>21} {'sealed test bpb':>21}   ({replicates} fresh seeds each)")
+    means = []
     for name, pairs in found.items():
         columns = list(zip(*pairs, strict=True))
-        means[name] = [statistics.fmean(column) for column in columns]
-        spread = [statistics.stdev(column) if replicates > 1 else 0.0 for column in columns]
-        cells = [f"{mean:.6f} ± {sigma:.6f}" for mean, sigma in zip(means[name], spread, strict=True)]
-        print(f"{name:9} {commits[name][:7]:8} {cells[0]:>21} {cells[1]:>21}")
-    gains = [before - after for before, after in zip(means["baseline"], means["champion"], strict=True)]
-    print(f"{'gain':9} {'':8} {gains[0]:>21.6f} {gains[1]:>21.6f}")
-    return 0
+        means.append([statistics.fmean(column) for column in columns])
+        cells = [f"{statistics.fmean(column):.6f}" for column in columns]
+        if replicates > 1:
+            cells = [f"{cell} ± {statistics.stdev(column):.6f}" for cell, column in zip(cells, columns, strict=True)]
+        print(f"{name:17} {cells[0]:>21} {cells[1]:>21}")
+    gains = [before - after for before, after in zip(*means, strict=True)]
+    print(f"{'gain':17} {gains[0]:>21.6f} {gains[1]:>21.6f}")

@@ -51,19 +51,28 @@ WARMDOWN_RATIO = 0.5  # share of the time budget in which it falls to FINAL_LR_F
 FINAL_LR_FRAC = 0.0  # share of the peak learning rate that is left at the end
 COMPILE = True  # torch.compile the model and Muon's update
 
-if PROFILE in ("pocket", "smoke"):  # CPU-sized values, chosen by measurement on two cores
-    DEPTH = 1  # layers
-    HEAD_DIM = 64  # channels per attention head
-    TOTAL_BATCH_SIZE = 2048  # tokens per optimizer step
-    LOSS_CHUNK = 512  # tokens whose logits exist at the same time
-    EMBEDDING_LR = 0.3  # wte and value embeddings (AdamW)
-    UNEMBEDDING_LR = 0.005  # lm_head (AdamW)
-    WARMDOWN_RATIO = 0.7  # share of the time budget in which the learning rate falls
+if PROFILE in ("pocket", "smoke"):  # CPU-sized values of the same knobs, chosen by measurement on two cores
+    DEPTH = 1
+    HEAD_DIM = 64
+    TOTAL_BATCH_SIZE = 2048
+    LOSS_CHUNK = 512
+    EMBEDDING_LR = 0.3
+    UNEMBEDDING_LR = 0.005
+    WARMDOWN_RATIO = 0.7
     COMPILE = False  # the compiler takes longer to start than the whole budget
+
+# ---- Messages, to stderr ----
+
+def log(message: str, end: str = "\n") -> None:
+    print(message, end=end, file=sys.stderr, flush=True)
+
+
+def one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
 
 # ---- Attention: one function, three back-ends ----
 FLASH_KERNEL = {"repo_id": "kernels-community/flash-attn3", "version": 1}  # on the Hugging Face hub, pinned
-LOAD_ERRORS = (ImportError, OSError, RuntimeError, ValueError, AttributeError, TypeError)  # of a missing kernel
 _masks: dict = {}  # built before a model is compiled, shared by its layers
 
 
@@ -147,7 +156,7 @@ def choose_attention(config: "GPTConfig", device: torch.device) -> str:
                 attention_mask(name, T, window, device)
             probe_attention(torch.compile(attention, dynamic=False), T, windows[0], device)
             return name
-        except LOAD_ERRORS as error:
+        except Exception as error:  # whatever it was, the next one is tried
             log(f"attention: no {name}: {one_line(error)}")
     attention = sdpa_attention
     return "sdpa"
@@ -195,7 +204,7 @@ class Attention(nn.Module):
         self.c_v = nn.Linear(config.n_embd, config.n_kv_head * self.head_dim, bias=False)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
         if has_ve:
-            self.ve_gate = nn.Linear(self.GATE_CHANNELS, config.n_kv_head, bias=False)
+            self.ve_gate = nn.Linear(min(self.GATE_CHANNELS, config.n_embd), config.n_kv_head, bias=False)
 
     def forward(self, x: Tensor, ve: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
         q_BTHD, k_BTHD, v_BTHD = (c(x).unflatten(-1, (-1, self.head_dim)) for c in (self.c_q, self.c_k, self.c_v))
@@ -374,8 +383,8 @@ def mean_square(x_KRC: Tensor) -> Tensor:  # of each row, or of each column wher
 
 def muon_update(p: Tensor, g: Tensor, momentum: Tensor, second_moment: Tensor, lr, mu, weight_decay) -> Tensor:
     """New values of stacked matrices p (K, R, C) with gradients g: Muon (github.com/KellerJordan/Muon), Polar Express,
-    NorMuon (arXiv 2510.05491), cautious decay. Updates momentum and second_moment; lr, mu and weight_decay are 0-d CPU
-    tensors, so that a compiled update is not compiled again when they change."""
+    NorMuon (arXiv 2510.05491), cautious decay. Updates momentum and second_moment; the scalars are 0-d CPU tensors, for
+    which nothing is compiled anew."""
     momentum += (1 - mu) * (g - momentum)
     update = polar_express(g + mu * (momentum - g)).float()
     second_moment += (1 - 0.95) * (mean_square(update) - second_moment)
@@ -504,17 +513,10 @@ LOG_SECONDS = 5  # a line this often, where stderr is no terminal
 MAX_LOSS = 100  # nats per token; an untrained model has ln(V), about 9
 
 
-def log(message: str, end: str = "\n") -> None:
-    print(message, end=end, file=sys.stderr, flush=True)
-
-
-def one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
 def train(model: nn.Module, optimizer: MuonAdamW, loader, device_batch: int, mfu_per_speed: float) -> int:
     """Train until the next step would no longer fit into TIME_BUDGET; return the number of steps."""
     grad_accum_steps = TOTAL_BATCH_SIZE // (device_batch * MAX_SEQ_LEN)
+    log(f"batch {TOTAL_BATCH_SIZE:,} tokens = {device_batch} rows x {MAX_SEQ_LEN} x {grad_accum_steps} micro-steps")
     on_cuda = next(model.parameters()).is_cuda
     host_loss, copied = torch.zeros((), pin_memory=on_cuda), torch.cuda.Event() if on_cuda else None
     step, step_seconds, smooth_loss, logged_at, on_terminal = 0, 0.0, 0.0, -math.inf, sys.stderr.isatty()
@@ -556,7 +558,7 @@ def train(model: nn.Module, optimizer: MuonAdamW, loader, device_batch: int, mfu
                 f"lr x{get_lr_multiplier(progress):.2f} | {1000 * step_seconds:.0f} ms | {speed:,.0f} tok/s | "
                 f"mfu {mfu_per_speed * speed:.1f}% | epoch {epoch} | {left:.0f} s left"
             )
-            log(f"\r{line} ", end="\n" if last else "") if on_terminal else log(line)
+            log(f"\r{line}\033[K" if on_terminal else line, end="" if on_terminal and not last else "\n")
     return step
 
 
@@ -587,7 +589,7 @@ def write_sample(model: GPT, tokenizer: prepare.Tokenizer, characters: int = 200
 
 
 def run() -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
+    device = torch.device(prepare.default_device())
     device_name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     log(f"profile {PROFILE} ({prepare.PROFILE_REASON}), {TIME_BUDGET:g} s on {device_name}, seed {SEED}")
     tokenizer = prepare.Tokenizer.from_directory()
@@ -607,8 +609,6 @@ def run() -> None:
     mfu_per_speed = 100 * flops / peak if peak else 0.0  # percent, times tokens per second
     log(f"{model.num_params():,} parameters, {flops:,} FLOPs per token, peak {peak / 1e12:.0f} TFLOP/s (0: not known)")
     device_batch = warm_up(runner, optimizer, config.vocab_size)
-    grad_accum_steps = TOTAL_BATCH_SIZE // (device_batch * MAX_SEQ_LEN)
-    log(f"batch {TOTAL_BATCH_SIZE:,} tokens = {device_batch} rows x {MAX_SEQ_LEN} x {grad_accum_steps} micro-steps")
     loader = prepare.make_dataloader(tokenizer, device_batch, MAX_SEQ_LEN, "train", device=device)
     startup_seconds = time.perf_counter() - PROCESS_STARTED
     num_steps = train(runner, optimizer, loader, device_batch, mfu_per_speed)

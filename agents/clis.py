@@ -77,10 +77,10 @@ def choose_agent(name: str | None, command: str | None) -> Agent:
         own = config.is_file() and re.search(provider, config.read_text())
         if own or {"CODEX_API_KEY", "CODEX_ACCESS_TOKEN"} & set(os.environ):
             return agent
+    if not agent.check:
+        return agent
     with contextlib.suppress(subprocess.TimeoutExpired):  # in doubt it passes
         command = [agent.command[0], *agent.check.split()]
-        if not agent.check:
-            return agent
         check = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=20)
         if re.search(agent.refused, f"{check.stdout!r}{check.stderr!r}exit code {check.returncode}"):
             raise UserError(f"{name} is not logged in: {agent.login}", 2)

@@ -41,7 +41,7 @@ def backends() -> dict[str, Callable]:
     found = {"sdpa": train.sdpa_attention, "flex": torch.compile(train.flex_attention, dynamic=False)}
     try:
         found = {"flash-attention-3": train.load_flash_attention()} | found if ON_CUDA else found
-    except train.LOAD_ERRORS as error:
+    except Exception as error:
         print(f"no flash-attention-3: {train.one_line(error)}")
     return found
 

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import Desk
 
-from loop import COLUMNS, Row
+from ledger import COLUMNS, Row
 
 AGENT = """
     started = time.time()
@@ -42,7 +42,6 @@ def measure(mode: str, args: argparse.Namespace) -> tuple[float, float, float]:
         agent = desk.agent(AGENT.replace("AGENT_SECONDS", str(args.agent_seconds)))
         count = str(args.experiments)
         done = desk.loop("--tag", "t", "--agent-cmd", agent, "--max-experiments", count, mode, timeout=3600)
-        assert done.returncode == 0, done.stderr
         events = desk.events()
         assert sum(event["event"] == "measured" for event in events) == args.experiments + 1, done.stderr
         logs = sorted((desk.home() / "experiments").glob("*/agent.log"))

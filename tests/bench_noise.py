@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from loop import Row, decide, noise, parse_ledger
+from ledger import Row, decide, noise, parse_ledger
 
 RULES = {  # name -> runs of the baseline; with one, no commit is run twice and the rule is the plain one
     "plain": 1,

@@ -7,6 +7,7 @@
 Uses the knobs of the profile (AUTORESEARCH_PROFILE); random tokens, so no data is needed for the first two forms.
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -19,6 +20,8 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from train_fixtures import build
+
 import prepare
 import train
 
@@ -27,13 +30,10 @@ ROUNDS = 15
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def build() -> tuple[train.GPT, train.MuonAdamW]:
-    torch.manual_seed(0)
+def fresh() -> tuple[train.GPT, train.MuonAdamW]:
     config = train.model_config(prepare.VOCAB_SIZE)
-    with torch.device("meta"):
-        model = train.GPT(config)
-    model.to_empty(device=DEVICE).init_weights()
     train.choose_attention(config, DEVICE)
+    model = build(config, DEVICE)
     return model, model.setup_optimizer()
 
 
@@ -70,7 +70,7 @@ class Variant:
     """A model of its own with its way of doing a step; `step()` returns its seconds."""
 
     def __init__(self, chunked: bool, fused_adamw: bool, stacked_muon: bool, compiled: bool = False):
-        self.model, self.optimizer = build()
+        self.model, self.optimizer = fresh()
         self.chunked = chunked
         if not fused_adamw:
             self.optimizer._step_adamw = lambda group, params: plain_adamw(self.optimizer, group, params)
@@ -96,14 +96,14 @@ class Variant:
         return time.perf_counter() - started
 
 
-def compare() -> None:
+def compare(with_compile: bool) -> None:
     variants = {
         "plain eager loop": Variant(False, False, False),
         "+ chunked loss": Variant(True, False, False),
         "+ fused AdamW": Variant(True, True, False),
         "+ stacked Muon (train.py)": Variant(True, True, True),
     }
-    if "--compile" in sys.argv:
+    if with_compile:
         variants["+ torch.compile"] = Variant(True, True, True, compiled=True)
     seconds = {name: [] for name in variants}
     for round_ in range(ROUNDS + 2):  # two to warm up
@@ -139,5 +139,17 @@ def overhead() -> None:
             print(f"{name:<24}{row}", flush=True)
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    forms = parser.add_mutually_exclusive_group()
+    forms.add_argument("--compile", action="store_true")
+    forms.add_argument("--overhead", action="store_true")
+    args = parser.parse_args()
+    if args.overhead:
+        overhead()
+    else:
+        compare(args.compile)
+
+
 if __name__ == "__main__":
-    overhead() if "--overhead" in sys.argv else compare()
+    main()

@@ -3,16 +3,26 @@
 loop.py, plumbing.py, report.py and agents/ are the real ones; so are git, the processes and the signals.
 """
 
+import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+from prepare_fixtures import locks_given_back, tiny  # noqa: F401 (fixtures of the judge's tests)
+
+import plumbing
+
+settings.register_profile("unhurried", deadline=None)  # the machine may be busy
+settings.load_profile("unhurried")
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -75,6 +85,8 @@ NOISE = 0.0  # bpb for each step of the seed
 # ---- The rest ----
 
 time.sleep(SECONDS)
+while (prepare.CACHE / "hold").exists():  # a test wants to meet it here
+    time.sleep(0.01)
 seed = int(os.environ.get("AUTORESEARCH_SEED", 42))
 prepare.finish(1.0 + abs(DEPTH - 12) / 100 + abs(LR - 0.1) / 10 + NOISE * (seed - 42))
 '''
@@ -89,9 +101,10 @@ class Desk:
 
     def __init__(self, folder: Path):
         self.path, self.cache, self.outside = folder / "desk", folder / "cache", folder / "outside"
-        for path in (self.path / "agents", self.outside, folder / "home"):
+        self.hold = self.cache / "hold"  # while it exists, every training waits
+        for path in (self.path / "agents", self.cache, self.outside, folder / "home"):
             path.mkdir(parents=True)
-        for name in ("loop.py", "plumbing.py", "report.py", "agents/clis.py", "agents/random_search.py"):
+        for name in ("loop.py", "ledger.py", "plumbing.py", "report.py", "agents/clis.py", "agents/random_search.py"):
             (self.path / name).write_text((ROOT / name).read_text())
         self.set_constant("plumbing.py", "KILL_GRACE", "0.5")
         self.set_constant("loop.py", "BACKOFF", "0.05, 0.2")
@@ -106,9 +119,14 @@ class Desk:
         self.commit("start")
 
     def set_constant(self, file: str, name: str, value: str) -> None:
-        text, count = re.subn(rf"(?m)^{name} = .*$", f"{name} = {value}", (self.path / file).read_text())
+        text, count = re.subn(rf"(?m)^( *){name} = .*$", rf"\1{name} = {value}", (self.path / file).read_text())
         assert count == 1, name
         (self.path / file).write_text(text)
+
+    def replace(self, file: str, old: str, new: str) -> None:
+        text = (self.path / file).read_text()
+        assert old in text, old
+        (self.path / file).write_text(text.replace(old, new))
 
     def set_knob(self, **knobs) -> None:
         for name, value in knobs.items():
@@ -130,6 +148,7 @@ class Desk:
         head = """
             import os, pathlib, re, subprocess, sys, time
             OUTSIDE = pathlib.Path(__file__).parent
+            HOLD = pathlib.Path(os.environ["AUTORESEARCH_CACHE"], "hold")  # as Desk.hold
             prompt = sys.stdin.read()
             def knob(name, value=None):
                 text = pathlib.Path("train.py").read_text()
@@ -158,15 +177,9 @@ class Desk:
             start_new_session=True,
         )
 
-    def loop(self, *args: str, timeout: float = 60, **env: str) -> subprocess.CompletedProcess:
-        process = self.popen(*args, **env)
-        try:
-            out, err = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            out, err = process.communicate()
-            raise AssertionError(f"loop.py {args} took over {timeout} s:\n{out}\n{err}") from None
-        return subprocess.CompletedProcess(args, process.returncode, out, err)
+    def loop(self, *args: str, code: int = 0, timeout: float = 60, **env: str) -> subprocess.CompletedProcess:
+        """Run a command to its end, which must have this exit code."""
+        return ended(self.popen(*args, **env), code, timeout)
 
     def home(self, tag: str = "t") -> Path:
         return self.path / ".git" / "autoresearch" / tag
@@ -182,16 +195,25 @@ class Desk:
     def events(self, tag: str = "t") -> list[dict]:
         return [json.loads(line) for line in (self.home(tag) / "timeline.jsonl").read_text().splitlines()]
 
+    def processes(self, entry: str) -> list[int]:
+        """Ids of the living processes in whose environment an entry begins so."""
+        return sorted(plumbing.processes("environ", rb"(^|\0)" + re.escape(entry.encode())))
+
     def orphans(self) -> list[str]:
         """Command lines of living processes that carry this desk's mark."""
         found = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                if f"AUTORESEARCH_MARK={self.path}".encode() in (folder / "environ").read_bytes():
-                    found.append((folder / "cmdline").read_text().replace("\0", " "))
-            except OSError:
-                continue
+        for pid in self.processes(f"AUTORESEARCH_MARK={self.path}"):
+            with contextlib.suppress(OSError):
+                found.append(Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " "))
         return found
+
+    def end(self) -> None:
+        """Kill whatever still runs of this desk's, as after a failed test."""
+        while pids := self.processes(f"AUTORESEARCH_CACHE={self.cache}"):
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.01)
 
 
 def wait_for(condition, seconds: float = 20.0):
@@ -203,23 +225,44 @@ def wait_for(condition, seconds: float = 20.0):
     return value
 
 
+def ended(process: subprocess.Popen, code: int = 0, timeout: float = 30) -> subprocess.CompletedProcess:
+    """Wait for a command's end: it must have this exit code, and a person never sees a traceback."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        raise AssertionError(f"{process.args} took over {timeout} s:\n{out}\n{err}") from None
+    assert process.returncode == code, err
+    assert "Traceback" not in out + err, out + err
+    return subprocess.CompletedProcess(process.args, code, out, err)
+
+
+def hear(process: subprocess.Popen, words: str, seconds: float = 20.0) -> str:
+    """Wait for the line of stderr with these words; `ended` does not tell again what was read here."""
+    alarm = threading.Timer(seconds, os.killpg, (process.pid, signal.SIGKILL))
+    alarm.start()
+    try:
+        while words not in (line := process.stderr.readline()):
+            assert line, f"it never said {words!r}"
+        return line
+    finally:
+        alarm.cancel()
+
+
 def errors(done: subprocess.CompletedProcess) -> list[str]:
-    """The lines of stderr that tell a failure; a traceback is never one."""
-    assert "Traceback" not in done.stderr, done.stderr
+    """The lines of stderr that tell a failure."""
     return [line for line in done.stderr.splitlines() if line.startswith("error:")]
 
 
-def ended(process: subprocess.Popen) -> subprocess.CompletedProcess:
-    out, err = process.communicate(timeout=30)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-
-def has_event(desk: Desk, event: str, count: int = 1):
+def has_event(desk: Desk, event: str, count: int = 1, tag: str = "t"):
     """A condition to wait for: so many such events are in the timeline."""
-    path = desk.home() / "timeline.jsonl"
+    path = desk.home(tag) / "timeline.jsonl"
     return lambda: path.exists() and path.read_text().count(f'"event": "{event}"') >= count
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Desk:
-    return Desk(tmp_path)
+def desk(tmp_path: Path):
+    desk = Desk(tmp_path)
+    yield desk
+    desk.end()

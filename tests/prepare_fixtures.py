@@ -1,9 +1,14 @@
-"""What the tests of prepare.py share: the judge as a fresh module with profile rows of its own, and a small corpus."""
+"""What the tests of prepare.py share: the judge as a fresh module with rows of its own in PROFILES, a small corpus,
+processes that are killed. Run: uv run pytest tests/test_prepare*.py tests/test_loader.py tests/test_evaluator.py
+"""
 
+import contextlib
 import importlib.util
 import json
 import os
 import random
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +17,22 @@ import pytest
 PREPARE = Path(__file__).resolve().parent.parent / "prepare.py"
 LOADED = []  # modules whose stopwatch may hold a device's lock
 TINY = {"max_seq_len": 32, "time_budget": 10, "eval_tokens": 100 * 32, "vocab_size": 300}
+
+DIE_AT = """
+import os, signal, sys
+sys.path.insert(0, os.path.dirname(sys.argv[1]))
+import prepare
+
+def replace_or_die(source, target):
+    if os.path.basename(target) == sys.argv[2]:
+        if os.path.isfile(source):
+            os.truncate(source, os.path.getsize(source) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+
+replace, os.replace = os.replace, replace_or_die
+sys.exit(prepare.main(sys.argv[3:]))
+"""
 
 
 def profile_row(name, source, **constants):
@@ -47,6 +68,37 @@ def load_prepare(path, profile, cache, seed=42):
     return module
 
 
+def environment(judge, **changes):
+    """For a process that is to run with a loaded judge's profile and cache."""
+    own = {"AUTORESEARCH_PROFILE": judge.PROFILE, "AUTORESEARCH_CACHE": str(judge.CACHE_ROOT)}
+    return {**os.environ, **own, **changes}
+
+
+@contextlib.contextmanager
+def started(judge, *command):
+    """A Python process beside the test, killed at the end if it still runs."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, *command], env=environment(judge), **pipes) as child:
+        try:
+            yield child
+        finally:
+            child.kill()
+
+
+def die_at(judge, name, *arguments):
+    """Prepares in a process that is killed just before the file `name` gets its place, when half of it is written."""
+    command = [sys.executable, "-c", DIE_AT, judge.__file__, name, *arguments]
+    done = subprocess.run(command, env=environment(judge), capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done
+
+
+def error_line(capsys):
+    """The one error line; progress bars before it are rewritten lines."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
 def english(rng, words):
     """Text with a vocabulary of 200 words, lines and paragraphs."""
     syllables = ["ba", "ke", "lo", "mi", "nu", "ra", "se", "ti", "vo", "wy"]
@@ -61,6 +113,42 @@ def write_jsonl(path, documents):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
     return path
+
+
+def plain_rows(batches, width, buffer_size=1000):
+    """The packing rules of DESIGN.md, word for word. Yields (row, epoch); batches yields (documents, epoch)."""
+    buffer, epoch = [], 1
+    while True:
+        row = []
+        while len(row) < width:
+            while len(buffer) < buffer_size:
+                batch, batch_epoch = next(batches, (None, None))
+                if batch is None:
+                    break
+                buffer.extend(batch)
+                epoch = batch_epoch
+            if not buffer:
+                return
+            left, longest = width - len(row), None
+            for i, document in enumerate(buffer):
+                if len(document) <= left and (longest is None or len(document) > len(buffer[longest])):
+                    longest = i
+            if longest is not None:
+                row += buffer.pop(longest)
+            else:
+                shortest = min(range(len(buffer)), key=lambda i: len(buffer[i]))
+                row += buffer.pop(shortest)[:left]
+        yield row, epoch
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A prepared profile of short documents; returns its prepare.py and cache, which a test leaves as they are."""
+    folder, rng = tmp_path_factory.mktemp("tiny"), random.Random(3)
+    source = write_jsonl(folder / "source.jsonl", [english(rng, rng.choice([1, 3, 9, 40, 90])) for _ in range(2500)])
+    path = copy_prepare(folder, profile_row("tiny", source))
+    assert load_prepare(path, "tiny", folder / "cache").main([]) == 0
+    return path, folder / "cache"
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,7 @@
-"""The evaluator: bits per byte against hand calculation and a known entropy rate; every cheat refused."""
+"""The evaluator: bits per byte against hand calculation and a known entropy rate; every cheat refused.
+
+Run: uv run pytest tests/test_evaluator.py
+"""
 
 import itertools
 import json
@@ -13,29 +16,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tiktoken
 import torch
 import torch.nn.functional as F
-from prepare_fixtures import (  # noqa: F401
-    copy_prepare,
-    english,
-    load_prepare,
-    locks_given_back,
-    profile_row,
-    write_jsonl,
-)
+from prepare_fixtures import copy_prepare, english, environment, error_line, load_prepare, profile_row, write_jsonl
 from torch import nn
 
 T, V = 32, 300
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """A prepared profile; returns its prepare.py and cache."""
-    folder, rng = tmp_path_factory.mktemp("evaluator"), random.Random(5)
-    source = write_jsonl(folder / "source.jsonl", [english(rng, 60) for _ in range(1500)])
-    path = copy_prepare(folder, profile_row("tiny", source))
-    assert load_prepare(path, "tiny", folder / "cache").main([]) == 0
-    return path, folder / "cache"
 
 
 @pytest.fixture
@@ -152,7 +139,7 @@ def test_token_bytes_are_raw_lengths(judge):
 
 
 def test_true_model_of_a_markov_chain_scores_its_entropy_rate(tmp_path):
-    """Parquet to bpb: characters of a 2-state-per-letter chain, tokens of one byte, the chain itself as the model."""
+    """Parquet to bpb: four letters, a token each, of which the next depends on the last; the model is that chain."""
     rng = np.random.default_rng(11)
     letters, P = "abcd", rng.dirichlet([0.6] * 4, size=4)
     documents = []
@@ -194,6 +181,13 @@ def test_audit_scores_the_sealed_test_split(judge, tmp_path, monkeypatch):
     expected = nats[counted > 0].sum().item() / math.log(2) / counted.sum().item()
     assert record["test_bpb"] == pytest.approx(expected, abs=1e-5)
     assert record["test_rows"] == 100
+
+
+def test_model_is_scored_in_eval_mode_and_without_gradients(judge):
+    model, seen = nn.Sequential(Toy(), nn.Dropout(0.5)), set()
+    model.register_forward_hook(lambda module, args, output: seen.add((module.training, torch.is_grad_enabled())))
+    assert evaluate(judge, model) == pytest.approx(evaluate(judge, model[0]), abs=1e-9)
+    assert seen == {(False, False)}
 
 
 def test_model_returns_to_its_mode_and_random_state_is_untouched(judge):
@@ -239,6 +233,13 @@ LEAKS = {
 def test_look_ahead_is_refused(judge, leak, batch_size):
     reason = r"logits at position \d+ moved by [\d.]+ when only tokens from position"
     refused(judge, Toy(LEAKS[leak]), reason, batch_size)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_refused_model_returns_to_its_mode(judge, training):
+    model = Toy(LEAKS["one token"]).train(training)
+    refused(judge, model, "moved by")
+    assert model.training is training
 
 
 @pytest.mark.parametrize("batch_size", [2, 16, 100])
@@ -353,6 +354,13 @@ def test_bad_batch_size_is_an_error(judge, batch_size):
         evaluate(judge, Toy(), batch_size)
 
 
+def test_tokenizer_of_another_vocabulary_is_an_error(judge):
+    special, ranks = {f"<|reserved_{i}|>": 256 + i for i in range(4)}, {bytes([byte]): byte for byte in range(256)}
+    other = tiktoken.Encoding("other", pat_str=judge.SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=special)
+    with pytest.raises(ValueError, match="the vocabulary 260, not 300"):
+        judge.evaluate_bpb(Toy(), judge.Tokenizer(other), 16)
+
+
 # ----- the run's cheats -----
 
 
@@ -373,9 +381,10 @@ def test_training_over_budget_is_refused(judge, split):
     judge._stopwatch.lock.close()
     late._now = lambda: now[0]
     start_clock(late, split)
-    now[0] += 11
-    with pytest.raises(late.BudgetExceeded, match=r"trained for 11.00 s, TIME_BUDGET is 10 s"):
+    now[0] += 10.61
+    with pytest.raises(late.BudgetExceeded) as error:
         evaluate(late, Toy())
+    assert str(error.value) == "trained for 10.61 s, TIME_BUDGET is 10 s: 10.60 s is the most"
 
 
 def test_training_after_a_failed_evaluation_counts(judge):
@@ -440,12 +449,12 @@ def test_clock_never_started_under_the_loop_is_refused(judge, tmp_path, monkeypa
 def test_clock_started_by_another_split_than_training_is_refused(judge, tmp_path, monkeypatch, split):
     """Else a run could train on batches of its own making, and start the clock just before it is scored."""
     monkeypatch.setenv("AUTORESEARCH_RESULT", str(tmp_path / "result.json"))
-    next(judge.make_dataloader(judge.Tokenizer.from_directory(), 2, judge.MAX_SEQ_LEN, split, device="cpu"))
+    start_clock(judge, split)
     refused(judge, Toy(), f"the clock was started by split '{split}'", kind="EvaluationRefused")
     assert not (tmp_path / "result.json").exists()
 
 
-def test_profile_chosen_inside_train_shows_in_the_record(tiny, tmp_path):
+def test_profile_chosen_inside_train_shows_in_the_record(tmp_path):
     """train.py may set the variable before it imports prepare: the record says which profile was scored."""
     code = (
         "import os, sys; os.environ['AUTORESEARCH_PROFILE'] = 'other'; sys.path.insert(0, sys.argv[1])\n"
@@ -455,13 +464,9 @@ def test_profile_chosen_inside_train_shows_in_the_record(tiny, tmp_path):
     )
     path, rng = copy_prepare(tmp_path, profile_row("other", tmp_path, eval_tokens=64 * 32)), random.Random(1)
     write_jsonl(tmp_path / "a.jsonl", [english(rng, 60) for _ in range(800)])
-    assert load_prepare(path, "other", tmp_path / "cache").main([]) == 0
-    env = {
-        **os.environ,
-        "AUTORESEARCH_PROFILE": "tiny",
-        "AUTORESEARCH_CACHE": str(tmp_path / "cache"),
-        "AUTORESEARCH_RESULT": str(tmp_path / "r"),
-    }
+    judge = load_prepare(path, "other", tmp_path / "cache")
+    assert judge.main([]) == 0
+    env = environment(judge, AUTORESEARCH_PROFILE="tiny", AUTORESEARCH_RESULT=str(tmp_path / "r"))
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=env, check=True)
     assert json.loads((tmp_path / "r").read_text())["profile"] == "other"
 
@@ -483,16 +488,15 @@ def test_changed_metric_file_is_named(tiny, tmp_path, capsys, name):
     path.write_bytes(data)
     judge = load_prepare(tiny[0], "tiny", tmp_path / "cache")
     assert judge.main(["--verify"]) == 1
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: {path} is not what was prepared") and error.count("\n") == 1
+    assert error_line(capsys).startswith(f"error: {path} is not what was prepared")
     with pytest.raises(judge.UserError, match=f"{name} is not what was prepared"):
         evaluate(judge, Toy())
 
 
 @pytest.mark.gpu
-def test_float32_logits_of_the_batch_are_never_whole(tiny):
-    """bf16 logits of 2.5 GB: the evaluation needs two of them and a chunk, not the 5 GB that float32 takes."""
-    judge = load_prepare(tiny[0], "tiny", tiny[1])
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_float32_logits_of_the_batch_are_never_whole(judge):
+    """The losses of bf16 logits of 2.1 GB take a few pieces more, not the 4.3 GB that all of them are in float32."""
     B, T_, vocab = 64, 2048, 8192
     logits = torch.randn(B, T_, vocab, dtype=torch.bfloat16, device="cuda")
     y = torch.randint(vocab, (B, T_), device="cuda")

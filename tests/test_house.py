@@ -5,6 +5,7 @@ import io
 import re
 import shlex
 import subprocess
+import sys
 import tokenize
 from pathlib import Path
 
@@ -32,12 +33,19 @@ def count_code_lines(path: Path) -> int:
 def test_sizes_stay_within_what_a_reader_can_hold():
     tokens = {name: len((ROOT / name).read_text()) / 3.6 for name in AGENT_READS}
     print(*(f"\n{name}: {count:.0f} tokens" for name, count in tokens.items()), f"\nin all: {sum(tokens.values()):.0f}")
-    for name in ("loop.py", "plumbing.py", "report.py", "agents/clis.py"):
+    for name in ("loop.py", "ledger.py", "plumbing.py", "report.py", "agents/clis.py"):
         print(f"{name}: {count_code_lines(ROOT / name)} lines of code")
     print(f"train.py: {len((ROOT / 'train.py').read_text().splitlines())} lines")
     assert sum(tokens.values()) < 24_000
     assert count_code_lines(ROOT / "loop.py") < 600
     assert len((ROOT / "train.py").read_text().splitlines()) <= 650
+
+
+def test_loop_imports_neither_torch_nor_the_judge():
+    """It would take seconds, and memory of the GPU; what it must know it asks in a child process."""
+    code = "import sys, loop, report; print({'torch', 'numpy', 'prepare', 'train'} & set(sys.modules))"
+    child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert child.stdout == "set()\n"
 
 
 def documented_commands() -> list[str]:

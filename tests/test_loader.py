@@ -1,8 +1,9 @@
-"""The dataloader: rows against the plainest implementation of the packing rules; batches, clock, threads."""
+"""The dataloader: rows against the plainest implementation of the packing rules; batches, clock, threads.
+
+Run: uv run pytest tests/test_loader.py
+"""
 
 import itertools
-import os
-import random
 import subprocess
 import sys
 import threading
@@ -13,43 +14,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prepare_fixtures import (  # noqa: F401
-    PREPARE,
-    copy_prepare,
-    english,
-    load_prepare,
-    locks_given_back,
-    profile_row,
-    write_jsonl,
-)
+from prepare_fixtures import PREPARE, load_prepare, plain_rows, started
 
 import prepare as any_prepare  # for RowStream, which depends on no profile
-
-
-def plain_rows(batches, width, buffer_size=1000):
-    """The packing rules of DESIGN.md, word for word. Yields (row, epoch); batches yields (documents, epoch)."""
-    buffer, epoch = [], 1
-    while True:
-        row = []
-        while len(row) < width:
-            while len(buffer) < buffer_size:
-                batch, batch_epoch = next(batches, (None, None))
-                if batch is None:
-                    break
-                buffer.extend(batch)
-                epoch = batch_epoch
-            if not buffer:
-                return
-            left, longest = width - len(row), None
-            for i, document in enumerate(buffer):
-                if len(document) <= left and (longest is None or len(document) > len(buffer[longest])):
-                    longest = i
-            if longest is not None:
-                row += buffer.pop(longest)
-            else:
-                shortest = min(range(len(buffer)), key=lambda i: len(buffer[i]))
-                row += buffer.pop(shortest)[:left]
-        yield row, epoch
 
 
 def rounds(shards, forever):
@@ -118,17 +85,6 @@ def test_rows_equal_the_plain_rules_with_the_real_buffer(documents, kind):
         assert np.array_equal(stream.take(400), np.array(expected).reshape(-1, 65))
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """A prepared profile of short documents; returns its prepare.py and cache."""
-    folder = tmp_path_factory.mktemp("loader")
-    rng = random.Random(3)
-    source = write_jsonl(folder / "source.jsonl", [english(rng, rng.choice([1, 3, 9, 40, 90])) for _ in range(2500)])
-    path = copy_prepare(folder, profile_row("tiny", source))
-    assert load_prepare(path, "tiny", folder / "cache").main([]) == 0
-    return path, folder / "cache"
-
-
 def documents_on_disk(judge, name):
     """Batches of encoded documents of one shard, by the rules, from the parquet file."""
     tokenizer = judge.Tokenizer.from_directory()
@@ -167,12 +123,13 @@ def test_batches_equal_the_plain_rules_from_parquet(tiny, split, B, T):
     loader.close()
 
 
-def test_seed_other_than_42_starts_at_another_shard(tiny):
-    streams = {}
+def test_seed_other_than_42_starts_training_at_another_shard_and_scores_the_same_rows(tiny):
+    streams, scored = {}, []
     for seed in (42, 1, 2, 6, 7, 43, 50):
         judge = load_prepare(tiny[0], "tiny", tiny[1], seed)
         streams[seed] = judge._open_split("train", 32).take(100)
-        assert np.array_equal(judge._open_split("val", 32).take(50), judge._open_split("val", 32).take(50))
+        scored.append([judge._open_split(split, 32).take(50).tolist() for split in ("val", "test")])
+    assert all(rows == scored[0] for rows in scored)
     assert all(not np.array_equal(streams[42], rows) for seed, rows in streams.items() if seed != 42)
     assert not np.array_equal(streams[1], streams[2])
     judge = load_prepare(tiny[0], "tiny", tiny[1], 7)  # with 8 shards: starts at the second
@@ -218,29 +175,30 @@ def test_clock_starts_with_the_first_batch_of_any_split(tiny, split):
     loader.close()
 
 
-def test_second_run_on_a_device_waits_and_says_so(tiny):
-    judge = load_prepare(tiny[0], "tiny", tiny[1])
+def test_second_run_on_a_device_waits_says_so_and_is_not_charged_for_it(tiny, tmp_path):
+    """The child's clock shows 1 as soon as `late` exists, which is before it gets the lock."""
+    judge, late = load_prepare(tiny[0], "tiny", tiny[1]), tmp_path / "late"
     loader = judge.make_dataloader(judge.Tokenizer.from_directory(), 2, 32, "train", device="cpu")
     next(loader)
     code = (
-        "import sys, os; sys.path.insert(0, os.path.dirname(sys.argv[1])); import prepare\n"
+        "import os, sys; sys.path.insert(0, os.path.dirname(sys.argv[1])); import prepare\n"
+        "prepare._now = lambda: float(os.path.exists(sys.argv[2]))\n"
         "next(prepare.make_dataloader(prepare.Tokenizer.from_directory(), 2, 32, 'train', device='cpu'))\n"
-        "print('started after', round(prepare.training_seconds()))"
+        "print('trained for', prepare.training_seconds())"
     )
-    env = {**os.environ, "AUTORESEARCH_PROFILE": "tiny", "AUTORESEARCH_CACHE": str(tiny[1])}
-    child = subprocess.Popen(
-        [sys.executable, "-c", code, str(tiny[0])], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    lock = tiny[1] / "locks" / "cpu.lock"
-    assert child.stderr.readline() == f"waiting: another run holds cpu (lock {lock})\n"
-    assert child.poll() is None
-    judge._stopwatch.lock.close()  # as the end of this process would
-    out, err = child.communicate(timeout=60)
-    assert (out, err, child.returncode) == ("started after 0\n", "", 0)
+    with started(judge, "-c", code, str(tiny[0]), str(late)) as child:
+        lock = judge.CACHE_ROOT / "locks" / "cpu.lock"
+        assert child.stderr.readline() == f"waiting: another run holds cpu (lock {lock})\n"
+        assert child.poll() is None
+        late.touch()
+        judge._stopwatch.lock.close()  # as the end of this process would
+        out, err = child.communicate(timeout=60)
+    assert (out, err, child.returncode) == ("trained for 0.0\n", "", 0)
     loader.close()
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_pinned_slots_survive_a_slow_device(tiny):
     """A busy GPU must not see a batch overwritten while its copy waits."""
     judge = load_prepare(tiny[0], "tiny", tiny[1])
@@ -257,10 +215,10 @@ def test_pinned_slots_survive_a_slow_device(tiny):
     loader.close()
 
 
-def test_import_is_quiet_quick_and_starts_no_cuda():
+def test_import_is_quiet_and_starts_neither_cuda_nor_what_training_does_not_need():
     code = (
-        "import time, torch; t = time.perf_counter(); import prepare; print(time.perf_counter() - t < 0.5,"
-        "torch.cuda.is_initialized(), 'pyarrow' in __import__('sys').modules)"
+        "import sys, torch, prepare; print(torch.cuda.is_initialized(), "
+        "sorted({'pyarrow', 'requests', 'rustbpe'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=PREPARE.parent, capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == ("True False False\n", "")
+    assert (done.stdout, done.stderr) == ("False []\n", "")

@@ -1,27 +1,33 @@
-"""Profiles, sources, splits, tokenizer, token files, manifest and command line of prepare.py."""
+"""Profiles, sources, splits, tokenizer, token files, manifest and command line of prepare.py.
+
+Run: uv run pytest tests/test_prepare.py
+"""
 
 import hashlib
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from prepare_fixtures import (  # noqa: F401
+import rustbpe
+from conftest import wait_for
+from prepare_fixtures import (
     PREPARE,
     copy_prepare,
+    die_at,
     english,
+    environment,
+    error_line,
     load_prepare,
-    locks_given_back,
     profile_row,
+    started,
     write_jsonl,
 )
 
@@ -41,13 +47,6 @@ def texts_of(judge):
     return {path.stem: pq.read_table(path)["text"].to_pylist() for path in sorted((judge.CACHE / "text").iterdir())}
 
 
-def error_line(capsys):
-    """The one error line; progress bars before it are rewritten lines."""
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    return lines[0]
-
-
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prepare")
@@ -56,12 +55,6 @@ def shared(tmp_path_factory):
 
 
 # ----- profiles -----
-
-
-def run(code, **env):
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("AUTORESEARCH")} | env
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, cwd=PREPARE.parent, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(
@@ -73,15 +66,35 @@ def run(code, **env):
     ],
 )
 def test_bad_environment_ends_an_import_with_code_2(variable, value, message):
-    done = run("import prepare", **{variable: value})
+    env = {key: value for key, value in os.environ.items() if not key.startswith("AUTORESEARCH")} | {variable: value}
+    command = [sys.executable, "-c", "import prepare"]
+    done = subprocess.run(command, cwd=PREPARE.parent, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {variable} is {value!r}: {message}\n")
 
 
-def test_profiles_hold_the_published_constants():
-    code = "import prepare as p; print([(k, *v[1:5]) for k, v in p.PROFILES.items()]); print(p.SEED, p.TIME_BUDGET)"
-    done = run(code, AUTORESEARCH_PROFILE="smoke", AUTORESEARCH_SEED="7")
-    assert "('climbmix', 2048, 300, 20971520, 8192), ('code', 2048, 300, 20971520, 8192)" in done.stdout
-    assert "('pocket', 256, 30," in done.stdout and done.stdout.endswith("7 2\n")
+def test_profiles_are_those_of_the_design(tmp_path):
+    judge = load_prepare(PREPARE, "smoke", tmp_path, seed=7)
+    assert {name: tuple(profile) for name, profile in judge.PROFILES.items()} == {
+        "climbmix": ("karpathy/climbmix-400b-shuffle", 2048, 300, 40 * 524288, 8192, 6543, 10**15),
+        "code": ("python:all", 2048, 300, 40 * 524288, 8192, 0, 10**15),
+        "pocket": ("python:stdlib", 256, 30, 2**18, 2048, 0, 10**15),
+        "smoke": ("python:stdlib", 64, 2, 2**13, 512, 0, 2_000_000),
+    }
+    taken = judge.SEED, judge.TIME_BUDGET, judge.MAX_SEQ_LEN, judge.CACHE
+    assert taken == (7, 2, 64, tmp_path / "smoke")
+
+
+@pytest.mark.parametrize(("devices", "profile", "word"), [(0, "pocket", "without"), (1, "climbmix", "with")])
+def test_profile_and_cache_have_a_default_and_the_reason_is_printed(
+    tmp_path, monkeypatch, capsys, devices, profile, word
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: devices)
+    judge = load_prepare(PREPARE, "", "", seed="")
+    taken = judge.PROFILE, judge.SEED, judge.CACHE
+    assert taken == (profile, 42, tmp_path / ".cache/autoresearch" / profile)
+    assert judge.main(["--verify"]) == 1
+    assert capsys.readouterr().out == f"profile: {profile} (default {word} a CUDA device)\n"
 
 
 def test_unprepared_profile_is_an_error_with_a_remedy(tmp_path):
@@ -116,7 +129,7 @@ def test_smoke_profile_is_prepared_from_the_standard_library(tmp_path):
 # ----- splits -----
 
 
-def test_document_goes_to_the_split_that_its_digest_says(tmp_path, shared):
+def test_document_goes_to_the_split_that_its_digest_says(shared):
     expected = {"val": set(), "test": set(), "train": set()}
     for text in corpus():
         number = int.from_bytes(hashlib.sha256(text.encode()).digest(), "big") % 20
@@ -163,23 +176,22 @@ def test_local_sources_of_every_kind_give_the_same_splits(tmp_path, kind, shared
     assert texts_of(judge) == texts_of(shared)
 
 
-@pytest.mark.skipif("not (Path(__file__).resolve().parents[2] / 'shared/data/wikitext2_test.txt').exists()")
-def test_english_articles_in_md_files_work(tmp_path):
-    data = Path(__file__).resolve().parents[2] / "shared" / "data"
-    (tmp_path / "source").mkdir()
-    text = (data / "wikitext2_test.txt").read_text() + (data / "wikitext2_valid.txt").read_text()
-    for i, article in enumerate(text.split("\n = ")):
-        (tmp_path / "source" / f"{i:04d}.md").write_text(article)
-    judge = prepared(tmp_path, tmp_path / "source", vocab_size=1024, max_seq_len=128, eval_tokens=2**14)
-    assert judge.describe()["rows"]["val"] == 128
-    sample = judge.Tokenizer.from_directory().decode(judge._open_split("train", 128).take(1)[0].tolist())
-    assert sample.isprintable() or "\n" in sample
+@pytest.mark.parametrize("source", ["python:stdlib", "python:all"])
+def test_installed_packages_are_read_for_python_all_only(tmp_path, monkeypatch, source):
+    standard, installed = ["lib/json/decoder.py"], ["lib/site-packages/pip.py", "platform/torch.py"]
+    for name in (*standard, *installed, "lib/dist-packages/apt.py", "lib/json/notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    folders = {"stdlib": "lib", "purelib": "lib/site-packages", "platlib": "platform"}
+    paths = {key: str(tmp_path / folder) for key, folder in folders.items()}
+    monkeypatch.setattr("sysconfig.get_paths", lambda: paths)
+    judge = load_prepare(PREPARE, "smoke", tmp_path)
+    judge.SOURCE = source
+    found = [str(file.relative_to(tmp_path)) for file in judge._local_files()]
+    assert found == standard + (installed if source == "python:all" else [])
 
 
-@pytest.mark.parametrize(
-    "line",
-    ["{", '{"body": 1}', '{"text": 5}', "[1]"],
-)
+@pytest.mark.parametrize("line", ["{", '{"body": 1}', '{"text": 5}', "[1]"])
 def test_bad_jsonl_line_is_named(tmp_path, capsys, line):
     path = write_jsonl(tmp_path / "a.jsonl", ["one", "two"])
     path.write_text(path.read_text() + line + "\n")
@@ -192,6 +204,17 @@ def test_bad_local_parquet_is_named(tmp_path, capsys):
     prepared(tmp_path, tmp_path / "a.parquet", expect=1)
     problem = "is not a readable parquet file with a text column (of another type than string)"
     assert f"{tmp_path / 'a.parquet'} {problem}" in error_line(capsys)
+
+
+def test_parquet_with_a_damaged_page_is_named(tmp_path, capsys):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": corpus()}), path, compression="zstd")
+    data = bytearray(path.read_bytes())
+    data[1000:2000] = bytes(1000)
+    path.write_bytes(data)
+    prepared(tmp_path, path, expect=1)
+    error = error_line(capsys)
+    assert error.startswith(f"error: {path} is damaged (") and error.endswith("): mend or delete it")
 
 
 def test_folder_without_text_is_an_error(tmp_path, capsys):
@@ -236,10 +259,11 @@ def test_tokenizer_encodes_lists_and_prepends(shared):
     assert tokenizer.encode(["ba ke", ""], prepend="<|reserved_0|>") == [[296, *one], [296]]
 
 
-def test_numbers_are_split_into_two_digits_at_most(shared):
-    tokenizer = shared.Tokenizer.from_directory()
-    pieces = [tokenizer.decode([i]) for i in tokenizer.encode("1234567")]
-    assert "".join(pieces) == "1234567" and max(map(len, pieces)) <= 2
+def test_numbers_are_split_into_pairs_of_digits(tmp_path):
+    """In the text that is learned from, 123 and 456 are as frequent as 12, 34 and 56."""
+    source = write_jsonl(tmp_path / "a.jsonl", [text + " 123456" * 20 for text in corpus()])
+    tokenizer = prepared(tmp_path, source).Tokenizer.from_directory()
+    assert [tokenizer.decode([i]) for i in tokenizer.encode("1234565")] == ["12", "34", "56", "5"]
 
 
 def test_lone_surrogates_are_replaced(shared):
@@ -276,7 +300,7 @@ def test_tokenizer_files_are_text(shared):
     }
 
 
-def test_tokenizer_learns_from_the_training_split_only(tmp_path, monkeypatch):
+def test_tokenizer_learns_from_the_training_split_only(tmp_path):
     """A word that only held-out documents use becomes no token; one that training uses does."""
     held, kept = [], []
     for text in (f"{english(random.Random(i), 60)} {i}" for i in range(3000)):
@@ -286,6 +310,18 @@ def test_tokenizer_learns_from_the_training_split_only(tmp_path, monkeypatch):
     judge = prepared(tmp_path, write_jsonl(tmp_path / "a.jsonl", held + kept))
     tokenizer = judge.Tokenizer.from_directory()
     assert len(tokenizer.encode(" wwwwjjjj")) == 1 and len(tokenizer.encode(" zzzzqqqq")) > 4
+
+
+def test_tokenizer_learns_from_so_much_in_all_and_of_each_document(tmp_path, monkeypatch):
+    judge, path, seen = load_prepare(PREPARE, "smoke", tmp_path), tmp_path / "a.parquet", []
+    assert (judge.TOKENIZER_CHARS, judge.TOKENIZER_DOCUMENT_CHARS) == (10**9, 10_000)
+    judge.TOKENIZER_CHARS = 25_000
+    pq.write_table(pa.table({"text": ["a" * 10_001, "b" * 50, "c" * 20_000, "d" * 9_000, "e"]}), path)
+    spy = SimpleNamespace(train_from_iterator=lambda texts, *_, **__: seen.extend(texts), get_mergeable_ranks=list)
+    monkeypatch.setattr(rustbpe, "Tokenizer", lambda: spy)
+    with pytest.raises(judge.UserError, match="the vocabulary has 0 tokens"):
+        judge._train_tokenizer([path])
+    assert seen == ["a" * 10_000, "b" * 50, "c" * 10_000, "d" * 4_950]
 
 
 # ----- tokens -----
@@ -325,8 +361,8 @@ def test_document_of_50_mb_is_tokenized_in_little_memory(tmp_path):
         "before = peak(); prepare._tokenize({'big': Path(sys.argv[2])}); print(peak() - before)\n"
         "print(prepare._read_shard(prepare._tokens_path('big')).lengths.tolist())"
     )
-    env = {**os.environ, "AUTORESEARCH_PROFILE": "mine", "AUTORESEARCH_CACHE": str(tmp_path / "cache")}
     command = [sys.executable, "-c", code, str(path.parent), str(tmp_path / "big.parquet")]
+    env = environment(load_prepare(path, "mine", tmp_path / "cache"))
     output = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.splitlines()
     peak_mb, lengths = int(output[-2]), json.loads(output[-1])
     assert peak_mb < 1000
@@ -360,6 +396,25 @@ def test_preparation_is_deterministic_and_idempotent(shared, tmp_path):
     assert again.main([]) == 0
     assert snapshot(again.CACHE) == before
     assert not list(shared.CACHE.rglob("*.part"))
+
+
+def test_later_preparation_says_that_the_text_is_not_read_again(shared, capsys):
+    capsys.readouterr()
+    assert shared.main([]) == 0
+    told = f"kept {shared.CACHE / 'text'}: delete {shared.CACHE} to read {shared.SOURCE} anew\n"
+    assert told in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["", '{"metric": {}}', "[1]"])
+def test_damaged_manifest_is_named(shared, tmp_path, capsys, text):
+    judge = load_prepare(shared.__file__, "mine", tmp_path)
+    path = judge.CACHE / "manifest.json"
+    path.parent.mkdir()
+    path.write_text(text)
+    assert judge.main([]) == 1
+    error = error_line(capsys)
+    assert error.startswith(f"error: {path} is damaged (") and "delete it and run 'uv run prepare.py'" in error
+    assert judge.describe()["problem"] in error
 
 
 def test_metric_files_are_read_only_and_verified(shared, capsys):
@@ -402,8 +457,8 @@ def test_missing_token_file_is_made_again_and_is_the_same(tmp_path):
     assert snapshot(judge.CACHE) == before and judge.describe()["digest"] == digest
 
 
-def test_retrained_tokenizer_does_not_pass_for_the_old_one(tmp_path, capsys):
-    """Changed files under a manifest are an error, not a new metric under the old name."""
+def test_changed_token_file_under_a_manifest_is_an_error(tmp_path, capsys):
+    """It is no new metric under the old name."""
     judge = prepared(tmp_path, write_jsonl(tmp_path / "a.jsonl", corpus()))
     path = judge.CACHE / "tokens/val.tokens"
     path.chmod(0o644)
@@ -414,35 +469,24 @@ def test_retrained_tokenizer_does_not_pass_for_the_old_one(tmp_path, capsys):
     assert f"{path} is not what was prepared" in error_line(capsys)
 
 
-def test_kill_at_any_moment_leaves_what_the_next_run_completes(tmp_path, shared):
-    reference = snapshot(shared.CACHE)
-    env = {**os.environ, "AUTORESEARCH_PROFILE": "mine", "AUTORESEARCH_CACHE": str(tmp_path)}
-    cache = tmp_path / "mine"
-    steps = ["text.part", "tokenizer.tiktoken"]
-    for step in steps:
-        command = [sys.executable, shared.__file__]
-        child = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while not (cache / step).exists() and child.poll() is None:
-            time.sleep(0.0005)
-        child.send_signal(signal.SIGKILL)
-        child.wait(10)
-        judge = load_prepare(shared.__file__, "mine", tmp_path)
-        assert judge.main([]) == 0 and judge.main(["--verify"]) == 0
-        assert {k: v for k, v in snapshot(cache).items() if not k.name.endswith(".part")} == reference
-        shutil.rmtree(cache)
+@pytest.mark.parametrize("name", ["text", "tokenizer.tiktoken", "manifest.json"])
+def test_killed_preparation_is_completed_by_the_next_run(tmp_path, shared, name):
+    judge = load_prepare(shared.__file__, "mine", tmp_path)
+    die_at(judge, name)
+    assert judge.main([]) == 0 and judge.main(["--verify"]) == 0
+    assert snapshot(judge.CACHE) == snapshot(shared.CACHE)
 
 
-def test_interrupt_ends_preparation_at_once(tmp_path):
+def test_interrupt_ends_preparation_without_a_traceback(tmp_path):
     """Ctrl-C while the tokenizer is being trained in native code."""
     source = write_jsonl(tmp_path / "a.jsonl", corpus(documents=3000, words=100))
     path = copy_prepare(tmp_path, profile_row("mine", source, vocab_size=20000))
-    env = {**os.environ, "AUTORESEARCH_PROFILE": "mine", "AUTORESEARCH_CACHE": str(tmp_path / "cache")}
-    child = subprocess.Popen([sys.executable, path], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (tmp_path / "cache/mine/text").exists():
-        assert child.poll() is None
-        time.sleep(0.001)
-    child.send_signal(signal.SIGINT)
-    assert child.wait(2) == -signal.SIGINT
+    judge = load_prepare(path, "mine", tmp_path / "cache")
+    with started(judge, path) as child:
+        wait_for(lambda: (judge.CACHE / "text").exists() or child.poll() is not None, 60)
+        child.send_signal(signal.SIGINT)
+        _, err = child.communicate(timeout=10)
+    assert child.returncode == -signal.SIGINT and "Traceback" not in err
 
 
 def test_no_word_of_a_traceback_reaches_a_user(tmp_path):

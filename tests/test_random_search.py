@@ -59,9 +59,10 @@ def test_proposal_changes_exactly_the_described_knob_and_stays_python(profile):
 @pytest.mark.parametrize("profile", ["pocket", "climbmix"])
 def test_proposal_keeps_the_comment_of_its_line(profile):
     source, description = propose(TRAIN, profile, "", random.Random(3))
+    [(before, after)] = [pair for pair in zip(TRAIN.splitlines(), source.splitlines(), strict=True) if len({*pair}) > 1]
     name, new = description.split(" ", 1)[0], description.split(" -> ")[1]
-    lines = [line for line in source.splitlines() if line.strip().startswith(f"{name} = ") and new in line]
-    assert len(lines) == 1 and "  # " in lines[0]
+    assert after.partition("  # ")[0].strip() == f"{name} = {new}"
+    assert after.partition("  # ")[1:] == before.partition("  # ")[1:]
 
 
 @pytest.mark.parametrize("value", [1, 2, 8, 524288, 0.0, 0.5, 1.0, 0.004, "SSSL", (0.8, 0.95), (0.999, 0.999)])
@@ -133,8 +134,7 @@ def test_changes_in_the_ledger_and_in_the_prompt_are_not_proposed_again(desk):
 
 
 def test_run_of_random_search_builds_on_every_kept_change(desk):
-    process = desk.loop("--agent", "random", "--tag", "t", "--max-experiments", "8", timeout=30)
-    assert process.returncode == 0, process.stderr
+    desk.loop("--agent", "random", "--tag", "t", "--max-experiments", "8")
     rows = desk.rows()
     assert len(rows) == 9 and rows[0][4] == "baseline"
     described = [row[4] for row in rows[1:]]

@@ -4,17 +4,19 @@
 """
 
 import re
+import statistics
 
 import pytest
 from conftest import Desk
 
-from loop import Row
+from ledger import Row
+from report import pace
 
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
 
 
 @pytest.fixture(scope="module")
-def night(tmp_path_factory) -> Desk:
+def night(tmp_path_factory):
     """A finished run: baseline, two kept, one discarded, one crashed. The tests only read it."""
     desk = Desk(tmp_path_factory.mktemp("night"))
     agent = desk.agent(
@@ -26,29 +28,22 @@ def night(tmp_path_factory) -> Desk:
         say(f"idea {n}")
         """
     )
-    process = desk.loop("--agent-cmd", agent, "--tag", "t", "--max-experiments", "4")
-    assert process.returncode == 0, process.stderr
-    return desk
-
-
-def read(desk, *args, code=0):
-    process = desk.loop(*args)
-    assert process.returncode == code, process.stderr
-    assert "Traceback" not in process.stderr
-    return process
+    desk.loop("--agent-cmd", agent, "--tag", "t", "--max-experiments", "4")
+    yield desk
+    desk.end()
 
 
 def report_of(desk, text: str, code=0):
     path = desk.outside / "ledger.tsv"
     path.write_text(text)
-    return read(desk, "report", str(path), code=code)
+    return desk.loop("report", str(path), code=code)
 
 
 # ---- report ----------------------------------------------------------------------------------------------------------
 
 
 def test_report_tells_what_was_kept_and_what_it_gained(night):
-    lines = read(night, "report").stdout.splitlines()
+    lines = night.loop("report").stdout.splitlines()
     rows = night.rows()
     assert lines[0] == "5 rows: 3 keep (60%), 1 discard (20%), 1 crash (20%)"
     assert re.fullmatch(r"[\d.]+ runs an hour, training or evaluating [\d.]+% of the time", lines[1])
@@ -61,16 +56,16 @@ def test_report_tells_what_was_kept_and_what_it_gained(night):
 
 
 def test_report_assumes_the_noise_of_its_profile(desk):
-    desk.set_constant("loop.py", "ASSUMED_SIGMA", '{"climbmix": 0.0004, "fake": 0.02}')
+    desk.set_constant("ledger.py", "ASSUMED_SIGMA", '{"climbmix": 0.0004, "fake": 0.02}')
     desk.commit("a noisy profile")
     desk.loop("--agent-cmd", desk.agent('knob("DEPTH", 5)'), "--tag", "t", "--max-experiments", "1")
-    out = read(desk, "report").stdout
+    out = desk.loop("report").stdout
     assert re.search(r"1\.070000  0\.010000  within noise ", out)
     assert "noise of one run: 0.020000 bpb (assumed, as measured for fake;" in out
 
 
 def test_report_draws_a_picture_that_git_ignores(night):
-    read(night, "report")
+    night.loop("report")
     assert (night.path / "progress.png").read_bytes().startswith(b"\x89PNG")
     assert night.git("status", "--porcelain") == ""
 
@@ -125,7 +120,7 @@ def test_report_without_a_score_is_one_error_line(desk, text):
 
 
 def test_report_without_a_ledger_is_one_error_line(desk):
-    process = read(desk, "report", "--tag", "t", code=1)
+    process = desk.loop("report", "--tag", "t", code=1)
     assert process.stderr.startswith("error: no ledger at ") and len(process.stderr.splitlines()) == 1
 
 
@@ -144,14 +139,25 @@ def test_report_of_15000_rows_counts_every_row(desk):
 
 
 def test_status_shows_branch_best_pace_and_the_last_rows(night):
-    out = read(night, "status").stdout
+    out = night.loop("status").stdout
     assert out.startswith("autoresearch/t: no loop is running\nBest val_bpb 1.069900")
     assert "rows: 3 keep, 1 discard, 1 crash." in out and "% of the time" in out
     assert [line.split("\t")[4] for line in out.splitlines() if "\t" in line] == [row[4] for row in night.rows()]
 
 
+def test_pace_leaves_out_the_time_between_sessions():
+    timeline = [
+        (0, "session", 0), (5, "training", 0), (60, "measured", 50), (100, "stopped", 0),  # it ended
+        (5000, "session", 0), (5010, "training", 0), (5050, "measured", 30), (5060, "training", 0),  # it was killed
+        (9000, "session", 0), (9010, "training", 0), (9040, "measured", 20),
+    ]  # fmt: skip
+    events = [{"at": 1e9 + at, "event": event, "seconds": seconds} for at, event, seconds in timeline]
+    told = "54.0 runs an hour, training or evaluating 50.0% of the time"  # 3 runs and 100 s in 100 + 60 + 40 s
+    assert pace(events) == told
+
+
 def test_status_before_any_run_says_so_and_makes_nothing(desk):
-    out = read(desk, "status", "--tag", "t").stdout
+    out = desk.loop("status", "--tag", "t").stdout
     assert out == "autoresearch/t: no loop is running\nNo run yet: the baseline comes first.\n"
     assert not desk.home().exists()
 
@@ -159,19 +165,21 @@ def test_status_before_any_run_says_so_and_makes_nothing(desk):
 # ---- audit -----------------------------------------------------------------------------------------------------------
 
 
+NOISE = 1e-12  # bpb for each step of the seed, in `noisy`
+
+
 @pytest.fixture
 def noisy(desk) -> Desk:
     """Baseline and one kept change, in a domain where the seed moves the score."""
-    desk.set_knob(NOISE=1e-12)
+    desk.set_knob(NOISE=NOISE)
     desk.commit("noise")
-    process = desk.loop("--agent-cmd", desk.agent('knob("DEPTH", 6)'), "--tag", "t", "--max-experiments", "1")
-    assert process.returncode == 0, process.stderr
+    desk.loop("--agent-cmd", desk.agent('knob("DEPTH", 6)'), "--tag", "t", "--max-experiments", "1")
     return desk
 
 
 def test_audit_runs_baseline_and_champion_on_fresh_seeds_and_on_the_test_split(noisy):
-    before = (noisy.home() / "results.tsv").read_text()
-    process = read(noisy, "audit", "--replicates", "2")
+    before, past = (noisy.home() / "results.tsv").read_text(), len(noisy.events())
+    process = noisy.loop("audit", "--replicates", "2")
     baseline, champion, gain = process.stdout.splitlines()[1:]
     rows = noisy.rows()
     assert baseline.split()[:2] == ["baseline", rows[0][0]] and champion.split()[:2] == ["champion", rows[1][0]]
@@ -183,19 +191,29 @@ def test_audit_runs_baseline_and_champion_on_fresh_seeds_and_on_the_test_split(n
     assert seeds[0::2] == seeds[1::2] and len(set(seeds)) == 2 and "42" not in seeds
     assert (noisy.home() / "results.tsv").read_text() == before  # an audit is no experiment
     assert noisy.git("rev-parse", "HEAD")[:7] == rows[1][0]
+    assert [event["event"] for event in noisy.events()[past:]] == ["session", *["training", "measured"] * 4, "stopped"]
 
 
 def test_audit_deviation_is_that_of_the_seeds(noisy):
-    line = read(noisy, "audit", "--replicates", "3").stdout.splitlines()[1]
-    assert float(re.findall(r"± (\d\.\d{6})", line)[0]) > 0
+    done = noisy.loop("audit", "--replicates", "3")
+    seeds = [int(seed) for seed in re.findall(r"audit of the baseline .*, seed (\d+)", done.stderr)]
+    deviations = [float(found) for found in re.findall(r"± (\d\.\d{6})", done.stdout)]
+    assert len(seeds) == 3
+    assert deviations == [pytest.approx(NOISE * statistics.stdev(seeds), abs=1e-6)] * 4
+
+
+@pytest.mark.parametrize("count", ["0", "-1"])
+def test_audit_of_less_than_one_replicate_is_one_error_line(night, count):
+    done = night.loop("audit", "--replicates", count, code=2)
+    assert done.stderr == f"error: --replicates {count}: audit needs at least 1\n" and done.stdout == ""
 
 
 def test_audit_before_any_run_is_one_error_line(desk):
-    process = read(desk, "audit", "--tag", "t", code=1)
+    process = desk.loop("audit", "--tag", "t", code=1)
     assert "error: there are no rows to audit" in process.stderr
 
 
 def test_search_never_sees_the_sealed_test_split(noisy):
-    read(noisy, "audit", "--replicates", "1")
+    noisy.loop("audit", "--replicates", "1")
     records = {path.parent.name: path.read_text() for path in (noisy.home() / "experiments").glob("*/result.json")}
     assert [name for name in sorted(records) if "test_bpb" in records[name]] == ["0003", "0004"]

@@ -1,36 +1,29 @@
 """Model, loss, optimizer and schedules against independent formulas. Run: uv run pytest tests/test_train.py"""
 
 import ast
+import itertools
 import math
 import re
 from pathlib import Path
 
+import kernels
 import pytest
 import torch
 import torch.nn.functional as F
+from huggingface_hub import constants
+from torch.nn.attention.flex_attention import flex_attention
+from train_fixtures import CLIMBMIX, build, one_thread
 
 import train
 from train import GPT, GPTConfig, MuonAdamW, UserError
 
 TINY = GPTConfig(sequence_len=12, vocab_size=37, n_layer=3, n_head=4, n_kv_head=2, n_embd=64, window_pattern="SL")
-CLIMBMIX = GPTConfig(2048, 8192, 8, 4, 4, 512, "SSSL")
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # two threads that wait for each other on busy cores can take 50 times as long
-    yield
-    torch.set_num_threads(threads)
-
-
-def build(config: GPTConfig, seed: int = 0) -> GPT:
-    torch.manual_seed(seed)
-    with torch.device("meta"):
-        model = GPT(config)
-    model.to_empty(device="cpu")
-    model.init_weights()
-    return model
+def on_one_thread():
+    with one_thread():
+        yield
 
 
 def shake(model: GPT) -> GPT:
@@ -97,10 +90,11 @@ def reference_logits(state: dict, config: GPTConfig, tokens: list[int]) -> torch
     return 15 * torch.tanh(rms(x) @ p["lm_head.weight"].T / 15)
 
 
-def test_forward_equals_a_float64_reference_with_windows_gates_and_grouped_queries():
-    model = shake(build(TINY))
-    x, _ = batch(TINY)
-    expected = torch.stack([reference_logits(model.state_dict(), TINY, row.tolist()) for row in x])
+@pytest.mark.parametrize("config", [TINY, GPTConfig(12, 40, 2, 2, 1, 16, "SL")], ids=["tiny", "narrower than a gate"])
+def test_forward_equals_a_float64_reference_with_windows_gates_and_grouped_queries(config):
+    model = shake(build(config))
+    x, _ = batch(config)
+    expected = torch.stack([reference_logits(model.state_dict(), config, row.tolist()) for row in x])
     logits = model(x)
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits.double(), expected, atol=2e-4, rtol=1e-4)
@@ -209,8 +203,6 @@ def brute_force_attention(q, k, v, window):
 
 
 def eager_flex_attention(q, k, v, window):
-    from torch.nn.attention.flex_attention import flex_attention
-
     mask = train.attention_mask("flex", q.size(1), window, q.device)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return flex_attention(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
@@ -277,9 +269,53 @@ def test_probe_refuses_a_wrong_gradient():
         )
 
 
+@pytest.mark.parametrize(
+    ("works", "load_error"),
+    [("flash-attention-3", None), ("flex", None), ("sdpa", None), ("flex", OSError("no such kernel"))],
+)
+def test_first_back_end_that_passes_its_probe_is_chosen_and_those_before_say_why(
+    monkeypatch, capsys, works, load_error
+):
+    """On a CUDA device that is not there: compiler, masks and probe are stand-ins."""
+    backends = {"flash-attention-3": lambda *_: None, "flex": train.flex_attention, "sdpa": train.sdpa_attention}
+    masks = []
+
+    def load():
+        if load_error:
+            raise load_error
+        return backends["flash-attention-3"]
+
+    def probe(backend, T, window, device):
+        assert (T, window, device) == (12, 6, torch.device("cuda"))
+        if backend is not backends[works]:
+            raise ValueError("dv differs\nfrom SDPA by 0.5")
+
+    monkeypatch.setattr(train, "COMPILE", True)
+    monkeypatch.setattr(train, "attention", None)
+    monkeypatch.setattr(train, "load_flash_attention", load)
+    monkeypatch.setattr(train, "probe_attention", probe)
+    monkeypatch.setattr(train, "attention_mask", lambda kind, T, window, device: masks.append((kind, window)))
+    monkeypatch.setattr(torch, "compile", lambda backend, dynamic: backend)
+    assert train.choose_attention(TINY, torch.device("cuda")) == works
+    assert train.attention is backends[works]
+    reason = "OSError: no such kernel" if load_error else "ValueError: dv differs from SDPA by 0.5"
+    before = itertools.takewhile(lambda name: name != works, backends)
+    assert capsys.readouterr().err.splitlines() == [f"attention: no {name}: {reason}" for name in before]
+    for_flex = [("flex", 6), ("flex", 12)] if works != "flash-attention-3" else []
+    assert masks == [("sdpa", 6), ("sdpa", 12), *for_flex]
+
+
+@pytest.mark.parametrize(("device", "compiled"), [("cpu", True), ("mps", True), ("cuda", False)])
+def test_sdpa_is_taken_without_a_trial_where_nothing_is_compiled_for_cuda(monkeypatch, capsys, device, compiled):
+    monkeypatch.setattr(train, "COMPILE", compiled)
+    monkeypatch.setattr(train, "attention", None)
+    monkeypatch.setattr(train, "attention_mask", lambda *_: None)
+    monkeypatch.setattr(train, "load_flash_attention", lambda: pytest.fail("tried"))
+    assert train.choose_attention(TINY, torch.device(device)) == "sdpa"
+    assert (train.attention, capsys.readouterr().err) == (train.sdpa_attention, "")
+
+
 def test_flash_kernel_is_pinned_and_taken_from_the_cache_before_the_network(monkeypatch):
-    kernels = pytest.importorskip("kernels")
-    constants = pytest.importorskip("huggingface_hub").constants
     calls = []
 
     def get_kernel(repo_id, version):
@@ -344,8 +380,8 @@ def test_adamw_equals_the_formula_in_float64():
     p = parameter.detach().double()
     m = v = torch.zeros_like(p)
     optimizer = MuonAdamW([{"kind": "adamw", "params": [parameter], "lr": 0.05, "betas": (0.96, 0.95)}])
-    for t in range(1, 5):
-        parameter.grad = torch.randn(4, 6) * 10.0 ** (1 - 2 * t)  # down to where eps counts
+    for t in range(1, 8):
+        parameter.grad = torch.randn(4, 6) * 10.0 ** (t - 11)  # from where eps counts to where it does not
         g = parameter.grad.double()
         optimizer.step()
         m, v = 0.96 * m + 0.04 * g, 0.95 * v + 0.05 * g * g
@@ -471,20 +507,47 @@ def test_set_schedules_reaches_every_group(monkeypatch):
 
 # ---- Knobs ----
 
-SOURCE = Path(train.__file__).read_text()
+RECIPE = {  # MODEL.md's
+    "ASPECT_RATIO": 64,
+    "HEAD_DIM": 128,
+    "WINDOW_PATTERN": "SSSL",
+    "TOTAL_BATCH_SIZE": 2**19,
+    "DEPTH": 8,
+    "DEVICE_BATCH_SIZE": 128,
+    "EMBEDDING_LR": 0.6,
+    "UNEMBEDDING_LR": 0.004,
+    "MATRIX_LR": 0.04,
+    "SCALAR_LR": 0.5,
+    "WEIGHT_DECAY": 0.2,
+    "ADAM_BETAS": (0.8, 0.95),
+    "WARMUP_RATIO": 0.0,
+    "WARMDOWN_RATIO": 0.5,
+    "FINAL_LR_FRAC": 0.0,
+    "COMPILE": True,  # DESIGN.md's, for CUDA
+}
 
 
-def test_file_is_short_enough_to_hold_in_the_head():
-    assert SOURCE.count("\n") <= 650
+def knob_blocks() -> list[str]:
+    """The knobs of the large profiles, and what the small ones change."""
+    section = Path(train.__file__).read_text().split("# ---- Knobs ----\n")[1].split("# ---- ")[0]
+    return section.split("\nif PROFILE in ")
 
 
-def test_every_knob_is_a_literal_with_its_unit_or_meaning():
-    section = SOURCE.split("# ---- Knobs")[1].split("# ---- ")[0]
-    knobs = re.findall(r"^ *([A-Z_]+) = (.*?)  # \w", section, re.MULTILINE)
-    assert len(knobs) == len(re.findall(r"^ *[A-Z_]+ = ", section, re.MULTILINE)) >= 20
-    for name, value in knobs:
-        ast.literal_eval(value)
-        assert hasattr(train, name)
+def knobs(block: str) -> dict:
+    lines = re.findall(r"^ *([A-Z_]+) = (.+?)(?:  #.*)?$", block, re.MULTILINE)
+    return {name: ast.literal_eval(value) for name, value in lines}
+
+
+def test_knobs_of_the_large_profiles_are_the_recipes():
+    large = knobs(knob_blocks()[0])
+    assert {name: large.get(name) for name in RECIPE} == RECIPE
+
+
+def test_every_knob_is_a_literal_that_says_its_unit_or_meaning():
+    large, small = knob_blocks()
+    meant = re.findall(r"^([A-Z_]+) = .+?  # \w", large, re.MULTILINE)
+    assert meant == list(knobs(large))
+    assert knobs(small).keys() < knobs(large).keys()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""What only a CUDA device can show of train.py. Run: uv run pytest -m gpu tests/test_train_gpu.py"""
+"""What only a CUDA device can show of train.py.
+
+Run: uv run pytest -n 0 -m 'gpu and not slow' tests/test_train_gpu.py
+"""
 
 import itertools
 import os
@@ -9,20 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from train_fixtures import CLIMBMIX, build
 
 import train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CUDA = torch.device("cuda")
-CLIMBMIX = train.GPTConfig(2048, 8192, 8, 4, 4, 512, "SSSL")
-
-
-def build(config: train.GPTConfig) -> train.GPT:
-    torch.manual_seed(0)
-    with torch.device("meta"):
-        model = train.GPT(config)
-    model.to_empty(device=CUDA).init_weights()
-    return model
 
 
 @pytest.fixture
@@ -40,7 +35,7 @@ def test_back_end_agrees_with_sdpa_forward_and_gradient(climbmix, name, window):
     if name == "flash":
         try:
             backend = train.load_flash_attention()
-        except train.LOAD_ERRORS as error:
+        except Exception as error:
             pytest.skip(f"no FlashAttention-3 here: {train.one_line(error)}")
     else:
         backend = torch.compile(train.flex_attention, dynamic=False)
@@ -49,7 +44,7 @@ def test_back_end_agrees_with_sdpa_forward_and_gradient(climbmix, name, window):
 
 
 def test_types_are_bfloat16_where_the_recipe_says_so(climbmix):
-    model = build(CLIMBMIX)
+    model = build(CLIMBMIX, CUDA)
     bfloat16 = {name for name, p in model.named_parameters() if p.dtype == torch.bfloat16}
     assert bfloat16 == {"transformer.wte.weight", *(f"value_embeds.{i}.weight" for i in (1, 3, 5, 7))}
     assert model.cos.dtype == model.sin.dtype == torch.bfloat16
@@ -65,7 +60,7 @@ def test_a_step_does_not_synchronise_beyond_the_loss(climbmix, monkeypatch):
     monkeypatch.setattr(train, "TOTAL_BATCH_SIZE", 4 * 2048)
     monkeypatch.setattr(train, "DEVICE_BATCH_SIZE", 2)
     train.choose_attention(config, CUDA)
-    model = build(config)
+    model = build(config, CUDA)
     optimizer, runner = model.setup_optimizer(compiled=True), torch.compile(model, dynamic=False)
     rows = train.warm_up(runner, optimizer, 8192)
     steps = itertools.count()
@@ -85,7 +80,7 @@ def test_a_step_does_not_synchronise_beyond_the_loss(climbmix, monkeypatch):
 )
 def test_peak_memory_is_well_below_the_references_45_gb(climbmix):
     train.choose_attention(CLIMBMIX, CUDA)
-    model = build(CLIMBMIX)
+    model = build(CLIMBMIX, CUDA)
     optimizer, runner = model.setup_optimizer(compiled=True), torch.compile(model, dynamic=False)
     assert train.warm_up(runner, optimizer, 8192) == 128
     x, y = (torch.randint(8192, (128, 2048), device=CUDA) for _ in "xy")
