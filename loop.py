@@ -145,6 +145,7 @@ class Ratchet:
         self.refusal = self.running = ""  # for the prompt: why the last edit was refused, what trains meanwhile
         self.crashed: tuple[str, str] | None = None  # a crashed attempt and the end of its log: to be mended, once
         self.stop_soon, self.stop_now, self.trained = threading.Event(), threading.Event(), threading.Event()
+        self.interrupted = False  # by a first Ctrl-C
         self.deadline = time.monotonic() + 3600 * getattr(args, "hours", math.inf)
         self.load()
 
@@ -185,7 +186,13 @@ class Ratchet:
             yield
 
     def on_signal(self, number: int, _frame) -> None:
-        if number == signal.SIGTERM or self.stop_soon.is_set():
+        """Heeded in a thread: the main one may be in the middle of a print, or hold the lock of an event."""
+        now = number == signal.SIGTERM or self.interrupted or self.stop_soon.is_set()
+        self.interrupted = True
+        threading.Thread(target=self.stop, args=(now,)).start()
+
+    def stop(self, now: bool) -> None:
+        if now:
             self.stop_now.set()
         else:
             say("finishing this experiment, then stopping (Ctrl-C again: stop now)")

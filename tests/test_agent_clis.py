@@ -22,6 +22,8 @@ import pytest
 from conftest import Desk
 from model_server import Hang, ModelServer, Run, Say, Status, Turn
 
+from plumbing import processes
+
 PATH = os.pathsep.join(filter(None, [os.environ.get("AUTORESEARCH_TEST_CLIS"), os.environ["PATH"]]))
 PROGRAM = '# Research\n\nQuote "it", $HOME, `ls`, \\n and ü.\n' + "Read every line of this. " * 4000  # 100 kB
 LIMIT = 120  # seconds, for one call of the loop
@@ -182,16 +184,9 @@ def test_hang_is_ended_with_all_that_the_agent_started(lab, tmp_path):
     daemon = Run("setsid sleep 60 >/dev/null 2>&1 & echo $! > ../daemon")
     lab.server.play(daemon, Hang(), *edit(8, "raise depth to 8"))
     assert lab.run(1).count("no proposal: the agent ended with timeout") == 1
-    assert not is_sleeping(int((tmp_path / "daemon").read_text()))
+    assert int((tmp_path / "daemon").read_text()) not in processes("cmdline", b"sleep")
     assert lab.desk.orphans() == []
     assert ledger(lab.desk) == [("keep", "baseline"), ("keep", "raise depth to 8")]
-
-
-def is_sleeping(pid: int) -> bool:
-    try:
-        return b"sleep" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False
 
 
 @pytest.mark.parametrize("name", ["claude", "codex", "vibe", "gemini"])
@@ -224,20 +219,30 @@ LOGGED_IN = {
     "vibe": ("--resume", "Error: Session not found: no-such-session", 1),
     "gemini": ("--list-sessions", "No previous sessions found for this project.", 0),
 }
+NEEDED = {  # without these a real CLI asks a person, who sleeps, or edits nothing
+    "claude": ["-p", "--dangerously-skip-permissions"],
+    "codex": ["exec", "--dangerously-bypass-approvals-and-sandbox", "-"],
+    "vibe": ["-p", "--auto-approve"],
+    "gemini": ["-p", "--approval-mode", "yolo", "--skip-trust"],
+}
 STAND_IN = """#!{python}
 import pathlib, sys
 if {check!r} in sys.argv:
     print({answer!r}, file=sys.stdout if {answer!r}.startswith("{{") else sys.stderr)
     sys.exit({code})
+asked = set({needed!r}) <= set(sys.argv) and "loop.py calls you for one proposal" in sys.stdin.read()
 train = pathlib.Path("train.py")
-train.write_text(train.read_text().replace("DEPTH = 4", "DEPTH = 8"))
+train.write_text(train.read_text().replace("DEPTH = 4", "DEPTH = 8" if asked else "DEPTH = 2"))
 """
 
 
 def install(desk: Desk, name: str, check: str, answer: str, code: int) -> None:
-    """A stand-in for a CLI: called with the argument `check` it gives the answer, else it edits train.py."""
+    """A stand-in for a CLI: called with the argument `check` it gives the answer, else it edits train.py.
+
+    The edit is a good one only if the command line holds what is needed and standard input the prompt.
+    """
     path = Path(desk.env["PATH"]) / name
-    path.write_text(STAND_IN.format(python=sys.executable, check=check, answer=answer, code=code))
+    path.write_text(STAND_IN.format(python=sys.executable, check=check, answer=answer, code=code, needed=NEEDED[name]))
     path.chmod(0o755)
     desk.env["IS_SANDBOX"] = "1"
 
@@ -252,14 +257,6 @@ def assert_accepted(desk: Desk, agent: str) -> None:
 def test_missing_cli_is_refused_with_how_to_install_it(bare, name):
     line = assert_refused(bare, name, f"error: {name} is not installed")
     assert re.search(r"npm install|uv tool install", line)
-
-
-@pytest.mark.parametrize("command", ["no-such-agent --yes", "agent 'unclosed"])
-def test_agent_cmd_that_cannot_start_is_refused(bare, command):
-    code, line = run_loop(bare, "--agent-cmd", command, "--max-experiments", "1")
-    assert (code, line.count("\n")) == (2, 1), line
-    assert line.startswith("error: "), line
-    assert not bare.home().exists()
 
 
 @pytest.mark.parametrize("name", LOGGED_OUT)

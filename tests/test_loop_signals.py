@@ -6,69 +6,91 @@ import pty
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
 import pytest
-from conftest import DEEPER, Desk, ended, errors, has_event, wait_for
+from conftest import DEEPER, Desk, ended, errors, has_event, hear, wait_for
+
+MODES = ["--ahead", "--no-ahead"]
 
 
-def start_slow(desk: Desk, seconds: float, *options: str) -> subprocess.Popen:
-    """A loop whose third run trains so many seconds; returns when that run trains."""
-    agent = desk.agent(f'{DEEPER}; knob("SECONDS", {seconds} if count() > 1 else 0)')
+def start_held(desk: Desk, *options: str) -> subprocess.Popen:
+    """A loop whose third run, of the second idea, trains until desk.hold is removed; returns when that run trains.
+
+    The same in both modes: what is proposed ahead while the first idea trains repeats that, and is proposed anew.
+    """
+    agent = desk.agent(f"""
+        if knob("DEPTH") == 5 and count("held") == 1:
+            HOLD.touch()
+        {DEEPER}
+    """)
     process = desk.popen("--tag", "t", "--agent-cmd", agent, *options)
     wait_for(has_event(desk, "training", 3))
     return process
 
 
-def test_ctrl_c_once_finishes_the_experiment(desk):
-    process = start_slow(desk, 1)
-    process.send_signal(signal.SIGINT)
-    done = ended(process)
-    assert done.returncode == 0 and errors(done) == []
-    assert "finishing this experiment, then stopping (Ctrl-C again: stop now)" in done.stderr
-    assert desk.statuses() == ["keep"] * 3
-    assert desk.orphans() == []
-
-
-@pytest.mark.parametrize("signals", [[signal.SIGINT, signal.SIGINT], [signal.SIGTERM]])
-@pytest.mark.parametrize("mode", ["--ahead", "--no-ahead"])
-def test_ctrl_c_twice_or_term_stops_now(desk, signals, mode):
-    process = start_slow(desk, 60, mode)
-    begin = time.monotonic()
-    for number in signals:
-        process.send_signal(number)
-        time.sleep(0.1)  # two signals at once would be one
-    done = ended(process)
-    assert time.monotonic() - begin < 15
-    assert done.returncode == 0 and errors(done) == []
-    assert "stopped: the experiment in flight is dropped" in done.stderr
-    assert desk.statuses() == ["keep"] * 2
+def assert_at_rest(desk: Desk, rows: int) -> None:
+    """So many rows, all kept; branch and files at the last one; no process left."""
+    assert desk.statuses() == ["keep"] * rows
+    assert desk.git("symbolic-ref", "--short", "HEAD") == "autoresearch/t"
     assert desk.git("rev-parse", "HEAD").startswith(desk.rows()[-1][0])
     assert desk.git("status", "--porcelain", "--untracked-files=no") == "" and desk.orphans() == []
 
 
+def test_ctrl_c_once_finishes_the_experiment(desk):
+    process = start_held(desk)
+    process.send_signal(signal.SIGINT)
+    hear(process, "finishing this experiment, then stopping (Ctrl-C again: stop now)")
+    desk.hold.unlink()
+    assert errors(ended(process)) == []
+    assert_at_rest(desk, rows=3)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("signals", [[signal.SIGINT, signal.SIGINT], [signal.SIGTERM]])
+def test_ctrl_c_twice_or_term_stops_now(desk, signals, mode):
+    process = start_held(desk, mode)
+    for number in signals[:-1]:
+        process.send_signal(number)
+        hear(process, "Ctrl-C again: stop now")  # two signals at once would be one
+    process.send_signal(signals[-1])
+    done = ended(process, timeout=8)  # the training would be ended after 10 s
+    assert errors(done) == [] and "stopped: the experiment in flight is dropped" in done.stderr
+    assert_at_rest(desk, rows=2)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_term_while_an_agent_hangs_stops_now(desk, mode):
+    agent = desk.agent('knob("DEPTH", 5)\ncount()\ntime.sleep(60)')
+    process = desk.popen("--tag", "t", "--agent-cmd", agent, mode)
+    wait_for(lambda: (desk.outside / "count").exists() and has_event(desk, "the agent proposes")())
+    process.send_signal(signal.SIGTERM)
+    assert errors(ended(process)) == []
+    assert_at_rest(desk, rows=1)
+
+
 def test_ctrl_c_in_the_whole_foreground_group_hurts_neither_agent_nor_git(desk):
     """As a terminal sends it: to every process of the group."""
-    process = start_slow(desk, 1, "--ahead")
+    process = start_held(desk, "--ahead")
     wait_for(lambda: any("train.py" in command for command in desk.orphans()))  # it has a session of its own by then
     os.killpg(process.pid, signal.SIGINT)
-    done = ended(process)
-    assert done.returncode == 0 and errors(done) == []
-    assert desk.statuses() == ["keep"] * 3
+    hear(process, "Ctrl-C again: stop now")
+    desk.hold.unlink()
+    assert errors(ended(process)) == []
+    assert_at_rest(desk, rows=3)
 
 
 def test_term_ends_the_first_preparation(desk):
-    source = (desk.path / "prepare.py").read_text()
     main = 'if __name__ == "__main__":\n'
     slow = '    import time\n    (CACHE.parent / "pid").write_text(str(os.getpid()))\n    time.sleep(60)\n'
-    (desk.path / "prepare.py").write_text(source.replace(main, main + slow))
+    desk.replace("prepare.py", main, main + slow)
     desk.commit("data that takes long")
     process = desk.popen("--tag", "t", "--agent-cmd", desk.agent("count()"))
     pid = wait_for(lambda: (path := desk.cache.parent / "pid").exists() and path.read_text())
     process.send_signal(signal.SIGTERM)
-    done = ended(process)
-    assert done.returncode == 0 and errors(done) == []
+    assert errors(ended(process)) == []
     assert not Path("/proc", pid).exists()
 
 
@@ -76,18 +98,18 @@ def test_ctrl_c_ends_a_backoff(desk):
     desk.set_constant("loop.py", "BACKOFF", "60, 60")
     desk.commit("patience")
     process = desk.popen("--tag", "t", "--agent-cmd", desk.agent("count()"))
-    wait_for(lambda: (desk.outside / "count").exists() and has_event(desk, "the agent proposes")())
-    time.sleep(0.3)
+    hear(process, "no proposal")
     process.send_signal(signal.SIGINT)
-    done = ended(process)
-    assert done.returncode == 0 and desk.statuses() == ["keep"]
+    ended(process)
+    assert_at_rest(desk, rows=1)
 
 
 def test_hangup_is_ignored(desk):
-    process = start_slow(desk, 1, "--max-experiments", "2")
+    process = start_held(desk, "--max-experiments", "2")
     process.send_signal(signal.SIGHUP)
-    done = ended(process)
-    assert done.returncode == 0 and desk.statuses() == ["keep"] * 3
+    desk.hold.unlink()
+    ended(process)
+    assert_at_rest(desk, rows=3)
 
 
 def test_terminal_that_goes_away_ends_nothing(desk):
@@ -97,7 +119,7 @@ def test_terminal_that_goes_away_ends_nothing(desk):
     process = subprocess.Popen(
         [sys.executable, str(desk.path / "loop.py"), "--tag", "t", "--agent-cmd", agent, "--max-experiments", "3"],
         cwd=desk.path, env=desk.env, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, 0x540E, 0),  # TIOCSCTTY: it is the controlling terminal
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # it is the controlling terminal
     )  # fmt: skip
     os.close(theirs)
     seen = b""
@@ -105,7 +127,7 @@ def test_terminal_that_goes_away_ends_nothing(desk):
         seen += os.read(ours, 65536)
     os.close(ours)
     assert process.wait(20) == 0
-    assert desk.statuses() == ["keep"] * 4
+    assert_at_rest(desk, rows=4)
 
 
 @pytest.mark.parametrize("how", ["closed pipe", "closed descriptor"])
@@ -118,30 +140,38 @@ def test_stderr_that_is_closed_ends_nothing(desk, how):
     else:
         process = subprocess.Popen(["sh", "-c", 'exec "$@" 0<&- 1>&- 2>&-', "sh", *command], **options)
     assert process.wait(30) == 0
-    assert desk.statuses() == ["keep"] * 3
+    assert_at_rest(desk, rows=3)
 
 
-@pytest.mark.parametrize("mode", ["--ahead", "--no-ahead"])
+@pytest.mark.parametrize("mode", MODES)
 def test_stop_file_finishes_the_experiment(desk, mode):
     (desk.path / "STOP").touch()  # an old one stops nothing
-    process = start_slow(desk, 1, mode)
+    process = start_held(desk, mode)
     (desk.path / "STOP").touch()
-    done = ended(process)
-    assert done.returncode == 0 and desk.statuses() == ["keep"] * 3
+    desk.hold.unlink()
+    ended(process)
+    assert_at_rest(desk, rows=3)
     assert not (desk.path / "STOP").exists()
 
 
-def test_hours_end_a_night(desk):
-    done = desk.loop("--tag", "t", "--agent-cmd", desk.agent(DEEPER), "--hours", str(1.5 / 3600))
-    assert done.returncode == 0
-    assert len(desk.rows()) >= 2 and desk.orphans() == []
+def test_hours_end_a_night_after_the_experiment_in_flight(desk):
+    """They count from the start of the loop: how many experiments fit into them is the machine's affair."""
+    desk.set_knob(DEPTH=-999)
+    desk.commit("more to gain than there is time for")
+    command = "--tag", "t", "--agent-cmd", desk.agent(DEEPER)
+    desk.loop(*command, "--max-experiments", "0")
+    begin = time.monotonic()
+    done = desk.loop(*command, "--hours", str(1 / 3600), timeout=20)
+    assert time.monotonic() - begin >= 1 and "dropped" not in done.stderr
+    assert_at_rest(desk, rows=sum(event["event"] == "training" for event in desk.events()))
 
 
 def test_stop_is_heeded_between_replicates(desk):
-    desk.set_knob(SECONDS=0.5)
-    desk.commit("slower")
+    desk.hold.touch()
     process = desk.popen("--tag", "t", "--agent-cmd", desk.agent(DEEPER), "--replicates", "50")
     wait_for(has_event(desk, "training"))
     process.send_signal(signal.SIGINT)
-    assert ended(process).returncode == 0
-    assert len(desk.rows()) == 1
+    hear(process, "Ctrl-C again: stop now")
+    desk.hold.unlink()
+    ended(process)
+    assert_at_rest(desk, rows=1)
