@@ -583,7 +583,7 @@ class Ratchet:
         if not is_baseline and (problem := self.gate(folder / EDITABLE)):
             raise UserError(f"refused: {problem}", 2)
         if first:
-            self.experiment(self.champion, self.new_folder(), "baseline")
+            self.experiment(self.champion, folder if is_baseline else self.new_folder(), "baseline")
         if not is_baseline:
             verdict = self.experiment(self.commit(folder.name, folder / EDITABLE, description), folder, description)
         later = path.read_bytes() if path.is_file() else tried
@@ -682,7 +682,8 @@ def command_try(args: argparse.Namespace) -> int:
     say(f"running as runs/{folder.name}; if this command is cut off, it goes on: uv run loop.py status --wait")
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     ratchet.load()
-    print(tail(folder / "loop.log", 1) if code == 2 or len(ratchet.rows) == before else report.verdict(ratchet))
+    told = tail(folder / "loop.log", 1)
+    print(told if told.startswith("error: ") or len(ratchet.rows) == before else report.verdict(ratchet))
     return code
 
 

@@ -141,7 +141,7 @@ def _lock(path, waiting_for):
 ATTEMPTS = 6  # failures in a row, without a new byte, before a shard is given up
 BACKOFF_SECONDS = 1.0  # before the first repetition; doubles
 HTTP_TIMEOUT = (10, 30)  # seconds, to connect, and without a byte
-DISK_FACTOR = 2.5  # bytes on disk for one of parquet: shard, tokens, some air
+DISK_FACTOR = 2.5  # bytes on disk for one of parquet
 
 
 def _session():
@@ -287,8 +287,7 @@ def _listed_urls(endpoint):
     answer = _session().get(f"{endpoint}/api/datasets/{SOURCE}/parquet", timeout=HTTP_TIMEOUT)
     configs = answer.json() if answer.ok else None
     if not configs:
-        advice = "mend it in PROFILES (a local path is absolute)"
-        raise UserError(f"source {SOURCE!r} is no local path, and {endpoint} lists no such data: {advice}")
+        raise UserError(f"source {SOURCE!r} is no local path, and {endpoint} lists no such data: mend it in PROFILES")
     splits = configs.get("default") or next(iter(configs.values()))
     return [endpoint + urlsplit(file).path for file in splits.get("train") or next(iter(splits.values()))]
 
@@ -560,7 +559,6 @@ def _check_files(manifest: dict) -> dict[str, str]:
 
 
 def _write_manifest(train: list[str]) -> dict:
-    """Counts rows, makes the metric files read-only, writes manifest.json."""
     scored, rows = max(EVAL_TOKENS // MAX_SEQ_LEN, 1), {}
     for split, names in {"val": ["val"], "test": ["test"], "train": train}.items():
         stream = RowStream([_read_shard(_tokens_path(name)) for name in names], MAX_SEQ_LEN)
@@ -787,7 +785,7 @@ def _score(model, split, num_rows, batch_size, device):
     stream, token_bytes = _open_split(split, MAX_SEQ_LEN), get_token_bytes().numpy()
     B = min(batch_size, num_rows)
     num_batches, num_probes = math.ceil(num_rows / B), max(2, math.ceil(max(128, num_rows // 10) / B))
-    rng = np.random.default_rng()  # not torch's: the model can neither foresee the probes nor find its state moved
+    rng = np.random.default_rng()  # the model can neither foresee nor disturb it
     probes = Counter(rng.integers(num_batches, size=num_probes).tolist())
     nats = num_tokens = num_bytes = 0
     for batch in range(num_batches):

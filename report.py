@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ledger import AGAIN, ASSUMED_SIGMA, Row, is_resolved, noise, parse_ledger, scores
-from plumbing import UserError, duration, flock_now, say
+from plumbing import UserError, duration, flock_now, say, tail
 
 if TYPE_CHECKING:
     from loop import Ratchet
@@ -67,7 +67,10 @@ def where(ratchet: "Ratchet") -> str:
 
 
 def verdict(ratchet: "Ratchet") -> str:
-    """The last row and what it means, for an agent that waited for it."""
+    """The last row and what it means, for an agent that waited for it; or why the newest `try` made none."""
+    newest = max(ratchet.runs.glob("[0-9]*"), default=ratchet.runs)
+    if (told := tail(newest / "loop.log", 1)).startswith("error: "):
+        return told
     run = next((event["run"] for event in reversed(events(ratchet)) if event["event"] == "measured"), "runs")
     return f"{str(ratchet.rows[-1]).strip()}\n{ratchet.summary()}\nlog {run}/run.log"
 

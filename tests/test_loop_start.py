@@ -109,6 +109,24 @@ def test_first_try_that_does_not_compile_costs_no_run(desk):
     assert desk.rows() == []
 
 
+def test_status_wait_after_a_refused_try_tells_the_refusal_and_no_old_verdict(night):
+    (night.path / "train.py").write_text("DEPTH = (\n")
+    refused = night.loop("try", "half an edit", code=2).stdout
+    assert refused.startswith("error: refused: train.py does not compile")
+    assert night.loop("status", "--wait").stdout == refused
+    night.git("checkout", "train.py")
+    night.set_knob(DEPTH=5)
+    night.loop("try", "deeper")
+    assert night.loop("status", "--wait").stdout.splitlines()[0].endswith("\tkeep\tdeeper")
+
+
+def test_first_try_of_the_unchanged_file_runs_in_the_folder_that_it_told(desk):
+    desk.git("checkout", "-q", "-b", "autoresearch/t")
+    done = desk.loop("try", "baseline")
+    assert "running as runs/0001" in done.stderr and done.stdout.splitlines()[-1] == "log runs/0001/run.log"
+    assert sorted(path.name for path in (desk.home() / "experiments").iterdir()) == ["0001"]
+
+
 def test_try_saves_what_a_person_edited_beside_train(night):
     night.set_knob(DEPTH=5)
     (night.path / "prepare.py").write_text("mine\n")
