@@ -406,7 +406,9 @@ def test_clock_stops_where_the_evaluation_that_scored_began(judge):
     assert now[0] > 15 and judge.training_seconds() == 8.5
 
 
-def test_record_holds_what_the_evaluator_measured(judge, tmp_path, monkeypatch):
+def test_record_holds_what_the_evaluator_measured(tiny, tmp_path, monkeypatch):
+    judge = load_prepare(tiny[0], "tiny", tiny[1], seed=7)
+    monkeypatch.delenv("AUTORESEARCH_AUDIT", raising=False)
     monkeypatch.setenv("AUTORESEARCH_RESULT", str(tmp_path / "result.json"))
     judge._now = iter([3.0, 7.25]).__next__
     start_clock(judge)
@@ -417,7 +419,7 @@ def test_record_holds_what_the_evaluator_measured(judge, tmp_path, monkeypatch):
         "val_bpb": bpb,
         "profile": "tiny",
         "split": "val",
-        "seed": 42,
+        "seed": 7,
         "training_seconds": 4.25,
         "rows": 100,
         "tokens": int((lengths > 0).sum()),
