@@ -139,6 +139,17 @@ def test_busy_device_is_waited_for(desk):
     assert done.stderr.count("waiting: another run holds the device cpu") == 1
 
 
+def test_crash_while_another_run_took_the_device_is_the_ideas_own(desk):
+    agent = desk.agent('HOLD.touch()\nwith open("train.py", "a") as file:\n    file.write("raise ValueError(1)\\n")')
+    process = desk.popen("--tag", "t", "--agent-cmd", agent, "--max-experiments", "1")
+    wait_for(has_event(desk, "training", 2))
+    with open(desk.cache / "cpu.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        desk.hold.unlink()
+        wait_for(lambda: desk.statuses() == ["keep", "crash"])
+    ended(process)
+
+
 GPU = '''
 import pathlib
 cuda_describe = describe
