@@ -51,7 +51,8 @@ WARMDOWN_RATIO = 0.5  # share of the time budget in which it falls to FINAL_LR_F
 FINAL_LR_FRAC = 0.0  # share of the peak learning rate that is left at the end
 COMPILE = True  # torch.compile the model and Muon's update
 
-if PROFILE in ("pocket", "smoke"):  # CPU-sized values of the same knobs, chosen by measurement on two cores
+# CPU-sized values of the same knobs; without a GPU, for a profile of your own too
+if PROFILE in ("pocket", "smoke") or (PROFILE not in ("climbmix", "code") and not torch.cuda.device_count()):
     DEPTH = 1
     HEAD_DIM = 64
     TOTAL_BATCH_SIZE = 2048
@@ -59,9 +60,8 @@ if PROFILE in ("pocket", "smoke"):  # CPU-sized values of the same knobs, chosen
     EMBEDDING_LR = 0.3
     UNEMBEDDING_LR = 0.005
     WARMDOWN_RATIO = 0.7
-    COMPILE = False  # the compiler takes longer to start than the whole budget
+    COMPILE = False  # compiling takes longer than the budget
 
-# ---- Messages, to stderr ----
 
 def log(message: str, end: str = "\n") -> None:
     print(message, end=end, file=sys.stderr, flush=True)

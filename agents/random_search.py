@@ -3,9 +3,9 @@
     uv run loop.py --agent random
     AUTORESEARCH_PROFILE=pocket python agents/random_search.py < /dev/null     # one edit by hand
 
-It starts from HEAD's train.py (the champion's), takes the knobs under the banner "Knobs", those of the profile's own
-block before the general ones, and writes what it did to experiment.txt. Changes named in results.tsv or in the prompt
-on standard input are not proposed again.
+It starts from HEAD's train.py (the champion's), takes the knobs under the banner "Knobs", those of the CPU-sized block
+before the general ones where it counts, and writes what it did to experiment.txt. Changes named in results.tsv or in
+the prompt on standard input are not proposed again.
 """
 
 import ast
@@ -22,7 +22,7 @@ PATTERNS = "L", "SL", "SSL", "SSSL", "SSSSL"
 NEUTRAL = {"DEVICE_BATCH_SIZE", "LOSS_CHUNK"}  # memory only: the loss does not depend on them
 
 KNOB = re.compile(r"^(?P<indent> *)(?P<name>[A-Z][A-Z0-9_]*) = (?P<value>[^#\n]+?)(?= *(?:#|$))")
-BLOCK = re.compile(r"^if PROFILE in \((.*)\):")
+BLOCK = re.compile(r"^if PROFILE in \((.*?)\)")
 
 
 def find_knobs(source: str, profile: str) -> dict[str, tuple[int, object]]:
@@ -35,11 +35,20 @@ def find_knobs(source: str, profile: str) -> dict[str, tuple[int, object]]:
         if line.startswith("#") and "Knobs" in line:
             inside = 1
         if header := BLOCK.match(line):
-            inside = 1 if f'"{profile}"' in header[1] else 2  # 2: a block of other profiles
+            inside = 1 if f'"{profile}"' in header[1] or is_cpu_sized(profile) else 2  # 2: a block of other profiles
         knob = KNOB.match(line)
         if knob and inside and not (knob["indent"] and inside == 2) and knob["name"] not in NEUTRAL:
             knobs[knob["name"]] = number, ast.literal_eval(knob["value"])
     return {name: knob for name, knob in knobs.items() if not isinstance(knob[1], bool)}
+
+
+def is_cpu_sized(profile: str) -> bool:
+    """Whether train.py takes its CPU-sized knobs for a profile of the user's own."""
+    if profile in ("climbmix", "code"):
+        return False
+    import torch  # not above: it takes seconds
+
+    return not torch.cuda.device_count()
 
 
 def mutate(name: str, value: object, rng: random.Random) -> object:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 
 from agents.random_search import NEUTRAL, find_knobs, mutate, propose
@@ -29,7 +30,8 @@ def resolved(source: str, profile: str) -> dict:
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
                 found[node.targets[0].id] = ast.literal_eval(node.value)
             elif isinstance(node, ast.If):
-                take(node.body if profile in ast.literal_eval(node.test.comparators[0]) else [])
+                counts = eval(compile(ast.Expression(node.test), "test", "eval"), {"PROFILE": profile, "torch": torch})
+                take(node.body if counts else [])
 
     take(ast.parse("#" + head).body)
     return {name: value for name, value in found.items() if name not in NEUTRAL and not isinstance(value, bool)}
@@ -40,6 +42,13 @@ def test_knobs_found_are_those_that_count_under_the_profile(profile):
     knobs = {name: value for name, (_, value) in find_knobs(TRAIN, profile).items()}
     assert knobs == resolved(TRAIN, profile)
     assert (knobs["DEPTH"] == 8) == (profile in ("climbmix", "code")) and "DEVICE_BATCH_SIZE" not in knobs
+
+
+@pytest.mark.parametrize(("devices", "depth"), [(0, 1), (1, 8)])
+def test_profile_of_the_users_own_takes_the_cpu_sized_knobs_without_a_gpu_only(monkeypatch, devices, depth):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    knobs = {name: value for name, (_, value) in find_knobs(TRAIN, "mine").items()}
+    assert knobs == resolved(TRAIN, "mine") and knobs["DEPTH"] == depth
 
 
 @pytest.mark.parametrize("profile", PROFILES)

@@ -1,12 +1,15 @@
 """From a clone to a ledger, with nothing faked: the real prepare.py, train.py and loop.py on the smoke profile."""
 
+import json
 import os
+import random
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from prepare_fixtures import english
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -56,3 +59,19 @@ def test_loop_goes_from_nothing_to_a_ledger(checkout):
     told = run(checkout, "loop.py", "report")
     assert told.returncode == 0, told.stderr
     assert (checkout / "progress.png").stat().st_size > 10_000
+
+
+def test_text_of_ones_own_is_trained_on_with_cpu_sized_knobs(checkout, tmp_path):
+    rng = random.Random(0)
+    with open(tmp_path / "own.jsonl", "w") as file:
+        file.writelines(json.dumps({"text": english(rng, 200)}) + "\n" for _ in range(600))
+    head, table = (checkout / "prepare.py").read_text().split("PROFILES = {", 1)
+    row = f'\n    "own": Profile("{tmp_path}", 64, 2, 2**13, 512),'
+    (tmp_path / "prepare.py").write_text(f"{head}PROFILES = {{{row}{table}")
+    (tmp_path / "train.py").write_text((checkout / "train.py").read_text())
+    own = {"AUTORESEARCH_PROFILE": "own", "AUTORESEARCH_CACHE": str(tmp_path / "cache"), "CUDA_VISIBLE_DEVICES": ""}
+    told = run(tmp_path, "prepare.py", **own)
+    assert told.returncode == 0, told.stderr
+    told = run(tmp_path, "train.py", **own)
+    assert told.returncode == 0, told.stderr
+    assert "depth:            1\n" in told.stdout
