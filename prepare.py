@@ -1,4 +1,4 @@
-"""prepare.py, the judge: profiles, data, tokenizer, dataloader, stopwatch, evaluator. Nobody edits it during research.
+"""prepare.py, the judge: profiles, data, tokenizer, dataloader, stopwatch, evaluator.
 
     uv run prepare.py                     # prepare the profile's data; once more: resume, or do nothing
     uv run prepare.py --num-shards 100    # have more training shards (-1: all)

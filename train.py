@@ -1,4 +1,4 @@
-"""train.py: the thing judged. A GPT, Muon + AdamW and the training loop, in one file that is edited freely.
+"""train.py: the thing judged. A GPT, Muon + AdamW and the training loop.
 
     uv run train.py    # after: uv run prepare.py; AUTORESEARCH_PROFILE=pocket chooses another profile
 

@@ -42,13 +42,13 @@ def profile_row(name, source, **constants):
 
 
 def copy_prepare(folder, *rows):
-    """prepare.py with rows added to its table, in a folder of its own."""
+    """prepare.py with rows at the end of its table, in a folder of its own; a fork's row of that name yields."""
     source = PREPARE.read_text(encoding="utf-8")
     head, table = source.split("PROFILES = {", 1)
-    first, rest = table.split("\n", 1)
+    table, rest = table.split("\n}\n", 1)
     path = Path(folder) / "prepare.py"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{head}PROFILES = {{{first}\n{''.join(rows)}{rest}", encoding="utf-8")
+    path.write_text(f"{head}PROFILES = {{{table}\n{''.join(rows)}}}\n{rest}", encoding="utf-8")
     return path
 
 
