@@ -61,15 +61,17 @@ def shared(tmp_path_factory):
     ("variable", "value", "message"),
     [
         ("AUTORESEARCH_PROFILE", "h100", "climbmix, code, pocket, smoke"),
-        ("AUTORESEARCH_SEED", "-1", "use a whole number below 10**9"),
-        ("AUTORESEARCH_SEED", "x", "use a whole number below 10**9"),
+        ("AUTORESEARCH_SEED", "-1", "a whole number below 10**9"),
+        ("AUTORESEARCH_SEED", "x", "a whole number below 10**9"),
     ],
 )
 def test_bad_environment_ends_an_import_with_code_2(variable, value, message):
     env = {key: value for key, value in os.environ.items() if not key.startswith("AUTORESEARCH")} | {variable: value}
     command = [sys.executable, "-c", "import prepare"]
     done = subprocess.run(command, cwd=PREPARE.parent, env=env, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {variable} is {value!r}: {message}\n")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {variable} is {value!r}: use ") and done.stderr.endswith(f"{message}\n")
+    assert done.stderr.count("\n") == 1
 
 
 def test_profiles_are_those_of_the_design(tmp_path):
