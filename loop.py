@@ -485,8 +485,7 @@ class Ratchet:
                 say(f"  crash: {crash}")
                 return "crash"
             score = round(record[METRIC], 6)
-            champions = scores(self.rows).get(self.champion[:7], [])
-            verdict = "keep" if is_champion else decide(champions, [*before, score], sigma)
+            verdict = "keep" if is_champion else decide(scores(self.rows)[self.champion[:7]], [*before, score], sigma)
             status, told = ("discard", f"{told}, {AGAIN}") if verdict == "again" else (verdict, told)
             self.record(Row(commit[:7], score, memory_gb, status, one_line(told)))
             gain = "" if best is None else f", {score - best:+.6f} to the best"
@@ -594,12 +593,13 @@ class Ratchet:
 
     def audit(self, replicates: int) -> dict[str, list[tuple[float, float]]]:
         """Train baseline and champion, alternating, on fresh seeds; their scores (bpb): validation, sealed test."""
-        commits = {"baseline": self.hashes[self.rows[0].commit], "champion": self.champion}
-        found: dict[str, list[tuple[float, float]]] = {f"{name} {commit[:7]}": [] for name, commit in commits.items()}
+        baseline = self.hashes[self.rows[0].commit]
+        commits = {f"baseline {baseline[:7]}": baseline, f"champion {self.champion[:7]}": self.champion}
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in commits}
         self.note("session")
         for _ in range(replicates):
             seed = secrets.randbelow(10**9)  # no edit can foresee it
-            for name, commit in zip(found, commits.values(), strict=True):
+            for name, commit in commits.items():
                 folder = self.new_folder()
                 self.running = f"audit of the {name}, seed {seed}"
                 say(f"{folder.name}: {self.running}")

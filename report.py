@@ -26,7 +26,8 @@ def status(ratchet: "Ratchet", wait: bool) -> int:
     before, size = len(ratchet.rows), 0
     while (busy := is_busy(ratchet)) and wait and not has_verdict(ratchet.rows, before):
         time.sleep(0.2)
-        if ratchet.ledger.exists() and size != (size := ratchet.ledger.stat().st_size):
+        if ratchet.ledger.exists() and ratchet.ledger.stat().st_size != size:
+            size = ratchet.ledger.stat().st_size
             ratchet.load()
     if wait and ratchet.rows:
         print(verdict(ratchet))
@@ -103,7 +104,8 @@ def report(ratchet: "Ratchet | None", ledger: str | None) -> int:
 
     profile = ratchet.trailer("profile") if ratchet else ""
     profile = profile if profile in ASSUMED_SIGMA else "climbmix"
-    sigma = noise(rows) or ASSUMED_SIGMA[profile]
+    measured = noise(rows)
+    sigma = measured or ASSUMED_SIGMA[profile]
     print(f"{'kept':8} {'val_bpb':>8} {'gain':>9}  {'':12} description")
     print(f"{first:8} {high:8.6f} {'':9}  {'':12} {kept[first]}")
     for before, commit in itertools.pairwise(kept):
@@ -111,7 +113,7 @@ def report(ratchet: "Ratchet | None", ledger: str | None) -> int:
         word = "resolved" if is_resolved(values[before], values[commit], sigma) else "within noise"
         print(f"{commit:8} {statistics.fmean(values[commit]):8.6f} {gain:9.6f}  {word:12} {kept[commit]}")
     assumed = f"assumed, as measured for {profile}; --replicates 3 measures it here"
-    source = "from commits that were run more than once" if noise(rows) else assumed
+    source = "from commits that were run more than once" if measured else assumed
     print(f"\nnoise of one run: {sigma:.6f} bpb ({source})\nresolved: the gain is over 2 standard errors")
     plot(rows, desk / "progress.png")
     print(f"picture: {desk / 'progress.png'}")

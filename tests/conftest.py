@@ -91,6 +91,7 @@ seed = int(os.environ.get("AUTORESEARCH_SEED", 42))
 prepare.finish(1.0 + abs(DEPTH - 12) / 100 + abs(LR - 0.1) / 10 + NOISE * (seed - 42))
 '''
 
+BASELINE = "--tag", "t", "--agent-cmd", "true", "--max-experiments", "0"  # for Desk.loop: the first row, no more
 DEEPER = 'knob("DEPTH", knob("DEPTH") + 1)'  # for Desk.agent: a proposal that is better, up to 12
 
 IGNORED = "results.tsv\nrun.log\nruns\nexperiment.txt\nSTOP\nprogress.png\n__pycache__/\n"

@@ -15,7 +15,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import DEEPER, Desk, ended, errors, has_event, wait_for
+from conftest import BASELINE, DEEPER, Desk, ended, errors, has_event, wait_for
 
 
 @pytest.fixture
@@ -249,13 +249,13 @@ def test_baseline_that_crashes_ends_with_one_line_and_is_mended(desk):
 
 
 def test_edit_that_a_killed_loop_left_is_saved_and_the_desk_is_clean(desk):
-    command, names = ("--tag", "t", "--agent-cmd", "true", "--max-experiments", "0"), ("prepare.py", "train.py")
-    desk.loop(*command)
+    names = "prepare.py", "train.py"
+    desk.loop(*BASELINE)
     for name in (*names, "program.md"):  # the last is a person's
         with open(desk.path / name, "a") as file:
             file.write("# half an edit\n")
     edited = [(desk.path / name).read_bytes() for name in names]
-    done = desk.loop(*command)
+    done = desk.loop(*BASELINE)
     saved = desk.home() / "experiments" / "0001" / "interrupted.diff"
     told = f"note: prepare.py, train.py differed from the champion; the difference is saved in {saved}"
     assert told in done.stderr.splitlines()
@@ -265,23 +265,22 @@ def test_edit_that_a_killed_loop_left_is_saved_and_the_desk_is_clean(desk):
 
 
 def test_every_start_restores_the_ledgers_copy_and_the_link_to_the_runs(desk):
-    command = "--tag", "t", "--agent-cmd", "true", "--max-experiments", "0"
     table, link = desk.path / "results.tsv", desk.path / "runs"
-    desk.loop(*command)
+    desk.loop(*BASELINE)
     for harm in ("missing", "wrong"):
         table.unlink()
         link.unlink()
         if harm == "wrong":
             table.write_text("an agent's own\n")
             link.symlink_to(desk.outside)
-        desk.loop(*command)
+        desk.loop(*BASELINE)
         assert table.read_text() == (desk.home() / "results.tsv").read_text() and len(desk.rows()) == 1, harm
         assert link.readlink() == desk.home() / "experiments", harm
 
 
 @pytest.mark.parametrize("command", [["--agent-cmd", "true"], ["status"], ["audit"]])
 def test_ledger_whose_champion_is_in_no_ref_is_refused(desk, command):
-    desk.loop("--tag", "t", "--agent-cmd", "true", "--max-experiments", "0")
+    desk.loop(*BASELINE)
     with open(desk.home() / "results.tsv", "a") as file:
         file.write("fffffff\t0.900000\t1.0\tkeep\tof another clone\n")
     done = desk.loop(*command, "--tag", "t", code=1)

@@ -6,9 +6,7 @@
 import os
 
 import pytest
-from conftest import DEEPER, Desk, ended, errors, wait_for
-
-BASELINE = ("--tag", "t", "--agent-cmd", "true", "--max-experiments", "0")
+from conftest import BASELINE, DEEPER, Desk, ended, errors, wait_for
 
 
 @pytest.fixture
@@ -155,6 +153,5 @@ def test_audit_without_a_ledger_begins_nothing(desk):
 
 
 def test_report_names_the_baseline_though_it_ran_again(desk):
-    options = "--tag", "t", "--agent-cmd", "true", "--max-experiments", "0", "--replicates", "2"
-    desk.loop(*options)
+    desk.loop(*BASELINE, "--replicates", "2")
     assert "  baseline (seed 42)\n" in desk.loop("report").stdout

@@ -1,6 +1,5 @@
 """From a clone to a ledger, with nothing faked: the real prepare.py, train.py and loop.py on the smoke profile."""
 
-import json
 import os
 import random
 import re
@@ -9,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from prepare_fixtures import english
+from prepare_fixtures import copy_prepare, english, profile_row, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -63,11 +62,9 @@ def test_loop_goes_from_nothing_to_a_ledger(checkout):
 
 def test_text_of_ones_own_is_trained_on_with_cpu_sized_knobs(checkout, tmp_path):
     rng = random.Random(0)
-    with open(tmp_path / "own.jsonl", "w") as file:
-        file.writelines(json.dumps({"text": english(rng, 200)}) + "\n" for _ in range(600))
-    head, table = (checkout / "prepare.py").read_text().split("PROFILES = {", 1)
-    row = f'\n    "own": Profile("{tmp_path}", 64, 2, 2**13, 512),'
-    (tmp_path / "prepare.py").write_text(f"{head}PROFILES = {{{row}{table}")
+    source = write_jsonl(tmp_path / "own.jsonl", [english(rng, 200) for _ in range(600)])
+    sizes = {"max_seq_len": 64, "time_budget": 2, "eval_tokens": 2**13, "vocab_size": 512}
+    copy_prepare(tmp_path, profile_row("own", source, **sizes))
     (tmp_path / "train.py").write_text((checkout / "train.py").read_text())
     own = {"AUTORESEARCH_PROFILE": "own", "AUTORESEARCH_CACHE": str(tmp_path / "cache"), "CUDA_VISIBLE_DEVICES": ""}
     told = run(tmp_path, "prepare.py", **own)
