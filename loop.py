@@ -1,759 +1,671 @@
-"""loop.py, the ratchet: an agent proposes an edit of train.py; the loop commits, runs, measures, decides and records.
+"""loop.py, the ratchet: agents propose edits of train.py; the loop commits, runs, measures, decides and records.
 
-    uv run loop.py --agent claude             # all night (Ctrl-C once: finish the experiment and stop; twice: stop now)
+    uv run loop.py --agent claude             # all night (Ctrl-C once: finish what runs and stop; twice: stop now)
     uv run loop.py try "raise depth to 10"    # one experiment on the edit now in train.py, for an agent that loops
     uv run loop.py status [--wait]            # where the run stands
     uv run loop.py report [LEDGER]            # the morning read: what was kept, what it gained, progress.png
-    uv run loop.py audit                      # baseline and champion again: fresh seeds, sealed test split
+    uv run loop.py audit                      # baseline and champion again: fresh seeds, sealed split, a clean judge
 
-Words. desk: this checkout, where the agent edits. bench: a git worktree, where training runs. champion: the commit of
-the ledger's last `keep` row. attempt: a commit of the champion's tree with train.py's blob replaced. experiment: an
-idea; run: one execution of it. Everything of the loop's own is under <git common dir>/autoresearch/<tag>/, where no
-reset or clean of an agent reaches. Ledger and attempts' refs are the state: kill the loop anywhere, start it again.
-Exit codes: 0 done, or stopped by request; 1 error or crash; 2 usage or refusal.
+Words. desk: a checkout that an agent edits. bench: a fresh folder in which one run trains. champion: the commit of the
+ledger's last `keep` row. candidate: the champion's tree with one blob replaced, train.py's. base: the champion that a
+candidate was compared with. experiment: an idea; run: one execution of it, with a number of its own.
+
+One thread decides, and it alone writes ledger, branch and refs. Agents and runs work in other threads and processes;
+what they give back is plain data. Ledger, refs and run folders are the whole state: kill the loop anywhere, start it
+again. Exit codes: 0 done, or stopped by request; 1 error or crash; 2 usage or refusal.
 """
 
 import sys
 
-if __name__ == "__main__":  # an agent may have left a json.py beside this file: the standard library comes first
-    sys.path.append(sys.path.pop(0))
+if __name__ == "__main__":
+    # This folder stands first on the path: the package harness is the one beside this file, whatever is installed.
+    import harness  # noqa: F401
 
-import argparse
-import contextlib
-import hashlib
-import json
+    # Everything else comes from elsewhere: an agent may have left a json.py or a git.py here.
+    sys.path.pop(0)
+
+import difflib
 import math
-import os
-import re
 import secrets
-import shutil
-import signal
-import statistics
-import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections import deque
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import report
-from agents.clis import AGENTS, choose_agent
-from ledger import AGAIN, COLUMNS, Row, decide, noise, one_line, parse_ledger, scores
-from plumbing import Git, UserError, duration, flock_now, run_child, say, show, sweep, tail, watch, write_atomically
+from harness import commands, ledger, prompt
+from harness.agents import Agent
+from harness.bench import Crash, Job, Measurement, Outcome, Unavailable
+from harness.commands import Limits
+from harness.contract import Description, Domain
+from harness.desk import Assignment, Desk, Proposal
+from harness.files import read_tail
+from harness.fleet import LocalFleet
+from harness.interrupts import Interrupts, StopNow
+from harness.ledger import Row
+from harness.opening import check_packages, mark, open_tag, stale_gains, summary_of_baseline
+from harness.proposers import Proposers, find_problem
+from harness.report import Audited
+from harness.screen import UserError, duration, one_line, say, show
+from harness.store import Run, Store, read_run
+from harness.verdict import compare, find_marks
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a fork for another domain changes
+# What a fork for another domain changes: this block, the judge and the file that is edited
 
-METRIC = "val_bpb"                                # key of the summary and of the evaluator's record; lower is better
-MEMORY = "peak_vram_mb"                           # key of the summary, MiB
-EDITABLE = "train.py"                             # the one file that the agent edits
-INSTRUCTIONS = "program.md"                       # the human's file: read anew for every proposal, never touched
-TRAIN_COMMAND = [sys.executable, "train.py"]      # run on the bench
-PREPARE_COMMAND = [sys.executable, "prepare.py"]  # run there when the data is missing
-DESCRIBE_COMMAND = [sys.executable, "-c", "import json, prepare; print(json.dumps(prepare.describe()))"]
+PYTHON = (sys.executable, "-P")  # no folder of the candidate stands before the standard library
+RUN_TRAIN = "import os, runpy, sys; sys.path.append(os.getcwd()); runpy.run_path('train.py', run_name='__main__')"
+DESCRIBE = "import json, os, sys; sys.path.append(os.getcwd()); import prepare; print(json.dumps(prepare.describe()))"
 
-STARTUP_ALLOWANCE = 300  # seconds for compilation and evaluation: a run may take 2 * TIME_BUDGET + this
-AGENT_TIMEOUT = 1800     # seconds that a proposal may take
-BACKOFF = 5, 600         # seconds, first and longest wait after a failed proposal
-POLL = 10                # seconds between looks at an environment that must recover
-MIN_FREE_GB = 1.0        # GB that the disk must have free before a run
-FIRST_SEED = 42          # every attempt's first run; its replicates count up from here
+METRIC = "val_bpb"
+LOWER_IS_BETTER = True
+EDITABLE = "train.py"
 
-SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH|_PAT$", re.IGNORECASE)  # variables withheld from training
+DOMAIN = Domain(
+    metric=METRIC,
+    test_metric="test_bpb",
+    lower_is_better=LOWER_IS_BETTER,
+    unit="bpb",
+    score_name="validation bits per byte",
+    score_range=(0.01, 100.0),
+    memory="peak_vram_mb",
+    editable=EDITABLE,
+    instructions="program.md",
+    same_in_every_run=("attention",),  # another attention kernel is another speed
+    describe_command=(*PYTHON, "-c", DESCRIBE),
+    prepare_command=(*PYTHON, "prepare.py"),
+    train_command=(*PYTHON, "-c", RUN_TRAIN),
+    score_command=(*PYTHON, "prepare.py", "--score"),
+    assumed_sigma={"climbmix": 0.0004, "pocket": 0.014},  # bpb: the original's H100; six baselines on two CPU cores
+    default_sigma=0.0004,
+)
 
-
-class StopNow(Exception):
-    """The second Ctrl-C, or SIGTERM."""
-
-
-class Crash(Exception):
-    """A run without a believable result; the message is the reason that the ledger records."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What a run said. Pure functions
-
-
-def parse_log(log: str, key: str) -> float:
-    """The one finite number that a run printed as `key: number`; raises Crash for anything else."""
-    found = re.findall(rf"^{key}:[ \t]*(.*)$", log, re.MULTILINE)
-    if len(found) != 1:
-        raise Crash(f"{key} printed {len(found)} times" if found else f"no {key} printed")
-    with contextlib.suppress(ValueError):
-        if math.isfinite(value := float(found[0])):
-            return value
-    raise Crash(f"{key} is {one_line(found[0], 40)!r}, not a finite number")
-
-
-def check_record(record: dict, expected: dict, printed: float) -> float:
-    """The evaluator's own score; raises Crash where its record is not the one that this run had to write."""
-    for key, want in expected.items():
-        if (had := record.get(key) if isinstance(record, dict) else None) != want:
-            had, want = (one_line(repr(value), 30) for value in (had, want))
-            raise Crash(f"the evaluator's record has {key} {had}, this run was to have {want}")
-    score = record.get(METRIC)
-    if not isinstance(score, float) or not abs(score - printed) <= 1e-6:
-        raise Crash(f"printed {METRIC} {printed} is not the evaluator's {score}")
-    return score
-
-
-def crash_reason(log: str) -> str:
-    """The line that says best why a run ended: the last exception or `error:` line, else the last line."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()] or ["no output"]
-    errors = [line for line in lines if re.match(r"error:|[\w.]*(Error|Exception|Refused|Exceeded|Causal)\b", line)]
-    return one_line((errors or lines)[-1], 120)
-
-
-def changed_knobs(old: str, new: str) -> str:
-    """`DEPTH 8 -> 10, MATRIX_LR 0.04 -> 0.05`: the description of an edit whose author wrote none."""
-    before, after = (re.findall(r"^ *([A-Z][A-Z0-9_]*) = (.+?) *(?:#.*)?$", text, re.MULTILINE) for text in (old, new))
-    changes = [f"{a} {x} -> {y}" for (a, x), (b, y) in zip(before, after, strict=False) if a == b and x != y]
-    return ", ".join(changes) or f"edit of {EDITABLE}"
-
+STARTUP_ALLOWANCE = 300  # seconds for compilation and evaluation: a run may take 2 * its budget + this
+RETRY_SECONDS = 10  # between looks at an environment that must recover
+FIRST_SEED = 42  # of every attempt's first run; further runs take seeds that no edit can foresee
+BASELINE_RUNS = 3  # with --confirm
+POLL_SECONDS = 0.2  # between looks at results, signals and the clock
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The ratchet
+# An experiment, and the runs that it needs
 
 
-@dataclass(frozen=True)
-class Proposal:
-    """An edit that passed the gate: `folder` holds the file as the agent left it, `base` is the commit it edits."""
+@dataclass
+class Experiment:
+    """An idea on its way to a verdict: the runs that it needs, and what they gave."""
 
-    folder: Path
-    base: str
     description: str
+    purpose: str  # baseline, experiment or audit
+    base: str  # the commit that it is compared with
+    commit: str = ""  # once its first run has a number
+    source: bytes | None = None  # the edited file; None: the commit exists already
+    again_of: int = 0  # the run whose gain on a former champion is run again
+    outstanding: int = 0  # runs that are planned or in flight
+    runs: list[Run] = field(default_factory=list)  # that ended, with a score or a crash
+    measurements: list[Measurement] = field(default_factory=list)  # of those that gave a score
+
+    def scores(self, commit: str) -> list[float]:
+        return [run.score for run in self.runs if run.commit == commit and run.decision != "crash"]
+
+
+@dataclass
+class PlannedRun:
+    """A run that is to be made, or is in flight."""
+
+    experiment: Experiment
+    seed: int
+    commit: str = ""  # "": the experiment's, which is made when its first run is launched
+    number: int = 0  # once it has a folder
+    tries: int = 0  # that the machine could not make
+    not_before: float = 0.0  # time.monotonic()
+    started_at: float = 0.0  # time.monotonic()
 
 
 class Ratchet:
-    """One tag's run on one desk: `locked`, then `start`, then `run`, `try_once` or `audit`."""
+    """One session on one tag: ask, launch, settle, until it is finished."""
 
-    def __init__(self, tag: str | None, args: argparse.Namespace):
-        self.desk, self.args = Path(__file__).resolve().parent, args
-        self.git = Git(self.desk, EDITABLE, spared=INSTRUCTIONS)
-        self.start_branch = self.git("symbolic-ref", "--short", "--quiet", "HEAD", default="")
-        today, branch_tag = time.strftime("%b%d").lower(), self.start_branch.removeprefix("autoresearch/")
-        self.tag = tag or (today if branch_tag == self.start_branch else branch_tag)
-        self.branch, self.refs = f"autoresearch/{self.tag}", f"refs/autoresearch/{self.tag}/"
-        if "/" in self.tag or not self.git("check-ref-format", "--branch", self.branch, default=""):
-            raise UserError(f"--tag {self.tag!r} is no valid branch name: use letters, digits and '-', say {today}", 2)
-        self.home = self.git.common / "autoresearch" / self.tag
-        names = "results.tsv", "experiments", "bench", "timeline.jsonl"
-        self.ledger, self.runs, self.bench, self.timeline = (self.home / name for name in names)
-        self.facts: dict = {}  # what the bench's prepare.py says of itself
-        self.done = self.failures = 0  # experiments of this session; proposals that failed in a row
-        self.refusal = self.running = ""  # for the prompt: why the last edit was refused, what trains meanwhile
-        self.crashed: tuple[str, str] | None = None  # a crashed attempt and the end of its log: to be mended, once
-        self.stop_soon, self.stop_now, self.trained = threading.Event(), threading.Event(), threading.Event()
-        self.interrupted = False  # by a first Ctrl-C
-        self.deadline = time.monotonic() + 3600 * getattr(args, "hours", math.inf)
-        self.load()
-
-    # Start: whatever a killed loop or an agent left behind is put right here
-
-    def load(self) -> None:
-        """Rows and champion, from the ledger (a torn last line is no row) and the attempts' refs; writes nothing."""
-        text = self.ledger.read_text(errors="replace") if self.ledger.exists() else ""
-        self.rows, _ = parse_ledger(text[: text.rfind("\n") + 1])
-        listing = self.git("for-each-ref", "--format=%(refname:lstrip=3) %(objectname)", self.refs)
-        self.attempts = dict(map(str.split, listing.splitlines()))  # number -> commit
-        self.hashes = {commit[:7]: commit for commit in self.attempts.values()}  # as the ledger has them -> in full
-        kept = [row.commit for row in self.rows if row.status == "keep"]
-        if kept and kept[-1] not in self.hashes:
-            raise UserError(f"the ledger's last kept commit {kept[-1]} is not in {self.refs}: choose another --tag")
-        self.champion = self.hashes[kept[-1]] if kept else self.attempts.get("0") or self.git("rev-parse", "HEAD")
-
-    def trailer(self, key: str) -> str:
-        """What the champion's commit says of "profile" or "digest"."""
-        return self.git("log", "-1", f"--format=%(trailers:key=Autoresearch-{key},valueonly)", self.champion).strip()
-
-    def check_trailer(self, key: str, facts: dict) -> None:
-        if (had := self.trailer(key)) != facts[key]:
-            now = f"this is {facts[key][:12]}: set AUTORESEARCH_PROFILE and AUTORESEARCH_CACHE as they were"
-            raise UserError(f"tag {self.tag} was begun under {key} {had[:12]}, {now}, or choose another --tag")
-
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the tag's lock (one loop at a time) and heed signals; a terminal that is closed ends nothing."""
-        self.home.mkdir(parents=True, exist_ok=True)
-        with open(self.home / "lock", "a") as lock:
-            if not flock_now(lock):
-                raise UserError(f"tag {self.tag} is busy: 'uv run loop.py status --wait' waits for the verdict", 2)
-            self.load()  # another loop may have written a row since
-            handlers = {signal.SIGINT: self.on_signal, signal.SIGTERM: self.on_signal, signal.SIGHUP: signal.SIG_IGN}
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-            yield
-
-    def on_signal(self, number: int, _frame) -> None:
-        """Heeded in a thread: the main one may be in the middle of a print, or hold the lock of an event."""
-        now = number == signal.SIGTERM or self.interrupted or self.stop_soon.is_set()
-        self.interrupted = True
-        threading.Thread(target=self.stop, args=(now,)).start()
-
-    def stop(self, now: bool) -> None:
-        if now:
-            self.stop_now.set()
-        else:
-            say("finishing this experiment, then stopping (Ctrl-C again: stop now)")
-        self.stop_soon.set()
-
-    def start(self, trying: bool = False) -> None:
-        """Ledger, desk, bench and data as they must be before the next experiment; `try` keeps the desk's edit."""
-        for role in ("agent", "train"):
-            sweep(self.mark(role))
-        changed = [name for name in self.git.changed(self.champion) if not (trying and name == EDITABLE)]
-        tip = self.git("rev-parse", "--verify", "--quiet", f"refs/heads/{self.branch}", default=self.champion)
-        if "0" not in self.attempts:
-            if changed:
-                names = ", ".join(changed)
-                raise UserError(f"{names} has uncommitted changes: commit them or run 'git stash', then start again")
-            if tip != self.champion:
-                raise UserError(f"branch {self.branch} exists, at {tip[:7]}: check it out, or choose another --tag", 2)
-        elif changed:
-            diff = max([self.home, *self.runs.glob("[0-9]*")]) / "interrupted.diff"
-            with open(diff, "ab") as file:
-                file.write(self.git("diff", "--binary", self.champion, "--", *changed, raw=True) + b"\n")
-            say(f"note: {', '.join(changed)} differed from the champion; the difference is saved in {diff}")
-        if self.attempts and not self.git("for-each-ref", f"--contains={tip}", self.refs):
-            say(f"note: {self.branch} was at {tip[:7]}, no experiment's: 'git branch NAME {tip[:7]}' keeps it")
-        self.git.place(self.bench, self.champion)
-        self.facts = self.describe()
-        self.expected = self.facts["time_budget"]  # seconds that a run takes; later the last one's
-        if "0" not in self.attempts:
-            self.champion = self.commit("0", None, "baseline")
-        self.check_trailer("digest", self.facts)
-        write_atomically(self.ledger, COLUMNS + "".join(map(str, self.rows)))
-        self.publish()
-        if not trying:
-            self.git.reset_desk(self.branch, self.champion)
-
-    def describe(self) -> dict:
-        """What the bench's prepare.py says of profile, budget, data and device; if there is no data, prepares it."""
-        for may_prepare in (True, False):
-            env = self.child_env("train")
-            child = subprocess.run(DESCRIBE_COMMAND, cwd=self.bench, env=env, capture_output=True, text=True)
-            if child.returncode:
-                lines = child.stderr.strip().splitlines() or ["prepare.py cannot describe itself"]
-                whose = f" (so says prepare.py as of {self.champion[:7]})" if self.attempts else ""
-                raise UserError(lines[-1].removeprefix("error: ") + whose, 2 if child.returncode == 2 else 1)
-            facts = json.loads(child.stdout.splitlines()[-1])
-            if self.attempts:
-                self.check_trailer("profile", facts)
-            if not facts["prepared"] and may_prepare:
-                say(f"profile {facts['profile']} ({facts['reason']}) has no data yet: preparing it in {facts['cache']}")
-                watch(PREPARE_COMMAND, cwd=self.bench, stop=self.stop_now)
-        if self.stop_soon.is_set() and not self.facts:
-            raise StopNow
-        if not facts["prepared"]:
-            raise UserError(f"the preparation failed: {facts['problem']}")
-        return facts
-
-    def new_folder(self) -> Path:
-        """The folder of a number that no experiment of this tag ever had."""
-        self.runs.mkdir(exist_ok=True)
-        number = max(map(int, ["0", *self.attempts, *(path.name for path in self.runs.glob("[0-9]*"))])) + 1
-        (folder := self.runs / f"{number:04d}").mkdir()
-        return folder
-
-    def commit(self, number: str, file: Path | None, description: str) -> str:
-        """The candidate: the champion's tree with one blob replaced, kept for ever under a ref of its number."""
-        message = f"experiment {int(number)}: {description}\n\nAutoresearch-profile: {self.facts['profile']}\n"
-        message += f"Autoresearch-digest: {self.facts['digest']}"
-        commit = self.git.commit(self.champion, file, message, f"{self.refs}{int(number)}")
-        self.hashes[commit[:7]] = commit
-        return commit
-
-    def publish(self) -> None:
-        """The ledger's copy and the link to the experiments' folders, at the top level."""
-        link = self.desk / "runs"
-        try:
-            write_atomically(self.desk / "results.tsv", self.ledger.read_text())
-            if link.is_symlink():
-                link.unlink()
-            if not link.exists():
-                link.symlink_to(self.runs)
-        except OSError as error:
-            say(f"warning: no copy of the ledger {self.ledger} at the top level ({error})")
-
-    # Environment: what must be there before a run, and is never blamed on an idea
-
-    def mark(self, role: str) -> str:
-        return f"{self.home}:{role}"
-
-    def child_env(self, role: str) -> dict[str, str]:
-        own = "AUTORESEARCH_RESULT", "AUTORESEARCH_AUDIT", "AUTORESEARCH_SEED", "AUTORESEARCH_MARK"
-        kept = [key for key in os.environ if key not in own and (role == "agent" or not SECRET.search(key))]
-        profile = {"AUTORESEARCH_PROFILE": self.facts["profile"]} if self.facts else {}
-        return {key: os.environ[key] for key in kept} | profile
-
-    def environment_problem(self, after_crash: bool = False) -> str:
-        """What the machine lacks just now, "" if nothing; raises UserError for what does not mend itself."""
-        for name, digest in self.facts["files"].items():
-            path = Path(self.facts["cache"], name)
-            if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
-                raise UserError(f"{path} is not as it was prepared: look with 'uv run prepare.py --verify'")
-        if (free := shutil.disk_usage(self.home).free / 1e9) < MIN_FREE_GB:
-            return f"{free:.1f} GB free on the disk of {self.home}, {MIN_FREE_GB} GB needed"
-        with contextlib.suppress(FileNotFoundError), open(self.facts["lock"]) as lock:
-            if not after_crash and not flock_now(lock):  # after a crash it may be another loop's already
-                return f"another run holds the device {self.facts['device_name']} ({lock.name})"
-        if after_crash and self.facts["device"] == "cuda":  # not before a run: it takes seconds
-            self.git.place(self.bench, self.champion)
-            free, was_free = self.describe()["free_gb"], self.facts["free_gb"]  # 0.0 if the GPU is gone
-            if free < was_free - 1:
-                return f"the GPU has {free:.1f} GB free, at the start it had {was_free:.1f}"
-        return ""
-
-    def wait_for_environment(self, after_crash: bool = False) -> bool:
-        """Wait until nothing is lacking, saying what is; False if nothing was."""
-        said = ""
-        while problem := self.environment_problem(after_crash):
-            if problem != said:
-                say(f"waiting: {problem}")
-                self.note("waiting", description=problem)
-            said = problem
-            self.pause(POLL, self.stopping)
-            if self.stop_soon.is_set():
-                raise StopNow
-        return bool(said)
-
-    def pause(self, seconds: float, leave: Callable[[], bool] = lambda: False) -> None:
-        end = time.monotonic() + seconds
-        while time.monotonic() < end and not leave():
-            if self.stop_now.wait(0.2):
-                raise StopNow
-
-    # Propose
-
-    def propose(self, leave: Callable[[], bool]) -> Proposal | None:
-        """Ask the agent, on a clean desk, until an edit passes the gate; None if `leave()` after a failure."""
-        folder, champion, path = self.new_folder(), self.champion, self.desk / EDITABLE
-        mend, self.crashed = self.crashed, None
-        while True:
-            self.git.reset_desk(self.branch, champion)
-            base = self.git("rev-parse", f"{mend[0]}^") if mend else champion
-            start = self.git.read(mend[0] if mend else champion, EDITABLE)
-            path.write_bytes(start)
-            problem = self.ask(folder, mend[1] if mend else "")
-            if path.is_symlink() or not path.is_file():
-                problem = self.refusal = f"{EDITABLE} is not a regular file"
-            elif path.read_bytes() != start:  # an exit code alone says little: some agents edit, then fail
-                shutil.copyfile(path, folder / EDITABLE)
-                problem = self.refusal = self.gate(folder / EDITABLE)
-            if not problem:
-                self.failures = 0
-                return Proposal(folder, base, self.describe_edit(start, folder))
-            delay = min(BACKOFF[1], BACKOFF[0] * 2 ** min(self.failures, 20))
-            self.failures += 1
-            say(f"no proposal: {problem}; again in {duration(delay)} (runs/{folder.name}/agent.log)")
-            self.pause(delay, leave)
-            if leave():
-                self.crashed = self.crashed or mend
-                return None
-            mend = None  # offered once: an agent that cannot mend it would be stuck with it
-
-    def ask(self, folder: Path, failure: str) -> str:
-        """One headless call of the agent on the desk; how it ended, in case that it did not edit the file."""
-        prompt, log = folder / "prompt.md", folder / "agent.log"
-        prompt.write_text(self.prompt(failure))
-        with contextlib.suppress(OSError):
-            (self.desk / "experiment.txt").unlink()
-        command = [word.replace("{prompt_file}", str(prompt)) for word in self.args.agent.command]
-        try:
-            ended = run_child(
-                command, cwd=self.desk, env=self.child_env("agent"), mark=self.mark("agent"), log=log,
-                limit=self.args.agent_timeout, stop=self.stop_now,
-                stdin=prompt if command == self.args.agent.command else os.devnull,
-                tick=lambda seconds: self.running or self.show_live(f"the agent proposes, {seconds:.0f} s", log),
-            )  # fmt: skip
-        except OSError as error:  # while it updates itself, say
-            return f"the agent does not start: {error}"
-        if self.stop_now.is_set():
-            raise StopNow
-        if ended:
-            return f"the agent ended with {ended}: {one_line(tail(log, 1), 90)}"
-        return f"the agent left {EDITABLE} as it was"
-
-    def gate(self, file: Path) -> str:
-        """Why a file is not worth a run, "" if it is: it must compile and must not have been measured before."""
-        try:
-            compile(file.read_bytes(), EDITABLE, "exec", dont_inherit=True)
-        except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError) as error:
-            return f"{EDITABLE} does not compile: {one_line(str(error))}"
-        blob = self.git("hash-object", "--no-filters", "--", str(file))
-        if blob == self.git("rev-parse", f"{self.champion}:{EDITABLE}"):
-            return f"{EDITABLE} is the champion's"
-        rows = [row for row in self.rows if row.commit in self.hashes]  # a copy: the main thread appends
-        blobs = self.git("rev-parse", *(f"{self.hashes[row.commit]}:{EDITABLE}" for row in rows)).split()
-        for row, tried in zip(rows, blobs, strict=True):
-            if blob == tried and not row.description.endswith(AGAIN):  # the loop was killed before its second run
-                return f"{EDITABLE} repeats {row.commit} ({row.status}: {row.description})"
-        return ""
-
-    def describe_edit(self, start: bytes, folder: Path) -> str:
-        with contextlib.suppress(OSError):
-            if text := one_line((self.desk / "experiment.txt").read_text(errors="replace")[:2000]):
-                return text
-        return one_line(changed_knobs(start.decode(errors="replace"), (folder / EDITABLE).read_text(errors="replace")))
-
-    def prompt(self, failure: str) -> str:
-        """The human's instructions, then what only the loop knows."""
-        path = self.desk / INSTRUCTIONS
-        told = path.read_bytes() if path.is_file() else self.git.read(self.champion, INSTRUCTIONS)
-        told = told.decode(errors="replace") + "\n---\n\n# This experiment\n\n"
-        told += f"loop.py calls you for one proposal. {self.summary()}\n\n"
-        told += "The ledger's last rows:\n\n" + COLUMNS + "".join(map(str, self.rows[-20:])) + "\n"
-        if self.running:
-            told += f"Running now, its verdict unknown (propose something else): {self.running}\n\n"
-        if failure:
-            told += f"{EDITABLE} now holds an experiment that crashed: mend it, or restore it and try another idea. "
-            told += f"The end of its log:\n\n{failure}\n\n"
-        if self.refusal:
-            told += f"Your last proposal was refused: {self.refusal}\n\n"
-        told += f"Now: edit {EDITABLE} once, one idea. Write one line that describes it to experiment.txt. "
-        return told + "Do not train, do not commit, touch no other file. Then stop.\n"
-
-    # Run, judge, record
-
-    def execute(self, commit: str, seed: int, folder: Path, audit: bool = False) -> tuple[dict, float]:
-        """Train a commit on the bench: (the evaluator's record, GiB). Raises Crash if it fails, by its own fault."""
-        while True:
-            self.wait_for_environment()
-            try:
-                return self.train(commit, seed, folder, audit)
-            except Crash as crash:
-                for left in (self.bench, self.home / "tmp"):  # a disk that the run filled is not the machine's fault
-                    shutil.rmtree(left, ignore_errors=True)
-                if not self.wait_for_environment(after_crash=True):
-                    raise
-                say(f"  {crash}: not the idea's fault, it runs again")
-
-    def train(self, commit: str, seed: int, folder: Path, audit: bool) -> tuple[dict, float]:
-        scratch, log, result = self.home / "tmp", folder / "run.log", folder / "result.json"
-        self.git.place(self.bench, commit)
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir()
-        result.unlink(missing_ok=True)
-        compiled = self.git.common / "autoresearch" / "compile_cache"
-        env = self.child_env("train") | {
-            "AUTORESEARCH_RESULT": str(result), "AUTORESEARCH_SEED": str(seed), "AUTORESEARCH_AUDIT": str(int(audit)),
-            "TORCHINDUCTOR_CACHE_DIR": str(compiled / "inductor"), "TRITON_CACHE_DIR": str(compiled / "triton"),
-            "TMPDIR": str(scratch),
-        }  # fmt: skip
-        self.note("training", folder, self.running)
-        start = time.monotonic()
-        ended = run_child(
-            TRAIN_COMMAND, cwd=self.bench, env=env, mark=self.mark("train"), log=log, stop=self.stop_now,
-            limit=2 * self.facts["time_budget"] + STARTUP_ALLOWANCE,
-            tick=lambda seconds: self.show_live(f"{seconds:.0f} s of ~{duration(self.expected)}", log),
-        )  # fmt: skip
-        if self.stop_now.is_set():
-            raise StopNow
-        self.expected = time.monotonic() - start
-        self.note("measured", folder, self.running, self.expected)
-        text = log.read_text(errors="replace")
-        if ended:
-            raise Crash(ended if ended.startswith("timeout") else f"{crash_reason(text)} ({ended})")
-        printed, memory_mb = parse_log(text, METRIC), parse_log(text, MEMORY)
-        try:
-            record = json.loads(result.read_text())
-        except (OSError, ValueError, RecursionError):
-            raise Crash(f"printed {METRIC} {printed}, but the evaluator left no record") from None
-        expected = {key: self.facts[key] for key in ("profile", "digest", "files", "prepare_sha256")}
-        check_record(record, expected | {"split": "val", "seed": seed, "rows": self.facts["rows"]["val"]}, printed)
-        return record, memory_mb / 1024
-
-    def experiment(self, commit: str, folder: Path, description: str) -> str:
-        """Run, judge, record; a kept commit is the champion from now on. Returns the status of the last row."""
-        (folder / "change.diff").write_bytes(self.git("diff", f"{commit}^", commit, raw=True))
-        say(f"{self.place_in_run()}: {description} (runs/{folder.name})")
-        self.running, is_champion, verdict = description, commit == self.champion, "again"
-        while verdict == "again":
-            before, sigma, best = scores(self.rows).get(commit[:7], []), noise(self.rows), self.best()
-            seed = FIRST_SEED + len(before)
-            told = f"{description} (seed {seed})" if sigma or before or self.args.replicates > 1 else description
-            try:
-                record, memory_gb = self.execute(commit, seed, folder)
-            except Crash as crash:
-                if not self.rows:  # the next start begins from HEAD again: a person mends it and commits
-                    self.git("update-ref", "-d", f"{self.refs}0")
-                if is_champion:
-                    raise UserError(f"the {description} crashed: {crash} (log runs/{folder.name}/run.log)") from None
-                self.crashed = commit, tail(folder / "run.log", 50)
-                self.record(Row(commit[:7], 0.0, 0.0, "crash", one_line(f"{crash}: {told}")))
-                say(f"  crash: {crash}")
-                return "crash"
-            score = round(record[METRIC], 6)
-            verdict = "keep" if is_champion else decide(scores(self.rows)[self.champion[:7]], [*before, score], sigma)
-            status, told = ("discard", f"{told}, {AGAIN}") if verdict == "again" else (verdict, told)
-            self.record(Row(commit[:7], score, memory_gb, status, one_line(told)))
-            gain = "" if best is None else f", {score - best:+.6f} to the best"
-            say(f"  {verdict}: {METRIC} {score:.6f}{gain}, {duration(self.expected)}")
-        self.champion = commit if verdict == "keep" else self.champion
-        return verdict
-
-    def record(self, row: Row) -> None:
-        """Append a row, durably."""
-        with open(self.ledger, "a") as file:
-            file.write(str(row))
-            file.flush()
-            os.fsync(file.fileno())
-        self.rows.append(row)
-        self.publish()
-
-    # A night
+    def __init__(
+        self,
+        store: Store,
+        facts: Description,
+        fleet: LocalFleet,
+        proposers: Proposers | None,
+        limits: Limits,
+        interrupts: Interrupts,
+    ):
+        self.store = store
+        self.repository = store.repository
+        self.facts = facts
+        self.fleet = fleet
+        self.limits = limits
+        self.interrupts = interrupts
+        self.proposers = proposers  # None: nobody is asked
+        self.waiting: deque[Proposal] = deque()  # candidates that passed the gate
+        self.planned: deque[PlannedRun] = deque()  # runs that go before every new candidate
+        self.flying: dict[Future, PlannedRun] = {}
+        self.begun = 0  # candidates of this session that were launched
+        self.decided: list[Experiment] = []  # of this session
+        self.same = summary_of_baseline(store)
+        self.deadline = time.monotonic() + 3600 * limits.hours
+        self.usual_seconds = facts.time_budget  # that a run takes; later the last one's
+        self.said = ""  # what the machine lacked, as it was last told
 
     def run(self) -> None:
-        """Baseline, then propose, run and record until asked to stop."""
-        ahead = self.facts["device"] == "cuda" if self.args.ahead is None else self.args.ahead
-        told = "profile {profile} ({reason}), {device_name}, {time_budget} s of training a run".format(**self.facts)
-        say(f"{self.branch}: {told}")
-        (self.desk / "STOP").unlink(missing_ok=True)  # an old one
-        self.note("session")
-        waiting: Future | None = None
-        pool = ThreadPoolExecutor(1)
+        """The loop. Raises StopNow at the second Ctrl-C."""
+        self.plan_baseline()
+        self.plan_stale_gains()
+        while not self.is_finished():
+            self.ask()
+            self.launch()
+            self.settle()
 
-        def measure(commit: str, folder: Path, description: str) -> None:
-            """Run the experiment; if ahead, the agent proposes the next meanwhile."""
-            nonlocal waiting
-            self.running = description
-            self.trained.clear()
-            if ahead and not waiting and not self.finished():
-                waiting = pool.submit(self.propose, self.trained.is_set)
-            try:
-                self.experiment(commit, folder, description)
-            finally:
-                self.trained.set()
-                self.running = ""
+    def close(self) -> None:
+        """End what runs, and put the checkout to the champion."""
+        self.interrupts.stop.set()
+        self.fleet.close()
+        if self.proposers:
+            self.proposers.close()
+        self.store.note("stopped")
 
-        try:
-            wanted = max(1, self.args.replicates)
-            while len(scores(self.rows).get(self.champion[:7], [])) < wanted and not self.stopping():
-                measure(self.champion, self.new_folder(), "replicate" if self.rows else "baseline")
-            while not self.finished():
-                self.note("the agent proposes")
-                proposal = waiting.result() if waiting else self.propose(self.finished)
-                waiting = None
-                self.git.reset_desk(self.branch, self.champion)
-                if proposal and self.merges(proposal):
-                    commit = self.commit(proposal.folder.name, proposal.folder / EDITABLE, proposal.description)
-                    self.done += 1
-                    measure(commit, proposal.folder, proposal.description)
-        finally:
-            self.stop_now.set()  # ends a proposal that is still being made
-            pool.shutdown()
-            self.git.reset_desk(self.branch, self.champion)
-            self.note("stopped")
+    def is_finished(self) -> bool:
+        """Whether nothing runs, and nothing more is to be begun."""
+        if self.flying or self.planned:
+            return False
+        if self.is_stopping():
+            return True
+        nobody_proposes = self.proposers is None or self.begun >= self.limits.max_experiments
+        return nobody_proposes and not self.waiting
 
-    def merges(self, proposal: Proposal) -> bool:
-        """Bring a proposal onto the champion of now; False if the two do not go together: it is proposed anew."""
-        ours, base, theirs = (proposal.folder / name for name in ("champion.py", "base.py", EDITABLE))
-        problem = ""
-        if proposal.base != self.champion:
-            ours.write_bytes(self.git.read(self.champion, EDITABLE))
-            base.write_bytes(self.git.read(proposal.base, EDITABLE))
-            text = self.git("merge-file", "-p", "-q", str(ours), str(base), str(theirs), raw=True, default=b"")
-            problem = "" if text else "it conflicts with the new champion"
-            theirs.write_bytes(text or theirs.read_bytes())
-        if problem := problem or self.gate(theirs):
-            say(f"proposal {proposal.folder.name} dropped: {problem}")
-            self.refusal = problem
-        return not problem
+    def is_stopping(self) -> bool:
+        """Whether no new candidate may begin: Ctrl-C, a file STOP, --hours."""
+        return self.interrupts.is_stopping or time.monotonic() > self.deadline
 
-    def stopping(self) -> bool:
-        """True once asked to stop after this experiment: Ctrl-C, a file STOP, --hours."""
-        with contextlib.suppress(FileNotFoundError):
-            (self.desk / "STOP").unlink()
-            self.stop_soon.set()
-        if time.monotonic() > self.deadline:
-            self.stop_soon.set()
-        return self.stop_soon.is_set()
+    # Ask: every idle desk, while too few candidates wait
 
-    def finished(self) -> bool:
-        """True once no further experiment should begin."""
-        return self.stopping() or self.done >= self.args.max_experiments
+    def ask(self) -> None:
+        if self.proposers is None or self.is_stopping():
+            return
+        free = self.fleet.capacity - len(self.flying)
+        wanted = free + self.limits.ahead * self.fleet.capacity
+        while True:
+            candidates = len(self.waiting) + len(self.proposers.asked)
+            if candidates >= wanted or self.begun + candidates >= self.limits.max_experiments:
+                return
+            if not self.proposers.ask(self.descriptions_in_flight()):
+                return
 
-    def try_once(self, folder: Path, description: str) -> int:
-        """The experiment of `try`, whose file was copied into the folder before; returns an exit code."""
-        self.start(trying=True)
-        first, path, tried, verdict = not self.rows, self.desk / EDITABLE, (folder / EDITABLE).read_bytes(), "keep"
-        is_baseline = first and tried == self.git.read(self.champion, EDITABLE)
-        if not is_baseline and (problem := self.gate(folder / EDITABLE)):
-            raise UserError(f"refused: {problem}", 2)
-        if first:
-            self.experiment(self.champion, folder if is_baseline else self.new_folder(), "baseline")
-        if not is_baseline:
-            verdict = self.experiment(self.commit(folder.name, folder / EDITABLE, description), folder, description)
-        later = path.read_bytes() if path.is_file() else tried
-        self.git.reset_desk(self.branch, self.champion)
-        if later != tried:  # the agent is at its next idea already: that is not ours to reset
-            path.write_bytes(later)
-        return 1 if verdict == "crash" else 0
+    def descriptions_in_flight(self) -> list[str]:
+        experiments = [planned.experiment for planned in (*self.flying.values(), *self.planned)]
+        descriptions = [experiment.description for experiment in experiments if experiment.purpose == "experiment"]
+        return descriptions + [proposal.description for proposal in self.waiting]
 
-    def audit(self, replicates: int) -> dict[str, list[tuple[float, float]]]:
-        """Train baseline and champion, alternating, on fresh seeds; their scores (bpb): validation, sealed test."""
-        baseline = self.hashes[self.rows[0].commit]
-        commits = {f"baseline {baseline[:7]}": baseline, f"champion {self.champion[:7]}": self.champion}
-        found: dict[str, list[tuple[float, float]]] = {name: [] for name in commits}
-        self.note("session")
-        for _ in range(replicates):
-            seed = secrets.randbelow(10**9)  # no edit can foresee it
-            for name, commit in commits.items():
-                folder = self.new_folder()
-                self.running = f"audit of the {name}, seed {seed}"
-                say(f"{folder.name}: {self.running}")
-                try:
-                    record, _ = self.execute(commit, seed, folder, audit=True)
-                except Crash as crash:
-                    raise UserError(f"the {name} crashed: {crash} (log runs/{folder.name}/run.log)") from None
-                found[name].append((record[METRIC], record["test_bpb"]))
-                say(f"  validation {record[METRIC]:.6f}, test {record['test_bpb']:.6f}")
-        self.note("stopped")
+    # Launch: a waiting run on every free device
+
+    def launch(self) -> None:
+        while len(self.flying) < self.fleet.capacity:
+            planned = self.next_run()
+            if planned is None:
+                return
+            self.start(planned)
+
+    def next_run(self) -> PlannedRun | None:
+        """The next run that may start now. A candidate is first merged onto the champion of now."""
+        for planned in self.planned:
+            if planned.not_before <= time.monotonic():
+                self.planned.remove(planned)
+                return planned
+        while self.waiting and self.store.rows and not self.is_stopping():
+            proposal = self.merged(self.waiting.popleft())
+            if proposal is not None:
+                if not proposal.again_of:
+                    self.begun += 1
+                return self.first_run(proposal)
+        return None
+
+    def first_run(self, proposal: Proposal) -> PlannedRun:
+        experiment = Experiment(
+            proposal.description, "experiment", base=proposal.base, source=proposal.source, again_of=proposal.again_of
+        )
+        experiment.outstanding = 1
+        return PlannedRun(experiment, FIRST_SEED)
+
+    def merged(self, proposal: Proposal) -> Proposal | None:
+        """The edit on the champion of now; None if the two do not go together, or the result is not worth a run."""
+        champion = self.store.champion
+        source = proposal.source
+        if proposal.base != champion:
+            ours = self.repository.read(champion, EDITABLE)
+            source = self.repository.merge(ours, self.repository.read(proposal.base, EDITABLE), proposal.source)
+            if source is None:
+                self.tell_conflict(proposal)
+                self.forget_stale_gain(proposal.again_of)
+                return None
+        problem = find_problem(self.store, source, self.pending_sources())
+        if problem:
+            say(f"dropped: {proposal.description}: {problem}")
+            if self.proposers:
+                self.proposers.tell(problem)
+            self.forget_stale_gain(proposal.again_of)
+            return None
+        return replace(proposal, source=source, base=champion)
+
+    def forget_stale_gain(self, number: int) -> None:
+        """The gain of that run is not to be run again: it does not go with the present champion."""
+        run = read_run(self.store.folder(number)) if number else None
+        if run is not None:
+            self.store.write_run(replace(run, decision="discard"))
+
+    def pending_sources(self) -> set[bytes]:
+        """The edits that wait or run."""
+        found = {proposal.source for proposal in self.waiting}
+        for planned in (*self.flying.values(), *self.planned):
+            if planned.experiment.source is not None:
+                found.add(planned.experiment.source)
         return found
+
+    def tell_conflict(self, proposal: Proposal) -> None:
+        """Give an agent both diffs, once."""
+        champion = self.store.champion
+        say(f"dropped: {proposal.description}: it conflicts with the new champion {champion[:7]}")
+        if self.proposers is None:
+            return
+        start = self.repository.read(champion, EDITABLE)
+        base = self.repository.read(proposal.base, EDITABLE)
+        text = prompt.conflict_task(proposal.description, unified(base, proposal.source), unified(base, start))
+        self.proposers.assignments.append(Assignment(champion, start, text))
+
+    def start(self, planned: PlannedRun) -> None:
+        """Give a run its number, folder and commit, and send it to a device."""
+        experiment = planned.experiment
+        if not planned.number:
+            planned.number = self.store.new_folder()
+        if not experiment.commit:
+            facts = self.facts
+            experiment.commit = self.store.commit(
+                planned.number, experiment.source, experiment.description, facts.profile, facts.digest, experiment.base
+            )
+        planned.commit = planned.commit or experiment.commit
+        run = self.describe_run(planned)
+        self.store.write_run(run)
+        if run.base:
+            (self.store.folder(run.number) / "change.diff").write_bytes(self.repository.diff(run.base, run.commit))
+        job = Job(
+            number=run.number,
+            commit=run.commit,
+            description=run.description,
+            seed=run.seed,
+            tree=self.repository.tree(run.commit),
+            facts=self.facts,
+            domain=DOMAIN,
+            time_limit=2 * self.facts.time_budget + STARTUP_ALLOWANCE,
+            audit=experiment.purpose == "audit",
+            same=self.same,
+        )
+        planned.started_at = time.monotonic()
+        if not planned.tries:
+            say(f"run {run.number:04d}: {run.description}{self.progress()}")
+        self.store.note("training", run.number, run.description)
+        self.flying[self.fleet.submit(job)] = planned
+
+    def describe_run(self, planned: PlannedRun) -> Run:
+        experiment = planned.experiment
+        is_first = planned.seed == FIRST_SEED
+        is_champion_again = planned.commit != experiment.commit
+        if experiment.purpose == "audit" or (experiment.purpose == "baseline" and is_first):
+            description = experiment.description
+        elif is_champion_again:
+            description = f"champion once more, beside: {experiment.description}"
+        elif is_first:
+            description = experiment.description
+        else:
+            description = f"{experiment.description} (seed {planned.seed})"
+        base = "" if experiment.purpose != "experiment" or is_champion_again else experiment.base
+        return Run(
+            number=planned.number,
+            commit=planned.commit,
+            base=base,
+            seed=planned.seed,
+            description=one_line(description),
+            purpose=experiment.purpose if is_first or experiment.purpose == "audit" else "second look",
+            again_of=experiment.again_of,
+        )
+
+    # Settle: the results that have arrived
+
+    def settle(self) -> None:
+        """Wait a moment for results, and take those that came, in the order of their runs."""
+        asked = list(self.proposers.asked) if self.proposers else []
+        futures = [*self.flying, *asked]
+        if futures:
+            done, _ = wait(futures, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
+        else:
+            time.sleep(POLL_SECONDS)
+            done = set()
+        self.interrupts.heed()
+        for future in [future for future in self.flying if future in done]:
+            self.take_outcome(self.flying.pop(future), future.result())
+        for future in [future for future in asked if future in done]:
+            proposal = self.proposers.take(future, self.pending_sources())
+            if proposal is not None:
+                self.waiting.append(proposal)
+        show(self.live_line())
+
+    def take_outcome(self, planned: PlannedRun, outcome: Outcome) -> None:
+        if isinstance(outcome, Unavailable):
+            if outcome.is_permanent:
+                raise UserError(outcome.reason)
+            if outcome.retries is None or planned.tries < outcome.retries:
+                self.try_again(planned, outcome.reason)
+                return
+            seconds = time.monotonic() - planned.started_at
+            outcome = Crash(outcome.reason, "", seconds)
+        self.said = ""
+        self.usual_seconds = outcome.seconds
+        self.store.note("measured", planned.number, planned.experiment.description, outcome.seconds)
+        run = self.finished_run(planned, outcome)
+        experiment = planned.experiment
+        experiment.runs.append(run)
+        experiment.outstanding -= 1
+        if isinstance(outcome, Crash):
+            self.take_crash(planned, outcome)
+            return
+        experiment.measurements.append(outcome)
+        if experiment.purpose == "audit":
+            self.store.write_run(replace(run, decision="audit"))
+            self.decided.append(experiment)
+            say(f"  run {run.number:04d}: {compare(run, None, DOMAIN)}")
+        elif not experiment.outstanding:
+            self.decide(experiment)
+
+    def try_again(self, planned: PlannedRun, reason: str) -> None:
+        """The machine's fault: the run is made again, as the same run, when it may have recovered."""
+        if reason != self.said:
+            say(f"waiting: {reason}")
+            self.store.note("waiting", planned.number, reason)
+        self.said = reason
+        planned.tries += 1
+        planned.not_before = time.monotonic() + RETRY_SECONDS
+        self.planned.appendleft(planned)
+        if self.is_stopping():
+            raise StopNow
+
+    def finished_run(self, planned: PlannedRun, outcome: Measurement | Crash) -> Run:
+        run = self.describe_run(planned)
+        if isinstance(outcome, Crash):
+            reason = one_line(f"{outcome.reason}: {run.description}")
+            return replace(run, decision="crash", description=reason, seconds=outcome.seconds)
+        base = self.run_of(planned.experiment.base) if run.base else None
+        return replace(
+            run,
+            score=round(outcome.record.score, 6),
+            memory_gb=outcome.memory_gb,
+            seconds=outcome.seconds,
+            startup_seconds=outcome.startup_seconds,
+            training_seconds=outcome.training_seconds,
+            summary=outcome.summary,
+            marks=find_marks(outcome.record, outcome.startup_seconds, base),
+        )
+
+    def run_of(self, commit: str) -> Run | None:
+        """The first run of a commit that was a champion."""
+        runs = [run for run in self.store.runs_of(commit) if run.score]
+        return runs[0] if runs else None
+
+    def take_crash(self, planned: PlannedRun, crash: Crash) -> None:
+        experiment = planned.experiment
+        log = self.store.folder(planned.number) / "run.log"
+        if experiment.purpose == "audit":
+            raise UserError(f"the {experiment.description} crashed: {crash.reason} (log {log})")
+        if experiment.purpose == "baseline":
+            if not self.store.rows:
+                self.store.forget_baseline()
+            raise UserError(f"the baseline crashed: {crash.reason} (log {log})")
+        say(f"  run {planned.number:04d} crash: {crash.reason}")
+        if self.proposers and experiment.source is not None:
+            text = prompt.crash_task(EDITABLE, crash.log_end)
+            self.proposers.assignments.append(Assignment(experiment.base, experiment.source, text))
+        self.drop_planned(experiment)
+        if not experiment.outstanding:
+            self.record(experiment, "crash")
+
+    def drop_planned(self, experiment: Experiment) -> None:
+        """Its planned runs need not be made; those in flight end and are then recorded with it."""
+        for planned in [planned for planned in self.planned if planned.experiment is experiment]:
+            self.planned.remove(planned)
+            experiment.outstanding -= 1
+
+    # Decide and record
+
+    def decide(self, experiment: Experiment) -> None:
+        """The verdict on an experiment whose runs have ended; a promising one may get more runs first."""
+        verdict = self.judge(experiment)
+        if verdict == "look again":
+            self.plan_second_look(experiment)
+        elif verdict == "keep" and experiment.purpose != "baseline" and experiment.base != self.store.champion:
+            self.record(experiment, "stale")
+        else:
+            self.record(experiment, verdict)
+
+    def judge(self, experiment: Experiment) -> str:
+        """`keep`, `discard`, `crash`, or `look again`: the candidate beside its base."""
+        if any(run.decision == "crash" for run in experiment.runs):
+            return "crash"
+        if experiment.purpose == "baseline":
+            return "keep"
+        scores = experiment.scores(experiment.commit)
+        base_score = self.store.estimate(experiment.base)
+        if self.limits.confirm:
+            return self.judge_confirmed(experiment, scores)
+        if ledger.is_gain(base_score, scores[0], DOMAIN) or self.is_simpler(experiment, base_score, scores[0]):
+            return "keep"
+        return "discard"
+
+    def judge_confirmed(self, experiment: Experiment, scores: list[float]) -> str:
+        """With --confirm the first score only buys a second look; fresh seeds of both decide."""
+        of_base = self.store.fresh(experiment.base) + experiment.scores(experiment.base)
+        sigma = self.sigma()
+        if len(scores) == 1:
+            known = of_base or self.store.scores(experiment.base)
+            is_promising = ledger.deserves_second_look(known, scores[0], sigma, DOMAIN)
+            return "look again" if is_promising else "discard"
+        tried = len({row.commit for row in self.store.rows})
+        return "keep" if ledger.is_confirmed(of_base, scores[1:], sigma, tried, DOMAIN) else "discard"
+
+    def sigma(self) -> float:
+        return ledger.measured_sigma(self.store.rows) or DOMAIN.sigma_of(self.facts.profile)
+
+    def is_simpler(self, experiment: Experiment, before: float, after: float) -> bool:
+        """Whether it asked for the rule of simplicity and meets it: fewer lines of code, about the same score."""
+        if experiment.source is None or not ledger.wants_simpler_rule(experiment.description):
+            return False
+        base = self.repository.read(experiment.base, EDITABLE)
+        if ledger.lines_of_code(experiment.source) >= ledger.lines_of_code(base):
+            return False
+        spent = ledger.given_away(self.store.rows, DOMAIN)
+        return ledger.is_simpler_keep(before, after, self.sigma(), spent, DOMAIN)
+
+    def plan_second_look(self, experiment: Experiment) -> None:
+        """Fresh seeds for the candidate, and for its base where it has too few."""
+        missing = ledger.FRESH_RUNS - len(self.store.fresh(experiment.base))
+        commits = [experiment.commit] * ledger.FRESH_RUNS + [experiment.base] * max(0, missing)
+        for commit in commits:
+            experiment.outstanding += 1
+            self.planned.append(PlannedRun(experiment, fresh_seed(), commit))
+        say(f"  {experiment.description}: a gain, to be confirmed by {len(commits)} more runs")
+
+    def record(self, experiment: Experiment, verdict: str) -> None:
+        """Append all rows of the experiment in one write; a kept commit is the champion from now on."""
+        of_base = [run for run in experiment.runs if run.commit != experiment.commit]
+        of_candidate = [run for run in experiment.runs if run.commit == experiment.commit]
+        base_run = self.run_of(experiment.base) if experiment.purpose == "experiment" else None
+        rows = []
+        base_is_champion = experiment.base == self.store.champion
+        for run in sorted(of_base, key=run_number):
+            rows.append(self.close_run(run, "keep" if base_is_champion else "discard"))
+        for run in sorted(of_candidate, key=run_number):
+            rows.append(self.close_run(run, verdict))
+        self.store.append(rows)
+        self.decided.append(experiment)
+        for run in sorted(of_candidate, key=run_number):
+            if run.decision != "crash":
+                say(f"  run {run.number:04d} {verdict}: {compare(run, base_run, DOMAIN)}")
+            for weakness in run.marks:
+                say(f"    {weakness}")
+        if verdict == "stale":
+            first = min(run.number for run in of_candidate)
+            again = Proposal(experiment.source, experiment.base, experiment.description, again_of=first)
+            self.waiting.appendleft(again)
+        if verdict == "keep":
+            self.move_champion()
+        self.store.publish(self.repository.checkout)
+
+    def close_run(self, run: Run, verdict: str) -> Row:
+        """Write the verdict to a run's folder; its row."""
+        if run.decision == "crash":
+            self.store.write_run(run)
+            return Row(run.commit[:7], 0.0, 0.0, "crash", run.description)
+        decision = "discard" if verdict == "crash" else verdict  # a run beside the one that crashed
+        self.store.write_run(replace(run, decision=decision))
+        description = run.description
+        if decision == "stale":
+            description = f"{one_line(description, 200 - len(STALE) - 2)}; {STALE}"
+        status = "discard" if decision == "stale" else decision
+        return Row(run.commit[:7], run.score, run.memory_gb, status, description)
+
+    def move_champion(self) -> None:
+        """Branch, checkout and idle desks follow the champion."""
+        champion = self.store.champion
+        self.repository("update-ref", f"refs/heads/{self.store.branch}", champion)
+        if self.proposers:
+            self.proposers.clear_idle()
+
+    # What goes before every candidate
+
+    def plan_baseline(self) -> None:
+        """The baseline, where the ledger has none; with --confirm, until it has run often enough."""
+        done = len(self.store.scores(self.store.baseline))
+        wanted = BASELINE_RUNS if self.limits.confirm and len(self.store.rows) == done else 1
+        if done >= wanted:
+            return
+        commit = self.store.baseline
+        experiment = Experiment("baseline", "baseline", base="", commit=commit, outstanding=wanted - done)
+        for index in range(done, wanted):
+            seed = FIRST_SEED if index == 0 else fresh_seed()
+            number = min(self.store.attempts) if index == 0 else 0
+            self.planned.append(PlannedRun(experiment, seed, commit, number))
+
+    def plan_stale_gains(self) -> None:
+        """Gains on former champions that a session which was stopped did not run again."""
+        for run in stale_gains(self.store):
+            source = self.repository.read(run.commit, EDITABLE)
+            self.waiting.append(Proposal(source, run.base, run.description, again_of=run.number))
+
+    def audit(self, replicates: int) -> list[Audited]:
+        """Baseline and champion, alternating, on fresh seeds."""
+        commits = {"baseline": self.store.baseline, "champion": self.store.champion}
+        for _ in range(replicates):
+            seed = fresh_seed()
+            for name, commit in commits.items():
+                description = f"audit of the {name} {commit[:7]}, seed {seed}"
+                experiment = Experiment(description, "audit", base="", commit=commit, outstanding=1)
+                self.planned.append(PlannedRun(experiment, seed, commit))
+        while self.flying or self.planned:
+            self.launch()
+            self.settle()
+        return [self.audited(experiment) for experiment in self.decided]
+
+    def audited(self, experiment: Experiment) -> Audited:
+        role = "baseline" if experiment.commit == self.store.baseline else "champion"
+        measurement = experiment.measurements[0]
+        clean = measurement.rescored or {}
+        return Audited(
+            name=f"{role} {experiment.commit[:7]}",
+            score=measurement.record.score,
+            test_score=measurement.record.test_score,
+            clean_score=clean.get(DOMAIN.metric),
+            clean_test_score=clean.get(DOMAIN.test_metric),
+            problem=measurement.rescore_problem,
+            device=self.facts.device,
+            steps=measurement.summary.get("num_steps", ""),
+        )
 
     # What a person sees
 
-    def best(self) -> float | None:
-        found = scores(self.rows).get(self.champion[:7])
-        return statistics.fmean(found) if found else None
+    def progress(self) -> str:
+        total = self.limits.max_experiments
+        if total == math.inf:
+            return ""
+        left = (total - self.begun + len(self.flying) + 1) * self.usual_seconds / self.fleet.capacity
+        return f" ({self.begun} of {total}, ~{duration(left)} left)"
 
-    def show_live(self, text: str, log: Path) -> None:
-        """The live line: where the run stands and the last line of a log."""
-        best = f"best {self.best():.6f}" if self.best() else "no score yet"
-        show(f"{self.place_in_run()} | {best} | {text} | {one_line(tail(log, 1))}")
+    def live_line(self) -> str:
+        best = self.store.estimate(self.store.champion)
+        parts = ["no score yet" if best is None else f"best {best:.6f}"]
+        for planned in self.flying.values():
+            seconds = time.monotonic() - planned.started_at
+            parts.append(f"run {planned.number:04d} {seconds:.0f} s of ~{duration(self.usual_seconds)}")
+        if self.proposers and self.proposers.asked:
+            parts.append(f"{len(self.proposers.asked)} proposing")
+        if len(self.flying) == 1:
+            number = next(iter(self.flying.values())).number
+            parts.append(one_line(read_tail(self.store.folder(number) / "run.log", 1)))
+        return " | ".join(parts)
 
-    def place_in_run(self) -> str:
-        total = getattr(self.args, "max_experiments", math.inf)
-        left = (total - self.done + 1) * self.expected
-        return f"experiment {self.done}" + ("" if total == math.inf else f" of {total}, ~{duration(left)} left")
 
-    def summary(self) -> str:
-        """Best so far and what it took, in one line."""
-        if (best := self.best()) is None:
-            return "No run yet: the baseline comes first."
-        first, statuses = self.rows[0].val_bpb, [row.status for row in self.rows]
-        counts = ", ".join(f"{statuses.count(kind)} {kind}" for kind in ("keep", "discard", "crash"))
-        return f"Best {METRIC} {best:.6f} ({self.champion[:7]}), {best - first:+.6f} to the baseline; rows: {counts}."
+STALE = "gained on a former champion; runs again on the present one"  # ends the description of its first row
 
-    def note(self, event: str, folder: Path | None = None, description: str = "", seconds: float = 0.0) -> None:
-        """A line of the timeline: from it `status` tells where a run stands and how busy the device was."""
-        run = f"runs/{folder.name}" if folder else ""
-        entry = {"at": time.time(), "event": event, "run": run, "description": description, "seconds": seconds}
-        with contextlib.suppress(OSError), open(self.timeline, "a") as file:
-            file.write(json.dumps(entry) + "\n")
+
+def run_number(run: Run) -> int:
+    return run.number
+
+
+def fresh_seed() -> int:
+    """A seed that no edit can foresee."""
+    return secrets.randbelow(10**9)
+
+
+def unified(old: bytes, new: bytes) -> str:
+    lines = [text.decode(errors="replace").splitlines(keepends=True) for text in (old, new)]
+    return "".join(difflib.unified_diff(*lines, "before", "after"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Commands
+# A session, put together from its rooms
 
 
-def command_run(args: argparse.Namespace) -> int:
-    args.agent = choose_agent(args.agent, args.agent_cmd)
-    ratchet = Ratchet(args.tag, args)
-    with ratchet.locked():
-        try:
-            ratchet.start()
-            ratchet.run()
-        except StopNow:
-            say("stopped: the experiment in flight is dropped, ledger and branch are as its last row says")
-    say(f"{ratchet.summary()} Read it with: uv run loop.py report")
-    return 0
+def open_session(
+    store: Store, limits: Limits, interrupts: Interrupts, agent: Agent | None = None, keep_edit: bool = False
+) -> Ratchet:
+    """Put right what an earlier session left, and make the session's rooms. Without an agent nobody is asked."""
+    in_checkout = limits.workers == 1
+    facts = open_tag(store, keep_edit, in_checkout, interrupts.were_sent)
+    devices = list(facts.devices)[: limits.workers]
+    if len(devices) < limits.workers:
+        say(f"note: {limits.workers} workers, {len(devices)} device here: {len(devices)} run at a time")
+    if limits.ahead is None:
+        limits = replace(limits, ahead=1 if facts.device == "cuda" else 0)
+    fleet = LocalFleet(store, devices, mark(store, "run"), check_packages(store), interrupts.stop)
+    proposers = None
+    if agent is not None:
+        desks = make_desks(store, in_checkout, limits.workers)
+        proposers = Proposers(store, desks, agent, facts.profile, limits.agent_timeout, interrupts.stop)
+    say(f"{store.branch}: profile {facts.profile} ({facts.reason}), {facts.device_name}, {facts.time_budget:g} s a run")
+    store.note("session")
+    return Ratchet(store, facts, fleet, proposers, limits, interrupts)
 
 
-def command_try(args: argparse.Namespace) -> int:
-    """The experiment runs in a session of its own: killing this command, which only waits for it, does not end it."""
-    ratchet, path = Ratchet(None, args), Path(EDITABLE)
-    if ratchet.start_branch != ratchet.branch:
-        raise UserError(f"this checkout is not on the branch of a run: 'git checkout -b {ratchet.branch}' makes one", 2)
-    if (ratchet.desk / path).is_symlink() or not (ratchet.desk / path).is_file():
-        raise UserError(f"{EDITABLE} is not a regular file: 'git checkout -- {EDITABLE}' restores it", 2)
-    with ratchet.locked():
-        before, folder = len(ratchet.rows), ratchet.new_folder()
-        shutil.copyfile(ratchet.desk / path, folder / EDITABLE)
-        if not (child := os.fork()):  # it inherits the lock
-            os.setsid()
-            output = os.open(folder / "loop.log", os.O_WRONLY | os.O_CREAT)
-            for number, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, output), (2, output)):
-                os.dup2(source, number)
-            os._exit(guarded(lambda: ratchet.try_once(folder, one_line(args.description))))
-    for number in (signal.SIGINT, signal.SIGTERM):  # from here on they end the waiting only
-        signal.signal(number, signal.SIG_DFL)
-    say(f"running as runs/{folder.name}; if this command is cut off, it goes on: uv run loop.py status --wait")
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    ratchet.load()
-    told = tail(folder / "loop.log", 1)
-    print(told if told.startswith("error: ") or len(ratchet.rows) == before else report.verdict(ratchet))
-    return code
-
-
-def command_status(args: argparse.Namespace) -> int:
-    return report.status(Ratchet(args.tag, args), args.wait)
-
-
-def command_report(args: argparse.Namespace) -> int:
-    return report.report(None if args.ledger else Ratchet(args.tag, args), args.ledger)
-
-
-def command_audit(args: argparse.Namespace) -> int:
-    ratchet = Ratchet(args.tag, args)
-    if not ratchet.rows:
-        raise UserError("there are no rows to audit: 'uv run loop.py --agent random' starts a run")
-    if args.replicates < 1:
-        raise UserError(f"--replicates {args.replicates}: audit needs at least 1", 2)
-    with ratchet.locked():
-        ratchet.start()
-        report.print_audit(ratchet.audit(args.replicates))
-    return 0
-
-
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="loop.py", description=__doc__, formatter_class=layout)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    run = commands.add_parser("run", help="propose, train, keep or reset, all night (the default)")
-    run.add_argument("--agent", metavar="NAME", help=", ".join(AGENTS))
-    run.add_argument("--agent-cmd", metavar="CMD", help="any other: prompt on standard input, or {prompt_file}")
-    run.add_argument("--max-experiments", type=int, default=math.inf, metavar="N", help="stop after N (default: never)")
-    run.add_argument("--hours", type=float, default=math.inf, metavar="H", help="stop after H hours (default: never)")
-    run.add_argument("--agent-timeout", type=float, default=AGENT_TIMEOUT, metavar="S", help="seconds for one proposal")
-    run.add_argument("--ahead", action=argparse.BooleanOptionalAction, help="propose while training (default: on CUDA)")
-    trying = commands.add_parser("try", help="one experiment on the edit now in train.py")
-    trying.add_argument("description", help="what the edit does: one line for the ledger")
-    trying.set_defaults(replicates=1)
-    status = commands.add_parser("status", help="where the run stands, one screen")
-    status.add_argument("--wait", action="store_true", help="wait for the verdict of the experiment that runs now")
-    reading = commands.add_parser("report", help="what was kept, what it gained, progress.png")
-    reading.add_argument("ledger", nargs="?", metavar="LEDGER", help="another ledger than this run's")
-    audit = commands.add_parser("audit", help="baseline and champion again: fresh seeds, sealed test split")
-    for command, count, meaning in ((run, 1, "baseline runs; over 1: confirm small gains"), (audit, 3, "seeds each")):
-        command.add_argument("--replicates", type=int, default=count, metavar="N", help=f"{meaning} (default {count})")
-    for command in (run, status, reading, audit):
-        command.add_argument("--tag", help="name of the run (default: the current branch's, else today's date)")
-    return parser.parse_args(argv if argv and argv[0] in (*commands.choices, "-h", "--help") else ["run", *argv])
-
-
-def guarded(command: Callable[[], int]) -> int:
-    """Exit code of a command; what a person can mend, or the machine did, is one line and never a traceback."""
-    try:
-        return command()
-    except (StopNow, KeyboardInterrupt):
-        say("stopped")
-        return 0
-    except (UserError, OSError, subprocess.SubprocessError) as error:
-        say(f"error: {one_line(str(error), 600)}")
-        return getattr(error, "code", 1)
-
-
-def main() -> int:
-    args = parse_arguments(sys.argv[1:])
-    for name in [name for name in os.environ if name.startswith("GIT_")]:
-        del os.environ[name]  # set by a hook or an alias, they would point git elsewhere
-    if cache := os.environ.get("AUTORESEARCH_CACHE"):  # relative to here, not to the bench
-        os.environ["AUTORESEARCH_CACHE"] = os.path.abspath(os.path.expanduser(cache))
-    commands = {"run": command_run, "try": command_try, "status": command_status, "report": command_report}
-    return guarded(lambda: (commands | {"audit": command_audit})[args.command](args))
+def make_desks(store: Store, in_checkout: bool, workers: int) -> list[Desk]:
+    """With one worker the desk is the checkout; with more, every proposer has a worktree of its own."""
+    if in_checkout:
+        return [Desk(store.repository, store.repository.checkout, store.home, mark(store, "agent"), store.branch)]
+    desks = []
+    for number in range(1, workers + 1):
+        place = store.desks / f"{number}" / store.repository.checkout.name
+        store.repository.add_worktree(place, store.champion)
+        store.publish(place)
+        desks.append(Desk(store.repository, place, place.parent, f"{mark(store, 'agent')}:{number}"))
+    return desks
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(commands.main(DOMAIN, Path(__file__).resolve().parent, open_session))

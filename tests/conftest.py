@@ -1,6 +1,6 @@
 """Shared by the loop's tests: a scratch repository whose prepare.py and train.py take milliseconds instead of minutes.
 
-loop.py, plumbing.py, report.py and agents/ are the real ones; so are git, the processes and the signals.
+loop.py and harness/ are the real ones; so are git, the processes and the signals.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import pytest
 from hypothesis import settings
 from prepare_fixtures import locks_given_back, tiny  # noqa: F401 (fixtures of the judge's tests)
 
-import plumbing
+from harness.processes import find_processes
 
 settings.register_profile("unhurried", deadline=None)  # the machine may be busy
 settings.load_profile("unhurried")
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 FAKE_PREPARE = '''
 """A domain that costs nothing: describe() and finish() as the real prepare.py has them."""
-import hashlib, json, os, pathlib, sys
+import hashlib, json, os, pathlib, sys, time
 
 PROFILE = os.environ.get("AUTORESEARCH_PROFILE", "fake")
 if PROFILE not in ("fake", "other"):
@@ -36,6 +36,7 @@ if PROFILE not in ("fake", "other"):
     sys.exit(2)
 CACHE = pathlib.Path(os.environ["AUTORESEARCH_CACHE"])
 FILES = ("val.bin", "tokenizer.bin")
+DEVICES = 4
 
 def digests():
     return {name: hashlib.sha256((CACHE / name).read_bytes()).hexdigest() for name in FILES}
@@ -43,29 +44,39 @@ def digests():
 def describe():
     prepared = (CACHE / "manifest.json").exists()
     manifest = json.loads((CACHE / "manifest.json").read_text()) if prepared else {"files": {}}
+    devices = {f"cpu{i}": {"lock": str(CACHE / f"cpu{i}.lock"), "free_gb": 0.0} for i in range(DEVICES)}
     return {
-        "profile": PROFILE, "reason": "test", "time_budget": 1, "seed": 42, "cache": str(CACHE), "prepared": prepared,
-        "problem": None if prepared else "no manifest", "manifest": str(CACHE / "manifest.json"), "digest": "d" * 64,
-        "files": manifest["files"], "rows": {"val": 7, "test": 5}, "device": "cpu", "device_name": "cpu",
-        "lock": str(CACHE / "cpu.lock"), "free_gb": 0.0,
+        "profile": PROFILE, "reason": "test", "time_budget": 1, "cache": str(CACHE), "prepared": prepared,
+        "problem": None if prepared else "no manifest", "digest": "d" * 64, "rows": {"val": 7, "test": 5},
+        "files": manifest["files"], "device": "cpu", "device_name": "cpu", "devices": devices,
         "prepare_sha256": hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest(),
     }
 
-def finish(score, memory=512.0, **changes):
+def start_clock():
+    if "AUTORESEARCH_RESULT" in os.environ:
+        pathlib.Path(os.environ["AUTORESEARCH_RESULT"] + ".started").touch()
+
+def finish(score, memory=512.0, attention="sdpa", **changes):
     """What evaluate_bpb and the summary do: the record, then the printed lines."""
     record = {
         "val_bpb": float(score), "profile": PROFILE, "split": "val",
-        "seed": int(os.environ.get("AUTORESEARCH_SEED", 42)), "training_seconds": 1.0,
+        "seed": int(os.environ.get("AUTORESEARCH_SEED", 42)), "training_seconds": 0.5,
         "rows": 7, "tokens": 70, "bytes": 210, "digest": "d" * 64, "files": digests(),
-        "prepare_sha256": describe()["prepare_sha256"],
+        "prepare_sha256": describe()["prepare_sha256"], "device_name": "cpu", "busy_others": 0.0, "device_others": None,
     }
     if os.environ.get("AUTORESEARCH_AUDIT") == "1":
-        record |= {"test_bpb": float(score) + 0.01, "test_rows": 5}
+        result = pathlib.Path(os.environ["AUTORESEARCH_RESULT"]).with_name("result.pt2")
+        result.write_text(json.dumps({"val_bpb": float(score), "test_bpb": float(score) + 0.01}))
+        record |= {"test_bpb": float(score) + 0.01, "test_rows": 5, "exported": "result.pt2", "export_problem": None}
     if "AUTORESEARCH_RESULT" in os.environ:
+        pathlib.Path(os.environ["AUTORESEARCH_RESULT"] + ".stopped").touch()
         pathlib.Path(os.environ["AUTORESEARCH_RESULT"]).write_text(json.dumps(record | changes))
-    print(f"---\\nval_bpb:          {score:.6f}\\npeak_vram_mb:     {memory:.1f}")
+    print(f"---\\nval_bpb:          {score:.6f}\\npeak_vram_mb:     {memory:.1f}\\nattention:        {attention}")
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--score"]:  # the scores of an exported network
+        print(pathlib.Path(sys.argv[2]).read_text())
+        sys.exit()
     CACHE.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         (CACHE / name).write_bytes(name.encode() * 100)
@@ -76,6 +87,8 @@ FAKE_TRAIN = '''
 """Bits per byte fall with DEPTH up to 12; the seed moves them by NOISE."""
 import os, time
 import prepare
+
+prepare.start_clock()
 
 # ---- Knobs ----
 DEPTH = 4  # layers
@@ -103,13 +116,14 @@ class Desk:
     def __init__(self, folder: Path):
         self.path, self.cache, self.outside = folder / "desk", folder / "cache", folder / "outside"
         self.hold = self.cache / "hold"  # while it exists, every training waits
-        for path in (self.path / "agents", self.cache, self.outside, folder / "home"):
+        for path in (self.path / "harness", self.cache, self.outside, folder / "home"):
             path.mkdir(parents=True)
-        for name in ("loop.py", "ledger.py", "plumbing.py", "report.py", "agents/clis.py", "agents/random_search.py"):
-            (self.path / name).write_text((ROOT / name).read_text())
-        self.set_constant("plumbing.py", "KILL_GRACE", "0.5")
-        self.set_constant("loop.py", "BACKOFF", "0.05, 0.2")
-        self.set_constant("loop.py", "POLL", "0.1")
+        for source in (ROOT / "loop.py", *(ROOT / "harness").glob("*.py")):
+            (self.path / source.relative_to(ROOT)).write_text(source.read_text())
+        self.set_constant("harness/processes.py", "KILL_GRACE", "0.5")
+        self.set_constant("harness/proposers.py", "FIRST_BACKOFF", "0.05")
+        self.set_constant("harness/proposers.py", "LAST_BACKOFF", "0.2")
+        self.set_constant("loop.py", "RETRY_SECONDS", "0.1")
         self.set_constant("loop.py", "STARTUP_ALLOWANCE", "8")
         (self.path / "prepare.py").write_text(FAKE_PREPARE)
         (self.path / "train.py").write_text(FAKE_TRAIN)
@@ -198,7 +212,7 @@ class Desk:
 
     def processes(self, entry: str) -> list[int]:
         """Ids of the living processes in whose environment an entry begins so."""
-        return sorted(plumbing.processes("environ", rb"(^|\0)" + re.escape(entry.encode())))
+        return sorted(find_processes("environ", rb"(^|\0)" + re.escape(entry.encode())))
 
     def orphans(self) -> list[str]:
         """Command lines of living processes that carry this desk's mark."""

@@ -12,9 +12,8 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
-
 from agents.random_search import NEUTRAL, find_knobs, mutate, propose
+from conftest import ROOT
 
 TRAIN = (ROOT / "train.py").read_text()
 PROFILES = ["climbmix", "code", "pocket", "smoke"]

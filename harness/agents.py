@@ -1,4 +1,4 @@
-"""agents/clis.py: how each coding agent's CLI runs headless, and the quick checks before it is trusted with a night.
+"""How each coding agent's CLI runs headless, and the quick checks before it is trusted with a night.
 
 A new agent is one more row of AGENTS; without a row, `loop.py --agent-cmd "COMMAND"` takes any command. The prompt
 comes on standard input. Command lines and checks as measured in November 2026 with claude 2.1, codex 0.169, vibe 3.0,
@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from plumbing import UserError
+from harness.screen import UserError
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ AGENTS = {
         "--list-sessions", "exit code 41", "gemini, or export GEMINI_API_KEY",
     ),
     "opencode": Agent(["opencode", "run", "--auto"], "npm install -g opencode-ai"),
-    "random": Agent([sys.executable, "agents/random_search.py"]),
+    "random": Agent([sys.executable, "-P", str(Path(__file__).with_name("random_search.py"))]),
 }  # fmt: skip
 
 

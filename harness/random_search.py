@@ -1,7 +1,7 @@
-"""agents/random_search.py: a proposer that needs no model. It changes one knob of train.py; an LLM must beat it.
+"""A proposer that needs no model. It changes one knob of train.py; an LLM must beat it.
 
     uv run loop.py --agent random
-    AUTORESEARCH_PROFILE=pocket python agents/random_search.py < /dev/null     # one edit by hand
+    AUTORESEARCH_PROFILE=pocket python harness/random_search.py < /dev/null     # one edit by hand
 
 It starts from HEAD's train.py (the champion's), takes the knobs under the banner "Knobs", those of the CPU-sized block
 before the general ones where it counts, and writes what it did to experiment.txt. Changes named in results.tsv or in

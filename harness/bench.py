@@ -1,0 +1,388 @@
+"""One run on this machine: measure(Job, Place) -> Measurement, or Crash (the idea's fault), or Unavailable (the
+machine's). What goes in and what comes out is plain data that pickles: a job may be measured on another machine.
+
+A job carries the candidate's whole tree. The bench is a fresh folder with exactly those files, so whatever an agent
+did to other files, the judge that runs is the one of the tree.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import re
+import shutil
+import subprocess
+import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from harness import environment
+from harness.contract import STARTED_SUFFIX, STOPPED_SUFFIX, ContractError, Description, Domain, Record, read_record
+from harness.files import open_regular, read_text
+from harness.processes import Ending, run_child
+from harness.repository import Blob
+from harness.screen import UserError, one_line
+
+CLOCK_TOLERANCE = 2.0  # seconds by which the loop's clock around the training may exceed the judge's
+MAX_MEMORY_MB = 1e7  # MiB, ten terabytes: more cannot be
+MAX_RECORD_BYTES = 2**20
+LOG_END_LINES = 50  # of a crash, for the agent that mends it
+FREE_MEMORY_TOLERANCE = 1.0  # GB by which a GPU's free memory may differ from what it was at the start
+PAUSE_TOLERANCE = 1.0  # seconds that a run may have been stopped or asleep
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run to be made. Picklable; holds everything that a worker on another machine needs."""
+
+    number: int  # of the run
+    commit: str
+    description: str
+    seed: int
+    tree: tuple[Blob, ...]
+    facts: Description  # what the judge said when the tag began: this run must agree
+    domain: Domain
+    time_limit: float  # seconds of wall time
+    audit: bool = False  # score the sealed split too, and once more in a process that runs none of the agent's code
+    same: dict[str, str] = field(default_factory=dict)  # summary of the baseline: key -> what this run must say too
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where on a machine a job is measured."""
+
+    output: Path  # folder of the run: run.log and result.json are written here
+    scratch: Path  # folder in which the bench is made
+    compile_cache: Path
+    mark: str  # of the run's processes
+    device: str  # a key of the description's devices
+    packages: environment.Packages | None = None  # as they must be
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A run with a score that can be believed."""
+
+    record: Record
+    summary: dict[str, str]  # what the run printed after `---`
+    memory_gb: float  # GiB
+    seconds: float  # wall time of the whole run
+    startup_seconds: float | None  # by the loop's clock: until the judge's clock started
+    training_seconds: float | None  # by the loop's clock
+    rescored: dict | None = None  # audit: the scores of the exported network, as the score command printed them
+    rescore_problem: str = ""  # audit: why there are none
+
+
+@dataclass(frozen=True)
+class Crash:
+    """A run without a believable result, by its own fault."""
+
+    reason: str  # one line, for the ledger
+    log_end: str  # the last lines of its log
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Unavailable:
+    """No run, by no fault of the idea: it is made again."""
+
+    reason: str
+    is_permanent: bool = False  # it does not mend itself: the loop ends with the reason
+    retries: int | None = None  # how often it is made again before it counts as a crash; None: for ever
+
+
+Outcome = Measurement | Crash | Unavailable
+
+
+class _Crashed(Exception):
+    """Becomes a Crash; the message is its reason."""
+
+
+def measure(job: Job, place: Place, stop: threading.Event) -> Outcome:
+    """Make one run. Leaves run.log and, if the judge scored, result.json in `place.output`."""
+    if problem := _missing_before(job, place):
+        return problem
+    try:
+        place.scratch.mkdir(parents=True, exist_ok=True)
+        # A fresh folder for every run: one that cannot be removed stands in nobody's way.
+        bench = Path(tempfile.mkdtemp(dir=place.scratch, prefix=f"{job.number:04d}-"))
+        try:
+            return _measure_on(bench, job, place, stop)
+        finally:
+            shutil.rmtree(bench, ignore_errors=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        return Unavailable(f"the run could not be made: {one_line(str(error))}")
+
+
+def _missing_before(job: Job, place: Place) -> Unavailable | None:
+    """What the machine lacks before a run."""
+    if path := environment.changed_data(job.facts):
+        remedy = "look with 'uv run prepare.py --verify'"
+        return Unavailable(f"{path} is not as it was prepared: {remedy}", is_permanent=True)
+    problem = environment.lacking_disk(place.output) or environment.busy_device(job.facts, place.device)
+    return Unavailable(problem) if problem else None
+
+
+def _measure_on(bench: Path, job: Job, place: Place, stop: threading.Event) -> Outcome:
+    tree = bench / "tree"
+    unpack(job.tree, tree)
+    temporary = bench / "tmp"
+    temporary.mkdir()
+    log = place.output / "run.log"
+    with ThreadPoolExecutor(1) as beside:
+        change = beside.submit(_changed_packages, place)  # a tenth of a second, while the child starts
+        ending = run_child(
+            job.domain.train_command,
+            cwd=tree,
+            env=_variables(job, place, temporary),
+            mark=place.mark,
+            log=log,
+            limit=job.time_limit,
+            stop=stop,
+        )
+    if change.result():
+        reason = f"the installed packages changed: {change.result()}"
+        return Unavailable(f"{reason}. Scores from now on do not compare with those before", is_permanent=True)
+    if ending.problem == "stopped":
+        return Unavailable("stopped")
+    if ending.paused_seconds > PAUSE_TOLERANCE:
+        return Unavailable(f"the run stood still for {ending.paused_seconds:.0f} s (stopped, or the machine slept)")
+
+    text = read_text(log)
+    try:
+        measurement = _believe(job, place, text, ending)
+    except _Crashed as crash:
+        shutil.rmtree(bench, ignore_errors=True)  # a disk that the run itself filled is its own fault
+        last_lines = [line[:300] for line in text.splitlines()[-LOG_END_LINES:]]
+        return _missing_after(job, place) or Crash(str(crash), "\n".join(last_lines), ending.seconds)
+    if problem := _differs_from_baseline(job, measurement):
+        return problem
+    if job.audit:
+        measurement = _score_again(bench, job, place, measurement, stop)
+    return measurement
+
+
+def unpack(tree: tuple[Blob, ...], folder: Path, without: str = "") -> None:
+    """Write the files of a tree, byte for byte. OSError for data that is not what its name says."""
+    folder.mkdir(parents=True)
+    for blob in tree:
+        if blob.path == without:
+            continue
+        if not blob.is_intact():
+            raise OSError(f"{blob.path} does not have the content of its blob {blob.blob[:7]}")
+        path = folder / blob.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if blob.mode == "120000":
+            path.symlink_to(blob.data.decode())
+            continue
+        path.write_bytes(blob.data)
+        if blob.mode == "100755":
+            path.chmod(0o755)
+
+
+def _variables(job: Job, place: Place, temporary: Path) -> dict[str, str]:
+    variables = environment.variables_for_training(job.facts.profile)
+    variables |= {
+        "AUTORESEARCH_RESULT": str(_result(place)),
+        "AUTORESEARCH_SEED": str(job.seed),
+        "AUTORESEARCH_AUDIT": str(int(job.audit)),
+        "TORCHINDUCTOR_CACHE_DIR": str(place.compile_cache / "inductor"),
+        "TRITON_CACHE_DIR": str(place.compile_cache / "triton"),
+        "TMPDIR": str(temporary),
+    }
+    if job.facts.device == "cuda":
+        variables["CUDA_VISIBLE_DEVICES"] = place.device
+    return variables
+
+
+def _result(place: Place) -> Path:
+    return place.output / "result.json"
+
+
+def _changed_packages(place: Place) -> str:
+    if place.packages is None:
+        return ""
+    return place.packages.difference(environment.Packages.installed())
+
+
+def _missing_after(job: Job, place: Place) -> Unavailable | None:
+    """What the machine lacks after a run that crashed: then the crash may be its fault."""
+    if problem := environment.lacking_disk(place.output):
+        return Unavailable(problem)
+    if job.facts.device != "cuda":
+        return None
+    with tempfile.TemporaryDirectory(dir=place.scratch) as folder:
+        tree = Path(folder, "tree")
+        unpack(job.tree, tree)
+        try:
+            facts = environment.ask_judge(job.domain, tree, _variables(job, place, Path(folder)))
+        except UserError as error:
+            return Unavailable(f"the device does not answer: {error}")
+    free_gb = facts.devices[place.device].free_gb if place.device in facts.devices else 0.0
+    was_free_gb = job.facts.devices[place.device].free_gb
+    if free_gb < was_free_gb - FREE_MEMORY_TOLERANCE:
+        return Unavailable(f"GPU {place.device} has {free_gb:.1f} GB free, at the start it had {was_free_gb:.1f}")
+    return None
+
+
+def _differs_from_baseline(job: Job, measurement: Measurement) -> Unavailable | None:
+    """Another device, or another value of a summary line that must stay: the two scores would not compare."""
+    device_name = measurement.record.device_name
+    if device_name != job.facts.device_name:
+        return Unavailable(f"it ran on a {device_name}, the baseline on a {job.facts.device_name}")
+    for key, baseline in job.same.items():
+        value = measurement.summary.get(key, "nothing")
+        if value != baseline:
+            # A lost kernel is the machine's fault; an edit that brings it about twice is the edit's.
+            return Unavailable(f"{key} is {value}, the baseline's is {baseline}", retries=1)
+    return None
+
+
+def _score_again(bench: Path, job: Job, place: Place, measurement: Measurement, stop) -> Measurement:
+    """Score the exported network in a process of its own, in a folder without the edited file."""
+    record = measurement.record
+    if not job.domain.score_command:
+        return measurement
+    if record.exported is None:
+        problem = record.export_problem or "the judge exported no network"
+        return dataclasses.replace(measurement, rescore_problem=one_line(problem))
+    judge = bench / "judge"
+    unpack(job.tree, judge, without=job.domain.editable)
+    log = place.output / "score.log"
+    ending = run_child(
+        [*job.domain.score_command, str(place.output / record.exported)],
+        cwd=judge,
+        env=_variables(job, place, bench / "tmp"),
+        mark=place.mark,
+        log=log,
+        limit=job.time_limit,
+        stop=stop,
+    )
+    text = read_text(log)
+    if ending.problem:
+        return dataclasses.replace(measurement, rescore_problem=f"{crash_reason(text)} ({ending.problem})")
+    for line in reversed(text.splitlines()):
+        with contextlib.suppress(ValueError):
+            scores = json.loads(line)
+            if isinstance(scores, dict) and job.domain.metric in scores:
+                return dataclasses.replace(measurement, rescored=scores)
+    return dataclasses.replace(measurement, rescore_problem="the score command printed no score")
+
+
+# What a run said: what was printed is held against the judge's record, and both against the loop's own clock
+
+
+def _believe(job: Job, place: Place, log: str, ending: Ending) -> Measurement:
+    """Everything that a run measured. Raises _Crashed with the reason not to believe it."""
+    domain = job.domain
+    if ending.problem.startswith("timeout"):
+        raise _Crashed(ending.problem)
+    if ending.problem:
+        raise _Crashed(f"{crash_reason(log)} ({ending.problem})")
+    printed = printed_number(log, domain.metric)
+    memory_mb = printed_number(log, domain.memory)
+    if not 0 <= memory_mb <= MAX_MEMORY_MB:
+        raise _Crashed(f"{domain.memory} {memory_mb:g} cannot be")
+    record = _read_record(_result(place), printed, domain)
+    _check_record(job, record, printed)
+    started_at = _mark_time(place, STARTED_SUFFIX)
+    stopped_at = _mark_time(place, STOPPED_SUFFIX)
+    training_seconds = stopped_at - started_at
+    _check_clocks(job, record, training_seconds)
+    return Measurement(
+        record=record,
+        summary=parse_summary(log),
+        memory_gb=memory_mb / 1024,
+        seconds=ending.seconds,
+        startup_seconds=started_at - ending.began_at,
+        training_seconds=training_seconds,
+    )
+
+
+def printed_number(log: str, key: str) -> float:
+    """The one finite number that a run printed as `key: number`. Raises _Crashed for anything else."""
+    found = re.findall(rf"^{re.escape(key)}:[ \t]*(.*)$", log, re.MULTILINE)
+    if not found:
+        raise _Crashed(f"no {key} printed")
+    if len(found) > 1:
+        raise _Crashed(f"{key} printed {len(found)} times")
+    with contextlib.suppress(ValueError):
+        value = float(found[0])
+        if math.isfinite(value):
+            return value
+    raise _Crashed(f"{key} is {one_line(found[0], 40)!r}, not a finite number")
+
+
+def parse_summary(log: str) -> dict[str, str]:
+    """The `key: value` lines after the last line `---`."""
+    _, line, summary = log.rpartition("\n---\n")
+    if not line:
+        return {}
+    return dict(re.findall(r"^(\w+):[ \t]*(.*)$", summary, re.MULTILINE))
+
+
+def crash_reason(log: str) -> str:
+    """The line that says best why a run ended: the last exception or `error:` line, else the last line."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"error:|[\w.]*(Error|Exception|Refused|Exceeded|Causal)\b", line)]
+    if errors:
+        return one_line(errors[-1], 120)
+    return one_line(lines[-1], 120) if lines else "no output"
+
+
+def _read_record(path: Path, printed: float, domain: Domain) -> Record:
+    try:
+        with open_regular(path) as file:
+            data = json.loads(file.read(MAX_RECORD_BYTES))
+    except (OSError, ValueError, RecursionError):
+        raise _Crashed(f"printed {domain.metric} {printed:g}, but the evaluator left no record") from None
+    try:
+        return read_record(data, domain)
+    except ContractError as error:
+        raise _Crashed(str(error)) from None
+
+
+def _check_record(job: Job, record: Record, printed: float) -> None:
+    """Raises _Crashed unless the record is the one that this run had to write."""
+    expected = {
+        "profile": job.facts.profile,
+        "split": "val",
+        "seed": job.seed,
+        "rows": job.facts.rows["val"],
+        "digest": job.facts.digest,
+        "files": job.facts.files,
+        "prepare_sha256": job.facts.prepare_sha256,
+    }
+    for key, want in expected.items():
+        had = getattr(record, key)
+        if had != want:
+            had_text = one_line(repr(had), 30)
+            want_text = one_line(repr(want), 30)
+            raise _Crashed(f"the evaluator's record has {key} {had_text}, this run was to have {want_text}")
+    metric = job.domain.metric
+    lowest, highest = job.domain.score_range
+    if not lowest <= record.score <= highest:  # NaN too
+        raise _Crashed(f"{metric} {record.score:g} cannot be: it is between {lowest:g} and {highest:g}")
+    if not abs(record.score - printed) <= 1e-6:
+        raise _Crashed(f"printed {metric} {printed:g} is not the evaluator's {record.score:g}")
+
+
+def _mark_time(place: Place, suffix: str) -> float:
+    """When the judge made one of its clock's marks, time.time()."""
+    path = _result(place).with_name(_result(place).name + suffix)
+    try:
+        return path.lstat().st_mtime
+    except OSError:
+        raise _Crashed(f"the judge's clock left no mark {path.name}") from None
+
+
+def _check_clocks(job: Job, record: Record, training_seconds: float) -> None:
+    """Raises _Crashed for a run that trained longer than the budget, by the judge's clock or by the loop's own."""
+    limit = 1.01 * job.facts.time_budget + 0.5
+    if not record.training_seconds <= limit:
+        raise _Crashed(f"trained for {record.training_seconds:.1f} s, the budget is {job.facts.time_budget:g} s")
+    if training_seconds > record.training_seconds + CLOCK_TOLERANCE + 0.02 * job.facts.time_budget:
+        clocks = f"{training_seconds:.1f} s went by, it says {record.training_seconds:.1f} s"
+        raise _Crashed(f"trained longer than the judge's clock says: {clocks}")

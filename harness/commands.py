@@ -1,0 +1,259 @@
+"""The five commands: their arguments, what they call, and their exit codes.
+
+0 done, or stopped by request; 1 error or crash; 2 usage or refusal. What a person can mend, or the machine did, is one
+line and never a traceback.
+"""
+
+import argparse
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness import report
+from harness.agents import AGENTS, choose_agent
+from harness.contract import Domain
+from harness.desk import Proposal
+from harness.files import open_regular, read_tail
+from harness.interrupts import Interrupts, StopNow
+from harness.prompt import summary
+from harness.proposers import find_problem
+from harness.repository import Repository
+from harness.screen import UserError, one_line, say
+from harness.store import Store
+
+AGENT_TIMEOUT = 1800  # seconds that a proposal may take
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How far a session goes."""
+
+    workers: int = 1
+    ahead: int | None = None  # candidates that wait for each device; None: 1 on CUDA, else 0
+    confirm: bool = False
+    max_experiments: float = math.inf
+    hours: float = math.inf
+    agent_timeout: float = AGENT_TIMEOUT
+
+
+def main(domain: Domain, checkout: Path, open_session: Callable) -> int:
+    """Run the command line. `open_session(store, limits, interrupts, agent, keep_edit)` makes a ratchet."""
+    args = parse_arguments(sys.argv[1:])
+    for name in [name for name in os.environ if name.startswith("GIT_")]:
+        del os.environ[name]  # set by a hook or an alias, they would point git elsewhere
+    for name in ("AUTORESEARCH_CACHE", "AUTORESEARCH_LOCKS"):
+        if os.environ.get(name):  # relative to here, not to the bench
+            os.environ[name] = os.path.abspath(os.path.expanduser(os.environ[name]))
+    command = COMMANDS[args.command]
+    return guarded(lambda: command(domain, checkout, open_session, args))
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """The exit code of a command; an error that a person can mend is one line."""
+    try:
+        return command()
+    except (StopNow, KeyboardInterrupt):
+        say("stopped")
+        return 0
+    except (UserError, OSError, subprocess.SubprocessError) as error:
+        say(f"error: {one_line(str(error), 600)}")
+        return getattr(error, "code", 1)
+
+
+def open_store(checkout: Path, domain: Domain, tag: str | None) -> Store:
+    """The store of a tag: the one given, else the current branch's, else today's date."""
+    repository = Repository(checkout, domain.editable, domain.instructions)
+    today = time.strftime("%b%d").lower()
+    branch = repository.head_branch()
+    tag_of_branch = branch.removeprefix("autoresearch/")
+    if not tag:
+        tag = today if tag_of_branch == branch else tag_of_branch
+    is_name = repository("check-ref-format", "--branch", f"autoresearch/{tag}", default="")
+    if "/" in tag or not is_name:
+        raise UserError(f"--tag {tag!r} is not a valid branch name: use letters, digits and '-', say {today}", 2)
+    return Store(repository, tag, domain)
+
+
+# run
+
+
+def command_run(domain: Domain, checkout: Path, open_session: Callable, args: argparse.Namespace) -> int:
+    check_limits(args)
+    agent = choose_agent(args.agent, args.agent_cmd)
+    store = open_store(checkout, domain, args.tag)
+    limits = Limits(
+        workers=args.workers,
+        ahead=args.ahead,
+        confirm=args.confirm,
+        max_experiments=args.max_experiments,
+        hours=args.hours,
+        agent_timeout=args.agent_timeout,
+    )
+    with store.locked(), Interrupts(checkout / "STOP") as interrupts:
+        ratchet = open_session(store, limits, interrupts, agent)
+        try:
+            ratchet.run()
+        except StopNow:
+            say("stopped: what was in flight is dropped, ledger and branch are as the last row says")
+        finally:
+            ratchet.close()
+    say(f"{summary(store.rows, domain)} Read it with: uv run loop.py report")
+    return 0
+
+
+def check_limits(args: argparse.Namespace) -> None:
+    """Raises UserError for numbers that mean nothing."""
+    lowest = {"workers": 1, "ahead": 0, "max_experiments": 0, "hours": 0, "agent_timeout": 0}
+    for name, least in lowest.items():
+        value = getattr(args, name)
+        if value is not None and not value >= least:  # NaN too
+            raise UserError(f"--{name.replace('_', '-')} {value}: give {least} or more", 2)
+
+
+# try
+
+
+def command_try(domain: Domain, checkout: Path, open_session: Callable, args: argparse.Namespace) -> int:
+    """The experiment runs in a session of its own: killing this command, which only waits for it, does not end it."""
+    store = open_store(checkout, domain, None)
+    if store.repository.head_branch() != store.branch:
+        remedy = f"'git checkout -b {store.branch}' makes one"
+        raise UserError(f"this checkout is not on the branch of a run: {remedy}", 2)
+    editable = checkout / domain.editable
+    if editable.is_symlink() or not editable.is_file():
+        remedy = f"'git checkout -- {domain.editable}' restores it"
+        raise UserError(f"{domain.editable} is not a regular file: {remedy}", 2)
+    with store.locked():
+        rows_before = len(store.rows)
+        log = store.home / "try.log"
+        log.unlink(missing_ok=True)
+        with open_regular(editable) as file:
+            source = file.read()
+        child = os.fork()  # it inherits the lock
+        if child == 0:
+            code = 1
+            try:
+                _detach(log)
+                description = one_line(args.description)
+                code = guarded(lambda: try_in_session(store, open_session, source, description))
+            finally:
+                os._exit(code)
+    for number in (signal.SIGINT, signal.SIGTERM):  # from here on they end the waiting only
+        signal.signal(number, signal.SIG_DFL)
+    say("running; if this command is cut off, it goes on: uv run loop.py status --wait")
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    store.load()
+    last_line = read_tail(log, 1)
+    is_refused = last_line.startswith("error: ") or len(store.rows) == rows_before
+    print(last_line if is_refused else report.verdict_text(store))
+    return code
+
+
+def _detach(log: Path) -> None:
+    """A session of its own, nothing to read, and output to a log."""
+    os.setsid()
+    output = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+
+
+def try_in_session(store: Store, open_session: Callable, source: bytes, description: str) -> int:
+    """Measure one edit; the baseline first, where there is none. The edit of an agent that went on is not ours."""
+    repository = store.repository
+    editable = repository.checkout / repository.editable
+    is_baseline = not store.rows and source == repository.read(store.champion, repository.editable)
+    problem = "" if is_baseline else find_problem(store, source)
+    if problem:
+        raise UserError(f"refused: {problem}", 2)
+    with Interrupts(repository.checkout / "STOP") as interrupts:
+        ratchet = open_session(store, Limits(), interrupts, None, keep_edit=True)
+        try:
+            if not is_baseline:
+                ratchet.waiting.append(Proposal(source, store.champion, description))
+            ratchet.run()
+        finally:
+            ratchet.close()
+    later = editable.read_bytes() if editable.is_file() and not editable.is_symlink() else source
+    repository.reset(repository.checkout, store.champion, store.branch)
+    if later != source:  # the agent is at its next idea already
+        editable.write_bytes(later)
+    has_crashed = bool(store.rows) and store.rows[-1].status == "crash"
+    return 1 if has_crashed else 0
+
+
+# status, report, audit
+
+
+def command_status(domain: Domain, checkout: Path, open_session: Callable, args: argparse.Namespace) -> int:
+    return report.print_status(open_store(checkout, domain, args.tag), args.wait)
+
+
+def command_report(domain: Domain, checkout: Path, open_session: Callable, args: argparse.Namespace) -> int:
+    store = None if args.ledger else open_store(checkout, domain, args.tag)
+    return report.print_report(store, args.ledger, checkout, domain)
+
+
+def command_audit(domain: Domain, checkout: Path, open_session: Callable, args: argparse.Namespace) -> int:
+    store = open_store(checkout, domain, args.tag)
+    if not store.rows:
+        raise UserError("there are no rows to audit: 'uv run loop.py --agent random' starts a run")
+    if args.replicates < 1:
+        raise UserError(f"--replicates {args.replicates}: audit needs at least 1", 2)
+    with store.locked(), Interrupts(checkout / "STOP") as interrupts:
+        ratchet = open_session(store, Limits(), interrupts)
+        try:
+            audited = ratchet.audit(args.replicates)
+        finally:
+            ratchet.close()
+    return report.print_audit(audited, domain)
+
+
+COMMANDS = {
+    "run": command_run,
+    "try": command_try,
+    "status": command_status,
+    "report": command_report,
+    "audit": command_audit,
+}
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """`run` is the command where none is named."""
+    description = sys.modules["__main__"].__doc__
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="loop.py", description=description, formatter_class=layout)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="propose, train, keep or reset, all night (the default)")
+    run.add_argument("--agent", metavar="NAME", help=", ".join(AGENTS))
+    run.add_argument("--agent-cmd", metavar="CMD", help="any other: prompt on standard input, or {prompt_file}")
+    run.add_argument("--max-experiments", type=int, default=math.inf, metavar="N", help="stop after N (default: never)")
+    run.add_argument("--hours", type=float, default=math.inf, metavar="H", help="stop after H hours (default: never)")
+    run.add_argument("--agent-timeout", type=float, default=AGENT_TIMEOUT, metavar="S", help="seconds for one proposal")
+    run.add_argument("--confirm", action="store_true", help="a gain counts once fresh seeds have confirmed it")
+    run.add_argument("--ahead", type=int, metavar="N", help="candidates that wait for each device (1 on CUDA, else 0)")
+    run.add_argument("--workers", type=int, default=1, metavar="N", help="experiments at a time (default 1)")
+
+    trying = commands.add_parser("try", help="one experiment on the edit now in the editable file")
+    trying.add_argument("description", help="what the edit does: one line for the ledger")
+
+    status = commands.add_parser("status", help="where the run stands, one screen")
+    status.add_argument("--wait", action="store_true", help="wait for the verdict of the experiment that runs now")
+
+    reading = commands.add_parser("report", help="what was kept, what it gained, progress.png")
+    reading.add_argument("ledger", nargs="?", metavar="LEDGER", help="another ledger than this run's")
+
+    audit = commands.add_parser("audit", help="baseline and champion again: fresh seeds, sealed split, a clean judge")
+    audit.add_argument("--replicates", type=int, default=3, metavar="N", help="seeds each (default 3)")
+
+    for command in (run, status, reading, audit):
+        command.add_argument("--tag", help="name of the run (default: the current branch's, else today's date)")
+    is_named = bool(argv) and argv[0] in (*commands.choices, "-h", "--help")
+    return parser.parse_args(argv if is_named else ["run", *argv])

@@ -1,0 +1,148 @@
+"""The machine that runs stand on: what a child is told, and what must be there. Its faults are never an idea's."""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+from harness.contract import ContractError, Description, Domain, read_description
+from harness.files import is_locked
+from harness.processes import watch
+from harness.screen import UserError, one_line
+
+MIN_FREE_GB = 1.0  # GB that the disk must have free before a run
+SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH|_PAT$", re.IGNORECASE)  # names withheld from training
+OF_A_RUN = ("AUTORESEARCH_RESULT", "AUTORESEARCH_AUDIT", "AUTORESEARCH_SEED", "AUTORESEARCH_MARK")
+
+
+def variables_for_agent(profile: str) -> dict[str, str]:
+    """The environment of an agent: the person's own, and the profile of the run."""
+    kept = {key: value for key, value in os.environ.items() if key not in OF_A_RUN}
+    return kept | {"AUTORESEARCH_PROFILE": profile}
+
+
+def variables_for_training(profile: str = "") -> dict[str, str]:
+    """The environment of the judge and of a run: no keys, tokens or secrets, and nothing that changes Python."""
+    kept = {}
+    for key, value in os.environ.items():
+        changes_python = key.startswith("PYTHON")
+        if key not in OF_A_RUN and not changes_python and not SECRET.search(key):
+            kept[key] = value
+    if profile:
+        kept["AUTORESEARCH_PROFILE"] = profile
+    return kept
+
+
+# What the judge says
+
+
+def ask_judge(domain: Domain, place: Path, variables: dict[str, str]) -> Description:
+    """The description of the judge in a folder. UserError with its own last line if it gives none."""
+    child = subprocess.run(domain.describe_command, cwd=place, env=variables, capture_output=True, text=True)
+    if child.returncode:
+        lines = child.stderr.strip().splitlines() or ["the judge cannot describe itself"]
+        raise UserError(one_line(lines[-1].removeprefix("error: "), 500), 2 if child.returncode == 2 else 1)
+    try:
+        return read_description(json.loads(child.stdout.splitlines()[-1]))
+    except (ValueError, IndexError) as error:
+        said = str(error) if isinstance(error, ContractError) else "it is not a JSON object"
+        raise UserError(f"{' '.join(domain.describe_command)} printed no description: {said}") from error
+
+
+def prepare_data(domain: Domain, place: Path, variables: dict[str, str], is_stopped) -> None:
+    """Let the judge make the missing data; what it prints is for the person."""
+    watch(domain.prepare_command, cwd=place, env=variables, is_stopped=is_stopped)
+
+
+# What must be there before a run
+
+
+def changed_data(facts: Description) -> str:
+    """The first file of the data that is not as it was prepared, "" if all are."""
+    for name, digest in facts.files.items():
+        path = Path(facts.cache, name)
+        try:
+            with open(path, "rb") as file:
+                is_same = hashlib.file_digest(file, "sha256").hexdigest() == digest
+        except OSError:
+            is_same = False
+        if not is_same:
+            return str(path)
+    return ""
+
+
+def lacking_disk(folder: Path) -> str:
+    """What the disk of a folder lacks, "" if it has room."""
+    free_gb = shutil.disk_usage(folder).free / 1e9
+    if free_gb >= MIN_FREE_GB:
+        return ""
+    return f"{free_gb:.1f} GB free on the disk of {folder}, {MIN_FREE_GB} GB needed"
+
+
+def busy_device(facts: Description, device: str) -> str:
+    """Who holds a device, "" if nobody does."""
+    if device not in facts.devices or not is_locked(Path(facts.devices[device].lock)):
+        return ""
+    return f"another run holds the device {facts.device_name} ({facts.devices[device].lock})"
+
+
+# Installed packages: a run that changes them would reach into every later one
+
+PACKAGES_LISTED = 5  # names of changed files that a message gives
+
+
+class Packages:
+    """The installed packages as names, sizes and times of their files, to be compared later."""
+
+    def __init__(self, files: dict[str, tuple[int, int]]):
+        self.files = files  # path -> size, modification time in ns
+
+    @classmethod
+    def installed(cls) -> "Packages":
+        """As they are now: about 20,000 files in a tenth of a second. Python's own caches are left out."""
+        paths = sysconfig.get_paths()
+        files: dict[str, tuple[int, int]] = {}
+        for root in sorted({paths["purelib"], paths["platlib"]}):
+            folders = [root]
+            while folders:
+                _list_folder(folders.pop(), files, folders)
+        return cls(files)
+
+    @classmethod
+    def load(cls, path: Path) -> "Packages | None":
+        """As they were saved; None where they were not, or not whole."""
+        with contextlib.suppress(OSError, ValueError):
+            return cls({name: tuple(facts) for name, facts in json.loads(path.read_bytes()).items()})
+        return None
+
+    def save(self, path: Path) -> None:
+        part = path.with_name(path.name + ".part")
+        part.write_text(json.dumps(self.files))
+        os.replace(part, path)
+
+    def difference(self, now: "Packages") -> str:
+        """The names of the files that were added, removed or changed, "" if none."""
+        names = set(self.files) ^ set(now.files)
+        names |= {name for name in set(self.files) & set(now.files) if self.files[name] != now.files[name]}
+        if not names:
+            return ""
+        listed = sorted(names)[:PACKAGES_LISTED]
+        more = f" and {len(names) - len(listed)} more" if len(names) > len(listed) else ""
+        return ", ".join(listed) + more
+
+
+def _list_folder(folder: str, files: dict, folders: list[str]) -> None:
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name == "__pycache__":
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(entry.path)
+                continue
+            facts = entry.stat(follow_symlinks=False)
+            files[entry.path] = (facts.st_size, facts.st_mtime_ns)

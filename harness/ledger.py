@@ -1,0 +1,173 @@
+"""results.tsv as rows, the noise of its scores, and the decision. Pure functions, in the direction of the domain.
+
+sigma is the standard deviation of one run of the same code, in the unit of the score.
+"""
+
+import io
+import math
+import statistics
+import tokenize
+from dataclasses import dataclass
+
+from harness.contract import Domain
+
+STATUSES = ("keep", "discard", "crash")
+SIMPLIFY = "simplify:"  # a description that begins so asks for the other rule: fewer lines at an equal score
+GIVEN_AWAY_SIGMAS = 2  # what all the simpler keeps together may give away
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run of the ledger."""
+
+    commit: str  # 7 characters
+    score: float  # 0 for a crash
+    memory_gb: float  # GiB
+    status: str  # keep, discard or crash
+    description: str
+
+    def __str__(self) -> str:
+        return f"{self.commit}\t{self.score:.6f}\t{self.memory_gb:.1f}\t{self.status}\t{self.description}\n"
+
+
+def parse_ledger(text: str) -> tuple[list[Row], int]:
+    """The rows of a ledger and the number of lines that are none; forgiving, an agent may have written it by hand."""
+    rows = []
+    bad = 0
+    for line in filter(str.strip, text.splitlines()):
+        cells = line.split("\t", 4) if line.count("\t") > 2 else line.split(None, 4)
+        row = _parse_row(cells)
+        if row is not None:
+            rows.append(row)
+        elif cells[0].strip().lower() != "commit":
+            bad += 1
+    return rows, bad
+
+
+def _parse_row(cells: list[str]) -> Row | None:
+    try:
+        commit = cells[0].strip()
+        score = float(cells[1])
+        memory = float(cells[2])
+        status = cells[3].strip().lower()
+    except (ValueError, IndexError):
+        return None
+    if not math.isfinite(score) or status not in STATUSES:
+        return None
+    return Row(commit, score, memory, status, "".join(cells[4:]).strip())
+
+
+def scores_by_commit(rows: list[Row]) -> dict[str, list[float]]:
+    """Commit -> its scores, crashes left out, in the order of the ledger."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if row.status != "crash":
+            found.setdefault(row.commit, []).append(row.score)
+    return found
+
+
+def measured_sigma(rows: list[Row]) -> float | None:
+    """Pooled standard deviation of the commits that were run more than once; None where none was."""
+    groups = [values for values in scores_by_commit(rows).values() if len(values) > 1]
+    if not groups:
+        return None
+    squares = sum(statistics.variance(values) * (len(values) - 1) for values in groups)
+    degrees_of_freedom = sum(len(values) - 1 for values in groups)
+    return math.sqrt(squares / degrees_of_freedom)
+
+
+def standard_error(before: list[float], after: list[float], sigma: float) -> float:
+    """Of the difference of two means."""
+    return sigma * math.sqrt(1 / len(before) + 1 / len(after))
+
+
+def is_resolved(before: list[float], after: list[float], sigma: float, domain: Domain) -> bool:
+    """True if the gain is more than twice its standard error."""
+    gain = domain.gain(statistics.fmean(before), statistics.fmean(after))
+    return gain > 2 * standard_error(before, after, sigma)
+
+
+# The plain rule: better is kept
+
+
+def is_gain(before: float, after: float, domain: Domain) -> bool:
+    return domain.gain(before, after) > 0
+
+
+# --confirm: a first gain only buys a second look, and the decision is made on fresh seeds alone
+
+FRESH_RUNS = 2  # more runs of a candidate whose first score was a gain, and of a champion that has none
+FIRST_LOOK_SIGMAS = 1.2  # standard errors that a first gain must have: it is passed by one null in nine
+FALSE_KEEPS = 0.03  # of the n-th experiment: FALSE_KEEPS / n is the chance that its fresh seeds keep a null
+
+
+def deserves_second_look(champion: list[float], first: float, sigma: float, domain: Domain) -> bool:
+    gain = domain.gain(statistics.fmean(champion), first)
+    return gain > FIRST_LOOK_SIGMAS * standard_error(champion, [first], sigma)
+
+
+def is_confirmed(champion: list[float], fresh: list[float], sigma: float, tried: int, domain: Domain) -> bool:
+    """Whether fresh seeds of both confirm a gain; `tried` experiments have been, this one included.
+
+    The more are tried, the more often chance alone looks like a gain: the threshold grows with their number.
+    """
+    threshold = statistics.NormalDist().inv_cdf(1 - FALSE_KEEPS / max(tried, 1))
+    gain = domain.gain(statistics.fmean(champion), statistics.fmean(fresh))
+    return gain > threshold * standard_error(champion, fresh, sigma)
+
+
+def fresh_scores(rows: list[Row], commit: str) -> list[float]:
+    """Scores of a commit that did not choose it: all of the baseline's; of others, not the first."""
+    scores = scores_by_commit(rows).get(commit, [])
+    is_baseline = bool(rows) and rows[0].commit == commit
+    return scores if is_baseline else scores[1:]
+
+
+def best_estimate(rows: list[Row], commit: str) -> float | None:
+    """The mean of the fresh scores, where there are any; else of the only one."""
+    scores = fresh_scores(rows, commit) or scores_by_commit(rows).get(commit, [])
+    return statistics.fmean(scores) if scores else None
+
+
+# simplify: fewer lines of code at an equal score
+
+
+def wants_simpler_rule(description: str) -> bool:
+    return description.lower().startswith(SIMPLIFY)
+
+
+def lines_of_code(source: bytes) -> int:
+    """Lines that hold code: no blank lines, no comments, no docstrings or other text that stands alone."""
+    lines: set[int] = set()
+    skipped = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING)
+    at_line_start = True
+    for token in tokenize.tokenize(io.BytesIO(source).readline):
+        if token.type in skipped or token.type == tokenize.ENDMARKER:
+            at_line_start = at_line_start or token.type == tokenize.NEWLINE
+            continue
+        stands_alone = token.type == tokenize.STRING and at_line_start
+        if not stands_alone:
+            lines.update(range(token.start[0], token.end[0] + 1))
+        at_line_start = False
+    return len(lines)
+
+
+def given_away(rows: list[Row], domain: Domain) -> float:
+    """What the simpler keeps cost so far, in the unit of the score."""
+    total = 0.0
+    champion = None
+    for row in rows:
+        if row.status != "keep" or row.commit == champion:
+            continue
+        if champion is not None and wants_simpler_rule(row.description):
+            before = best_estimate(rows, champion)
+            after = best_estimate(rows, row.commit)
+            total += max(0.0, domain.gain(after, before))
+        champion = row.commit
+    return total
+
+
+def is_simpler_keep(before: float, after: float, sigma: float, spent: float, domain: Domain) -> bool:
+    """Whether a candidate with fewer lines may stay: within one sigma of the best, and within what is left to give."""
+    loss = max(0.0, domain.gain(after, before))
+    return loss <= sigma and spent + loss <= GIVEN_AWAY_SIGMAS * sigma

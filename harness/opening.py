@@ -1,0 +1,157 @@
+"""The opening of a session: whatever a killed loop, an agent or a person left behind is put right here, once.
+
+Called under the store's lock, before anything runs. UserError for what only a person can mend.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from harness import environment
+from harness.bench import unpack
+from harness.contract import Description, Domain
+from harness.environment import Packages
+from harness.files import read_text
+from harness.processes import sweep
+from harness.screen import UserError, say
+from harness.store import DIGEST_TRAILER, PROFILE_TRAILER, Run, Store
+
+
+def open_tag(store: Store, keep_edit: bool, in_checkout: bool, is_stopped: Callable[[], bool]) -> Description:
+    """Make ledger, refs, checkout and data as the next run needs them; what the judge says of itself.
+
+    keep_edit: the checkout's edit of the editable file is to be measured. in_checkout: the agent works there.
+    """
+    for role in ("agent", "run"):
+        sweep(mark(store, role))
+    store.check()
+    _check_checkout(store, keep_edit, in_checkout)
+    shutil.rmtree(store.bench, ignore_errors=True)  # what cannot be removed stands in nobody's way
+    facts = _describe(store, is_stopped)
+    if not store.attempts:
+        number = store.new_folder()
+        store.commit(number, None, "baseline", facts.profile, facts.digest, parent=store.champion)
+    _check_trailer(store, DIGEST_TRAILER, facts.digest)
+    store.mend_ledger()
+    for line in false_rows(store):
+        say(f"warning: {line}")
+    if in_checkout and not keep_edit:
+        store.repository.reset(store.repository.checkout, store.champion, store.branch)
+    else:
+        store.repository("update-ref", f"refs/heads/{store.branch}", store.champion)
+    store.publish(store.repository.checkout)
+    return facts
+
+
+def mark(store: Store, role: str) -> str:
+    """What the processes of a role carry in their environment: "agent" or "run"."""
+    return f"{store.home}:{role}"
+
+
+def _check_checkout(store: Store, keep_edit: bool, in_checkout: bool) -> None:
+    """A first start needs a clean checkout and a free branch; later what differs is saved before it is put back."""
+    repository = store.repository
+    champion = store.champion
+    tip = repository("rev-parse", "--verify", "--quiet", f"refs/heads/{store.branch}", default=champion)
+    changed = repository.changed_files(champion)
+    if keep_edit:
+        changed = [name for name in changed if name != repository.editable]
+    if not store.attempts:
+        if changed:
+            names = ", ".join(changed)
+            raise UserError(f"{names} has uncommitted changes: commit them or run 'git stash', then start again")
+        if tip != champion:
+            raise UserError(f"branch {store.branch} exists, at {tip[:7]}: check it out, or choose another --tag", 2)
+        return
+    if not repository("for-each-ref", f"--contains={tip}", store.refs):
+        say(f"note: {store.branch} was at {tip[:7]}, no experiment's: 'git branch NAME {tip[:7]}' keeps it")
+    if changed and in_checkout:
+        path = store.home / "interrupted.diff"
+        with open(path, "ab") as file:
+            file.write(repository("diff", "--binary", champion, "--", *changed, raw=True) + b"\n")
+        say(f"note: {', '.join(changed)} differed from the champion; the difference is saved in {path}")
+
+
+def _describe(store: Store, is_stopped: Callable[[], bool]) -> Description:
+    """What the champion's judge says of profile, budget, data and devices. Missing data is prepared first."""
+    place = store.bench / "describe"
+    unpack(store.repository.tree(store.champion), place)
+    variables = environment.variables_for_training()
+    facts = environment.ask_judge(store.domain, place, variables)
+    if store.attempts:
+        _check_trailer(store, PROFILE_TRAILER, facts.profile)
+    if not facts.prepared and not is_stopped():
+        say(f"profile {facts.profile} ({facts.reason}) has no data yet: preparing it in {facts.cache}")
+        environment.prepare_data(store.domain, place, variables, is_stopped)
+        facts = environment.ask_judge(store.domain, place, variables)
+    shutil.rmtree(place, ignore_errors=True)
+    if is_stopped():
+        raise KeyboardInterrupt
+    if not facts.prepared:
+        raise UserError(f"the preparation failed: {facts.problem}")
+    return facts
+
+
+def _check_trailer(store: Store, key: str, value: str) -> None:
+    """A tag stays with the profile and the data that it was begun with."""
+    had = store.trailer(key)
+    if had != value:
+        name = key.removeprefix("Autoresearch-")
+        remedy = "set AUTORESEARCH_PROFILE and AUTORESEARCH_CACHE as they were, or choose another --tag"
+        raise UserError(f"tag {store.tag} was begun under {name} {had[:12]}, this is {value[:12]}: {remedy}")
+
+
+def check_packages(store: Store) -> Packages:
+    """The installed packages, which must be as they were when the tag began."""
+    now = Packages.installed()
+    before = Packages.load(store.packages)
+    if before is None:
+        now.save(store.packages)
+        return now
+    if change := before.difference(now):
+        remedy = f"undo that, choose another --tag, or delete {store.packages} if the scores still compare"
+        raise UserError(f"the installed packages changed since tag {store.tag} began ({change}): {remedy}")
+    return before
+
+
+def summary_of_baseline(store: Store) -> dict[str, str]:
+    """What the baseline's run printed under the keys that must be the same in every run."""
+    for run in store.runs_of(store.baseline):
+        found = {key: run.summary[key] for key in store.domain.same_in_every_run if key in run.summary}
+        if found:
+            return found
+    return {}
+
+
+def false_rows(store: Store) -> list[str]:
+    """Rows that the records of their runs do not bear out: an edited loop.py, or a hand, wrote them."""
+    recorded: dict[str, list[tuple[int, float | None]]] = {}
+    for run in store.read_runs():
+        if run.decision and run.decision != "crash":
+            score = recorded_score(store.folder(run.number), store.domain)
+            recorded.setdefault(run.commit[:7], []).append((run.number, score))
+    lines = []
+    for row in store.rows:
+        runs_left = recorded.get(row.commit, [])
+        if row.status == "crash" or not runs_left:
+            continue
+        number, score = runs_left.pop(0)  # the rows of a commit stand in the order of its runs
+        if score is not None and abs(score - row.score) > 1e-6:
+            lines.append(f"row {row.commit} says {row.score:.6f}, the record of its run {number:04d} {score:.6f}")
+    return lines
+
+
+def recorded_score(folder: Path, domain: Domain) -> float | None:
+    """The score in a run's result.json; None where there is none."""
+    try:
+        return float(json.loads(read_text(folder / "result.json"))[domain.metric])
+    except (ValueError, LookupError, TypeError):
+        return None
+
+
+def stale_gains(store: Store) -> list[Run]:
+    """Runs whose gain on a former champion waits to be run again on the present one."""
+    runs = store.read_runs()
+    again = {run.again_of for run in runs if run.decision}
+    return [run for run in runs if run.decision == "stale" and run.number not in again]

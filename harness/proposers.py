@@ -1,0 +1,126 @@
+"""The desks together: who is asked, what came back, and the gate that an edit must pass before any device time.
+
+Agents run in threads of their own; everything here is called by the one deciding thread.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from harness import environment
+from harness.agents import Agent
+from harness.desk import Assignment, Desk, NoProposal, Proposal, compile_problem
+from harness.files import read_text
+from harness.prompt import write_prompt
+from harness.screen import duration, say
+from harness.store import Store
+
+FIRST_BACKOFF = 5  # seconds to wait after a failed proposal; doubles
+LAST_BACKOFF = 600  # seconds, the longest wait
+
+
+class Proposers:
+    """Desks, the agents at work on them, and what the next one is to be told."""
+
+    def __init__(
+        self, store: Store, desks: list[Desk], agent: Agent, profile: str, limit: float, stop: threading.Event
+    ):
+        self.asked: dict[Future, Desk] = {}
+        self.assignments: deque[Assignment] = deque()  # crashes and conflicts, each offered once
+        self._store = store
+        self._desks = desks
+        self._agent = agent
+        self._variables = environment.variables_for_agent(profile)
+        self._limit = limit
+        self._stop = stop
+        self._threads = ThreadPoolExecutor(max(1, len(desks)), "agent")
+        self._failures = 0  # in a row
+        self._not_before = 0.0  # time.monotonic()
+        self._refusal = ""  # why the last edit was refused
+
+    def ask(self, running: Iterable[str]) -> bool:
+        """Ask an idle desk for a proposal; False if none is idle, or the agents are given a rest."""
+        busy = set(self.asked.values())
+        idle = [desk for desk in self._desks if desk not in busy]
+        if not idle or time.monotonic() < self._not_before:
+            return False
+        desk = idle[0]
+        champion = self._store.champion
+        start = self._store.repository.read(champion, self._store.domain.editable)
+        assignment = self.assignments.popleft() if self.assignments else Assignment(champion, start)
+        instructions = self._instructions()
+        text = write_prompt(
+            instructions, self._store.rows, running, self._refusal, assignment.text, self._store.domain
+        )
+        desk.lay_out(champion, assignment, text)
+        self._refusal = ""
+        future = self._threads.submit(desk.ask, self._agent, assignment, self._variables, self._limit, self._stop)
+        self.asked[future] = desk
+        return True
+
+    def _instructions(self) -> str:
+        """The human's file, from the checkout: an edit counts from the next proposal on."""
+        name = self._store.domain.instructions
+        text = read_text(self._store.repository.checkout / name)
+        if text:
+            return text
+        return self._store.repository.read(self._store.champion, name).decode(errors="replace")
+
+    def take(self, future: Future, pending: set[bytes]) -> Proposal | None:
+        """What an agent came back with, if it passes the gate. `pending`: edits that wait or run already."""
+        desk = self.asked.pop(future)
+        answer = future.result()
+        desk.clear(self._store.champion)
+        if isinstance(answer, Proposal):
+            problem = find_problem(self._store, answer.source, pending)
+            if not problem:
+                self._failures = 0
+                return answer
+            answer = NoProposal(problem, Assignment(answer.base, b""), is_refusal=True)
+        if self._stop.is_set():
+            return None
+        self._refuse(answer, desk)
+        return None
+
+    def _refuse(self, answer: NoProposal, desk: Desk) -> None:
+        delay = min(LAST_BACKOFF, FIRST_BACKOFF * 2 ** min(self._failures, 20))
+        self._failures += 1
+        self._not_before = time.monotonic() + delay
+        if answer.is_refusal:
+            self._refusal = answer.reason
+        say(f"no proposal: {answer.reason}; again in {duration(delay)} ({desk.log})")
+
+    def tell(self, refusal: str) -> None:
+        """Why a proposal that had passed was dropped after all: the next agent hears it."""
+        self._refusal = refusal
+
+    def clear_idle(self) -> None:
+        """Put the desks that no agent uses just now to the champion."""
+        busy = set(self.asked.values())
+        for desk in self._desks:
+            if desk not in busy:
+                desk.clear(self._store.champion)
+                self._store.publish(desk.place)
+
+    def close(self) -> None:
+        """Wait for the agents, which the event `stop` ends, and clear every desk."""
+        self._threads.shutdown(cancel_futures=True)
+        self.asked.clear()
+        self.clear_idle()
+
+
+def find_problem(store: Store, source: bytes, pending: set[bytes] = frozenset()) -> str:
+    """The gate: why an edit is not worth a run, "" if it is. It must compile, and must not have been measured."""
+    name = store.domain.editable
+    if problem := compile_problem(source, name):
+        return problem
+    if source == store.repository.read(store.champion, name):
+        return f"{name} is the champion's"
+    if source in pending:
+        return f"{name} repeats an experiment that waits or runs now"
+    blob = store.repository.hash_of_data(source)
+    if row := store.find_attempt(blob):
+        return f"{name} repeats {row.commit} ({row.status}: {row.description})"
+    return ""

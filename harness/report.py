@@ -1,0 +1,352 @@
+"""What a person reads: `uv run loop.py status`, `report` and `audit`, as text.
+
+The status is one screen about a run in progress. The report tells what was kept, what each change gained and whether
+that gain is larger than the noise. The audit gives the honest number: baseline and champion again, on seeds that the
+run never used, on the validation split and on the sealed test split, scored once more by a judge in a clean process.
+"""
+
+import itertools
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness import page
+from harness.contract import Domain
+from harness.files import read_tail
+from harness.ledger import (
+    GIVEN_AWAY_SIGMAS,
+    Row,
+    best_estimate,
+    fresh_scores,
+    given_away,
+    is_resolved,
+    measured_sigma,
+    parse_ledger,
+    scores_by_commit,
+    wants_simpler_rule,
+)
+from harness.opening import false_rows
+from harness.prompt import summary
+from harness.screen import UserError, duration, say
+from harness.store import PROFILE_TRAILER, Run, Store
+from harness.verdict import compare
+
+POLL_SECONDS = 0.2
+
+# ---------------------------------------------------------------------------------------------------------------------
+# status
+
+
+def print_status(store: Store, wait: bool) -> int:
+    """Print where the run stands; with `wait`, wait for the verdict on the experiment that runs now and print that."""
+    rows_before = len(store.rows)
+    if wait:
+        _wait_for_verdict(store, rows_before)
+        if store.rows:
+            print(verdict_text(store))
+            return 0
+    state = _where(store) if store.is_busy() else "no loop is running"
+    print(f"{store.branch}: {state}")
+    print(summary(store.rows, store.domain))
+    if store.rows:
+        print(_pace(store.read_timeline()))
+        print()
+        for row in store.rows[-10:]:
+            print(str(row).rstrip())
+    return 0
+
+
+def _wait_for_verdict(store: Store, rows_before: int) -> None:
+    """Return once a row came that decides more than the baseline, or no loop runs any more."""
+    size = 0
+    while store.is_busy():
+        new = store.rows[rows_before:]
+        if any(row.commit != store.rows[0].commit for row in new):
+            return
+        time.sleep(POLL_SECONDS)
+        now = store.ledger.stat().st_size if store.ledger.exists() else 0
+        if now != size:
+            size = now
+            store.load()
+    store.load()
+
+
+def _where(store: Store) -> str:
+    """What runs now and for how long, from the timeline."""
+    running: dict[int, dict] = {}
+    last = None
+    for event in store.read_timeline():
+        last = event
+        if event["event"] in ("session", "stopped"):
+            running.clear()
+        elif event["event"] == "training":
+            running[event["run"]] = event
+        elif event["event"] == "measured":
+            running.pop(event["run"], None)
+    if last is None:
+        return "starting"
+    if last["event"] == "waiting":
+        return f"waiting: {last['description']}, {duration(time.time() - last['at'])}"
+    if not running:
+        return f"no run in flight, {duration(time.time() - last['at'])}"
+    parts = []
+    for number, event in sorted(running.items()):
+        parts.append(f"run {number:04d} {event['description']}, {duration(time.time() - event['at'])}")
+    return "; ".join(parts)
+
+
+def _pace(events: list[dict]) -> str:
+    """Runs an hour and the share of wall time in which something ran, over all sessions of a timeline."""
+    runs = [event["seconds"] for event in events if event["event"] == "measured"]
+    wall = 0.0
+    for before, after in itertools.pairwise(events):
+        if after["event"] != "session":
+            wall += max(0.0, after["at"] - before["at"])
+    wall = wall or 1e-9
+    return f"{len(runs) / wall * 3600:.1f} runs an hour, {sum(runs) / wall:.2f} devices busy on average"
+
+
+def verdict_text(store: Store) -> str:
+    """The last row and what it means, for an agent that waited for it; or why the newest `try` made none."""
+    refused = read_tail(store.home / "try.log", 1)
+    if refused.startswith("error: "):
+        return refused
+    row = store.rows[-1]
+    lines = [str(row).strip(), summary(store.rows, store.domain)]
+    runs = [run for run in store.runs_of(store.full(row.commit)) if run.decision and run.purpose != "audit"]
+    if runs:
+        run = runs[-1]
+        if run.decision != "crash":
+            lines.append(compare(run, _first_run(store, run.base), store.domain))
+        lines += run.marks
+        lines.append(f"log runs/{run.number:04d}/run.log")
+    return "\n".join(lines)
+
+
+def _first_run(store: Store, commit: str) -> Run | None:
+    runs = [run for run in store.runs_of(commit) if run.decision in ("keep", "discard", "stale")] if commit else []
+    return runs[0] if runs else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# report: read, compute, print, plot
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A kept change."""
+
+    commit: str
+    score: float
+    gain: float  # on the one before; 0 for the baseline
+    resolved: bool  # larger than the noise
+    description: str
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Everything that the report prints."""
+
+    rows: list[Row]
+    kept: list[Kept]
+    sigma: float
+    sigma_source: str
+    given_away: float
+    has_simpler: bool
+    pace: str
+    warnings: list[str]
+
+
+def print_report(store: Store | None, ledger: str | None, checkout: Path, domain: Domain) -> int:
+    """Print the table of kept changes and draw progress.png; of a tag, or of any ledger file."""
+    rows, path, bad = read_rows(store, ledger, checkout)
+    if bad:
+        say(f"warning: {bad} lines of {path} are no rows and were left out")
+    findings = compute(store, rows, path, domain)
+    print_findings(findings, domain)
+    picture = checkout / "progress.png"
+    page.plot(rows, picture, domain)
+    print(f"picture: {picture}")
+    return 0
+
+
+def read_rows(store: Store | None, ledger: str | None, checkout: Path) -> tuple[list[Row], Path, int]:
+    """The rows, where they were read, and how many lines were none."""
+    if ledger:
+        path = Path(ledger)
+    elif store is not None and store.ledger.exists():
+        path = store.ledger
+    else:
+        path = checkout / "results.tsv"
+    try:
+        rows, bad = parse_ledger(path.read_text(errors="replace"))
+    except OSError as error:
+        remedy = "'uv run loop.py --agent random' makes one"
+        raise UserError(f"no ledger at {path} ({error.strerror}): {remedy}") from error
+    return rows, path, bad
+
+
+def compute(store: Store | None, rows: list[Row], path: Path, domain: Domain) -> Findings:
+    """What the rows tell."""
+    scores = scores_by_commit(rows)
+    if not scores:
+        raise UserError(f"{path} holds no scored row yet: 'uv run loop.py status' tells what is running")
+    profile = store.trailer(PROFILE_TRAILER) if store is not None and store.attempts else ""
+    sigma, source = _noise(rows, profile, domain)
+    events = store.read_timeline() if store is not None else []
+    return Findings(
+        rows=rows,
+        kept=_kept_changes(rows, sigma, domain),
+        sigma=sigma,
+        sigma_source=source,
+        given_away=given_away(rows, domain),
+        has_simpler=any(row.status == "keep" and wants_simpler_rule(row.description) for row in rows),
+        pace=_pace(events) if events else "",
+        warnings=_warnings(store),
+    )
+
+
+def _noise(rows: list[Row], profile: str, domain: Domain) -> tuple[float, str]:
+    """The noise of one run, and where it is from."""
+    measured = measured_sigma(rows)
+    if measured:
+        return measured, "from commits that were run more than once"
+    if profile in domain.assumed_sigma:
+        return domain.sigma_of(profile), f"assumed, as measured for {profile}; --confirm measures it here"
+    return domain.sigma_of(profile), "assumed; --confirm measures it here"
+
+
+def _kept_changes(rows: list[Row], sigma: float, domain: Domain) -> list[Kept]:
+    descriptions: dict[str, str] = {}
+    for row in rows:
+        if row.status == "keep":
+            descriptions.setdefault(row.commit, row.description)
+    if not descriptions:
+        first = next(row for row in rows if row.status != "crash")
+        descriptions[first.commit] = "none kept"
+    kept = []
+    before = None
+    for commit, description in descriptions.items():
+        score = best_estimate(rows, commit)
+        scores = _believed_scores(rows, commit)
+        gain = 0.0 if before is None else domain.gain(kept[-1].score, score)
+        resolved = before is not None and is_resolved(before, scores, sigma, domain)
+        kept.append(Kept(commit, score, gain, resolved, description))
+        before = scores
+    return kept
+
+
+def _believed_scores(rows: list[Row], commit: str) -> list[float]:
+    return fresh_scores(rows, commit) or scores_by_commit(rows)[commit]
+
+
+def _warnings(store: Store | None) -> list[str]:
+    """Marks of kept runs, and rows that their records do not bear out."""
+    if store is None:
+        return []
+    warnings = false_rows(store)
+    for run in store.read_runs():
+        if run.decision == "keep":
+            warnings += [f"run {run.number:04d}: {mark}" for mark in run.marks]
+    return warnings
+
+
+def print_findings(findings: Findings, domain: Domain) -> None:
+    rows = findings.rows
+    counts = []
+    for status in ("keep", "discard", "crash"):
+        count = sum(row.status == status for row in rows)
+        counts.append(f"{count} {status} ({count / len(rows):.0%})")
+    print(f"{len(rows)} rows: {', '.join(counts)}")
+    if findings.pace:
+        print(findings.pace)
+    first = findings.kept[0]
+    best = findings.kept[-1]
+    gain = domain.gain(first.score, best.score)
+    share = gain / (abs(first.score) or 1)
+    gain_text = f"gain {gain:.6f} {domain.unit} ({share:.2%})"
+    print(f"best {best.score:.6f} ({best.commit}), baseline {first.score:.6f}, {gain_text}")
+    print()
+    print(f"{'kept':8} {domain.metric:>8} {'gain':>9}  {'':12} description")
+    print(f"{first.commit:8} {first.score:8.6f} {'':9}  {'':12} {first.description}")
+    for change in findings.kept[1:]:
+        word = "resolved" if change.resolved else "within noise"
+        print(f"{change.commit:8} {change.score:8.6f} {change.gain:9.6f}  {word:12} {change.description}")
+    print()
+    print(f"noise of one run: {findings.sigma:.6f} {domain.unit} ({findings.sigma_source})")
+    print("resolved: the gain is over 2 standard errors")
+    if findings.has_simpler:
+        limit = GIVEN_AWAY_SIGMAS * findings.sigma
+        print(f"given away for simplicity: {findings.given_away:.6f} of at most {limit:.6f} {domain.unit}")
+    for warning in findings.warnings:
+        print(f"mark: {warning}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# audit
+
+ROUNDING = {"cpu": 1e-5}  # relative difference of the two scores that rounding may make, by device
+ROUNDING_ELSEWHERE = 2e-3  # other kernels, and bfloat16
+
+
+@dataclass(frozen=True)
+class Audited:
+    """One run of an audit."""
+
+    name: str  # "baseline 1234567"
+    score: float
+    test_score: float
+    clean_score: float | None  # of the exported network, by the judge in a process of its own
+    clean_test_score: float | None
+    problem: str  # why there are no clean scores
+    device: str
+    steps: str
+
+
+def print_audit(audited: list[Audited], domain: Domain) -> int:
+    """Both splits, mean and deviation over the seeds, in the run's process and in the clean one; the exit code."""
+    names = list(dict.fromkeys(run.name for run in audited))
+    replicates = sum(run.name == names[0] for run in audited)
+    headings = f"{'validation ' + domain.unit:>21} {'sealed test ' + domain.unit:>21}"
+    print(f"{'':27} {headings}   ({replicates} fresh seeds each)")
+    means = {}
+    for name in names:
+        runs = [run for run in audited if run.name == name]
+        columns = ([run.score for run in runs], [run.test_score for run in runs])
+        means[name] = [statistics.fmean(column) for column in columns]
+        print(f"{name:27} {_cell(columns[0])} {_cell(columns[1])}")
+        clean = [run for run in runs if run.clean_score is not None]
+        if clean:
+            cells = f"{_cell([run.clean_score for run in clean])} {_cell([run.clean_test_score for run in clean])}"
+            print(f"{'  in a clean process':27} {cells}")
+        else:
+            print(f"{'  not in a clean process':27} {runs[0].problem}")
+    before = means[names[0]]
+    after = means[names[-1]]
+    gains = [domain.gain(old, new) for old, new in zip(before, after, strict=True)]
+    print(f"{'gain':27} {gains[0]:>21.6f} {gains[1]:>21.6f}")
+    return 1 if _tell_differences(audited, domain) else 0
+
+
+def _cell(scores: list[float]) -> str:
+    text = f"{statistics.fmean(scores):.6f}"
+    if len(scores) > 1:
+        text += f" ± {statistics.stdev(scores):.6f}"
+    return f"{text:>21}"
+
+
+def _tell_differences(audited: list[Audited], domain: Domain) -> bool:
+    """Say where the clean process did not bear out a run's own score; whether there was such a run."""
+    found = False
+    for run in audited:
+        if run.clean_score is None:
+            continue
+        tolerance = ROUNDING.get(run.device, ROUNDING_ELSEWHERE)
+        pairs = ((run.score, run.clean_score), (run.test_score, run.clean_test_score))
+        if any(abs(own - clean) > tolerance * abs(clean) for own, clean in pairs):
+            found = True
+            own_text = f"{run.score:.6f} and {run.test_score:.6f}"
+            clean_text = f"{run.clean_score:.6f} and {run.clean_test_score:.6f}"
+            say(f"error: {run.name} scored {own_text} in its own process, {clean_text} in a clean one: believe neither")
+    return found

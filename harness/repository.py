@@ -1,0 +1,245 @@
+"""Git: no hooks, no filters, the loop's own identity, and a way out of every lock that a killed git left behind."""
+
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.processes import find_processes
+from harness.screen import UserError, say
+
+OPTIONS = (
+    "core.hooksPath=/dev/null",
+    "core.fsmonitor=false",
+    "core.autocrlf=false",
+    "core.useReplaceRefs=false",
+    "core.sparseCheckout=false",
+    "user.name=autoresearch",
+    "user.email=autoresearch@localhost",
+)
+LOCK_PATIENCE = 10  # seconds that another git process may hold a lock
+
+
+@dataclass(frozen=True)
+class Blob:
+    """One file of a commit's tree."""
+
+    path: str
+    mode: str  # 100644, 100755 or 120000 (a symbolic link, whose target is the data)
+    blob: str  # git's name for the data
+    data: bytes
+
+    def is_intact(self) -> bool:
+        """Whether the data is what its name says: git's hash of it."""
+        return git_hash(self.data, len(self.blob)) == self.blob
+
+
+def git_hash(data: bytes, digits: int) -> str:
+    """Git's name for a blob, in a repository whose names have 40 digits (SHA-1) or 64 (SHA-256)."""
+    kind = "sha256" if digits == 64 else "sha1"
+    return hashlib.new(kind, b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
+class Repository:
+    """The repository of one checkout. Every method that works on files takes the checkout or worktree as `place`."""
+
+    def __init__(self, checkout: Path, editable: str, instructions: str):
+        if not shutil.which("git"):
+            raise UserError("git is not installed: install it (Debian: apt-get install git)")
+        import git  # not above: where there is no git, this import fails
+
+        self.checkout = checkout
+        self.editable = editable
+        self.instructions = instructions
+        self._failure = git.CommandError
+        self._runner = git.Git
+        self._command = ["git"]
+        for option in OPTIONS:
+            self._command += ["-c", option]
+        self._check_checkout()
+        self.common = Path(self("rev-parse", "--path-format=absolute", "--git-common-dir"))
+
+    def _check_checkout(self) -> None:
+        if elsewhere := self("config", "--get", "core.worktree", default=""):
+            remedy = "run 'git config --unset core.worktree'"
+            raise UserError(f"core.worktree is {elsewhere!r}, so git works on another folder: {remedy}")
+        top = self("rev-parse", "--show-toplevel", default="")
+        if not top or Path(top).resolve() != self.checkout:
+            remedy = "clone the project, or run 'git init'"
+            raise UserError(f"{self.checkout} is not the top level of a git repository: {remedy}")
+        if not self("rev-parse", "--verify", "--quiet", "HEAD^{commit}", default=""):
+            remedy = "run 'git add -A && git commit -m start', or check a branch out"
+            raise UserError(f"the git repository {self.checkout} has no commit at HEAD: {remedy}")
+
+    def __call__(self, *args: str, cwd: Path | None = None, env=None, raw: bool = False, default=None):
+        """The output of one git command (bytes if raw); `default` if it fails. A held lock is waited for.
+
+        A lock is stale, and removed, once every git process that was running here when we met it has exited.
+        """
+        deadline = time.monotonic() + LOCK_PATIENCE
+        holders = None
+        while True:
+            try:
+                return self._runner(cwd or self.checkout).execute(
+                    [*self._command, *args],
+                    env=env,
+                    stdout_as_string=not raw,
+                    strip_newline_in_stdout=not raw,
+                    start_new_session=True,  # Ctrl-C is for the loop, not for its git
+                )
+            except self._failure as error:
+                message = error.stderr.removeprefix("\n  stderr: '").rstrip("'") or str(error)
+            lock = re.search(r"'([^']+\.lock)': File exists", message)
+            if lock is None and default is not None:
+                return default
+            if lock is None:
+                raise UserError(f"git {args[0]} failed: {' '.join(message.split())}")
+            running = self._git_processes()
+            holders = running if holders is None else holders & running
+            if time.monotonic() > deadline:
+                if holders or not Path("/proc/self").exists():
+                    raise UserError(f"{lock[1]} is held: end the git that holds it, or remove the file")
+                Path(lock[1]).unlink(missing_ok=True)
+                say(f"note: removed {lock[1]}, left by a git that was killed")
+                deadline = time.monotonic() + LOCK_PATIENCE
+                holders = None
+            time.sleep(0.2)
+
+    def _git_processes(self) -> set[int]:
+        """Ids of the git processes that run in this repository."""
+        found = set()
+        for pid in find_processes("cmdline", rb"^([^\0]*/)?git\0"):
+            with contextlib.suppress(OSError):
+                folder = Path(os.readlink(f"/proc/{pid}/cwd"))
+                if {self.checkout, self.common.parent} & {folder, *folder.parents}:
+                    found.add(pid)
+        return found
+
+    # Reading
+
+    def head_branch(self) -> str:
+        """The branch that the checkout shows, "" if none."""
+        return self("symbolic-ref", "--short", "--quiet", "HEAD", default="")
+
+    def head(self) -> str:
+        return self("rev-parse", "HEAD")
+
+    def read(self, commit: str, path: str) -> bytes:
+        return self("cat-file", "blob", f"{commit}:{path}", raw=True)
+
+    def blob_of(self, commit: str) -> str:
+        """Git's name for the editable file in a commit."""
+        return self("rev-parse", f"{commit}:{self.editable}")
+
+    def blobs_of(self, commits: list[str]) -> list[str]:
+        if not commits:
+            return []
+        return self("rev-parse", *(f"{commit}:{self.editable}" for commit in commits)).split()
+
+    def hash_of_data(self, data: bytes) -> str:
+        """What git names these bytes as a blob."""
+        return git_hash(data, len(self.head()))
+
+    def diff(self, old: str, new: str) -> bytes:
+        return self("diff", old, new, raw=True)
+
+    def trailer(self, commit: str, key: str) -> str:
+        return self("log", "-1", f"--format=%(trailers:key={key},valueonly)", commit).strip()
+
+    def tree(self, commit: str) -> tuple[Blob, ...]:
+        """Every file of a commit, with its data."""
+        listing = self("ls-tree", "-r", "-z", commit)
+        entries = []
+        for line in filter(None, listing.split("\0")):
+            facts, path = line.split("\t", 1)
+            mode, kind, blob = facts.split()
+            if kind == "blob":  # not a submodule
+                entries.append((path, mode, blob))
+        stream = self._cat_file([blob for _, _, blob in entries])
+        blobs = []
+        for path, mode, blob in entries:
+            header, _, stream = stream.partition(b"\n")
+            size = int(header.split()[2])
+            blobs.append(Blob(path, mode, blob, stream[:size]))
+            stream = stream[size + 1 :]
+        return tuple(blobs)
+
+    def _cat_file(self, blobs: list[str]) -> bytes:
+        with tempfile.TemporaryFile() as names:
+            names.write("".join(f"{blob}\n" for blob in blobs).encode())
+            names.seek(0)
+            return self._runner(self.checkout).execute(
+                [*self._command, "cat-file", "--batch"],
+                istream=names,
+                stdout_as_string=False,
+                strip_newline_in_stdout=False,
+                start_new_session=True,
+            )
+
+    def changed_files(self, commit: str) -> list[str]:
+        """Tracked files of the checkout that differ from a commit, the instructions aside."""
+        names = self("diff", "--name-only", "--no-renames", "-z", commit, "--").split("\0")
+        return [name for name in names if name not in ("", self.instructions)]
+
+    # Writing: commits and refs
+
+    def commit(self, parent: str, source: bytes | None, message: str, ref: str) -> str:
+        """A commit of the parent's tree, the editable file replaced if a source is given, kept under `ref`."""
+        with tempfile.TemporaryDirectory() as folder:  # an index of its own: a crash leaves no lock on another
+            env = {"GIT_INDEX_FILE": f"{folder}/index"}
+            self("read-tree", parent, env=env)
+            if source is not None:
+                file = Path(folder, "source")
+                file.write_bytes(source)
+                blob = self("hash-object", "-w", "--no-filters", "--", str(file))
+                self("update-index", "--cacheinfo", f"100644,{blob},{self.editable}", env=env)
+            tree = self("write-tree", env=env)
+        commit = self("commit-tree", tree, "-p", parent, "-m", message)
+        self("update-ref", ref, commit)
+        return commit
+
+    def merge(self, ours: bytes, base: bytes, theirs: bytes) -> bytes | None:
+        """Three-way merge of the editable file's text; None if the changes overlap."""
+        with tempfile.TemporaryDirectory() as folder:
+            paths = []
+            for name, data in (("ours", ours), ("base", base), ("theirs", theirs)):
+                path = Path(folder, name)
+                path.write_bytes(data)
+                paths.append(str(path))
+            merged = self("merge-file", "-p", "-q", *paths, raw=True, default=b"")
+        return merged or None
+
+    # Writing: files of a checkout
+
+    def reset(self, place: Path, commit: str, branch: str = "") -> None:
+        """Index and tracked files at the commit; HEAD on the branch, or detached. The instructions and untracked
+        files stay as they are."""
+        path = place / self.editable
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        if branch:
+            self("symbolic-ref", "HEAD", f"refs/heads/{branch}", cwd=place)
+            self("update-ref", f"refs/heads/{branch}", commit, cwd=place)
+        else:
+            self("update-ref", "--no-deref", "HEAD", commit, cwd=place)
+        self("read-tree", commit, cwd=place)  # a new index: the old one may be broken, or hide a change
+        self("update-index", "-q", "--refresh", cwd=place, default="")  # what did not change is not written anew
+        self("restore", "--worktree", "--", ".", f":(exclude){self.instructions}", cwd=place)
+        if path.is_symlink() or path.read_bytes() != self.read(commit, self.editable):
+            raise UserError(f"{path} cannot be set to {commit[:7]}: a git filter or an index flag changes it")
+
+    def add_worktree(self, place: Path, commit: str) -> None:
+        """A worktree with a detached HEAD, made anew."""
+        shutil.rmtree(place, ignore_errors=True)
+        for path in (self.common / "worktrees").glob("*/gitdir"):  # a half-made one would stop every git worktree
+            with contextlib.suppress(OSError):  # another tag's loop may be at the same
+                if path.read_text().strip() == f"{place}/.git":
+                    shutil.rmtree(path.parent)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        # Twice --force: though the folder of that name is missing, and though its entry is locked.
+        self("worktree", "add", "--force", "--force", "--detach", "--quiet", str(place), commit)

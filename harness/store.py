@@ -1,0 +1,250 @@
+"""One tag's folder, <git common dir>/autoresearch/<tag>/, where no reset or clean of an agent reaches.
+
+    results.tsv        the ledger
+    runs/NNNN/         a run: run.json, run.log, change.diff, result.json; a row's run, its ref, its commit's message
+                       and its live line carry the same number
+    timeline.jsonl     what happened when: from it `status` tells where a run stands, and how busy the devices were
+    packages.json      the installed packages as they were when the tag began
+    desks/, bench/     worktrees of the agents; folders of runs in flight
+
+Ledger, refs and run.json are the whole state: kill the loop anywhere and start it again. Only one thread of one
+process writes here, the one that holds the lock.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from harness.contract import Domain
+from harness.files import is_locked, read_text, take_lock, write_atomically
+from harness.ledger import Row, best_estimate, fresh_scores, parse_ledger, scores_by_commit
+from harness.repository import Repository
+from harness.screen import UserError, say
+
+PROFILE_TRAILER = "Autoresearch-profile"
+DIGEST_TRAILER = "Autoresearch-digest"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What run.json says. The second half is empty until the run is decided."""
+
+    number: int
+    commit: str
+    base: str  # the commit that its edit changes; "" for the baseline
+    seed: int
+    description: str
+    purpose: str  # baseline, experiment, second look, audit
+    again_of: int = 0  # the run whose gain on a former champion is run again here
+    decision: str = ""  # keep, discard, crash; stale: a gain on a former champion
+    score: float = 0.0
+    memory_gb: float = 0.0
+    seconds: float = 0.0
+    startup_seconds: float | None = None
+    training_seconds: float | None = None
+    summary: dict[str, str] = field(default_factory=dict)
+    marks: tuple[str, ...] = ()  # what makes the score weaker than it looks
+
+
+class Store:
+    """Loads a tag's state and appends to it. Reading changes nothing."""
+
+    def __init__(self, repository: Repository, tag: str, domain: Domain):
+        self.repository = repository
+        self.domain = domain
+        self.tag = tag
+        self.branch = f"autoresearch/{tag}"
+        self.refs = f"refs/autoresearch/{tag}/"
+        self.home = repository.common / "autoresearch" / tag
+        self.ledger = self.home / "results.tsv"
+        self.runs = self.home / "runs"
+        self.bench = self.home / "bench"
+        self.desks = self.home / "desks"
+        self.timeline = self.home / "timeline.jsonl"
+        self.packages = self.home / "packages.json"
+        self.compile_cache = repository.common / "autoresearch" / "compile_cache"
+        self.rows: list[Row] = []
+        self.attempts: dict[int, str] = {}  # number of its first run -> commit
+        self._commits: dict[str, str] = {}  # 7 characters of a commit -> commit
+        self._blobs: dict[str, str] = {}  # commit -> git's name for its editable file
+        self.load()
+
+    # Loading
+
+    def load(self) -> None:
+        """Rows and attempts as they stand; a torn last line is no row."""
+        text = read_text(self.ledger)
+        whole_lines = text[: text.rfind("\n") + 1]
+        self.rows, _ = parse_ledger(whole_lines)
+        self.attempts = {}
+        listing = self.repository("for-each-ref", "--format=%(refname:lstrip=3) %(objectname)", self.refs)
+        for line in listing.splitlines():
+            number, commit = line.split()
+            self.attempts[int(number)] = commit
+        self._commits = {commit[:7]: commit for commit in self.attempts.values()}
+
+    def check(self) -> None:
+        """Raises UserError for a state that no loop can go on from."""
+        if 0 in self.attempts:
+            remedy = "choose another --tag; 'uv run loop.py report LEDGER' still reads its results.tsv"
+            raise UserError(f"tag {self.tag} was begun by an older loop.py: {remedy}", 2)
+        kept = self._last_kept()
+        if kept and kept not in self._commits:
+            found = self.repository("rev-parse", "--verify", "--quiet", f"{kept}^{{commit}}", default="")
+            remedy = f"'git update-ref {self.refs}{self.next_number()} {found}'" if found else "choose another --tag"
+            raise UserError(f"the ref of the ledger's last kept commit {kept} is gone from {self.refs}: {remedy}")
+
+    def _last_kept(self) -> str:
+        for row in reversed(self.rows):
+            if row.status == "keep":
+                return row.commit
+        return ""
+
+    @property
+    def baseline(self) -> str:
+        """The first attempt, "" before there is one."""
+        return self.attempts[min(self.attempts)] if self.attempts else ""
+
+    @property
+    def champion(self) -> str:
+        """The commit of the last `keep` row; before there is one the baseline; before that what HEAD shows."""
+        kept = self._last_kept()
+        if kept:
+            return self._commits.get(kept, kept)
+        return self.baseline or self.repository.head()
+
+    def full(self, short: str) -> str:
+        """The commit that the ledger names by 7 characters."""
+        return self._commits.get(short, "")
+
+    def find_attempt(self, blob: str) -> Row | None:
+        """The first row whose commit has this blob as its editable file."""
+        for row in self.rows:
+            commit = self.full(row.commit)
+            if commit and commit not in self._blobs:
+                missing = [commit for commit in self._commits.values() if commit not in self._blobs]
+                self._blobs |= dict(zip(missing, self.repository.blobs_of(missing), strict=True))
+            if commit and self._blobs[commit] == blob:
+                return row
+        return None
+
+    def scores(self, commit: str) -> list[float]:
+        return scores_by_commit(self.rows).get(commit[:7], [])
+
+    def fresh(self, commit: str) -> list[float]:
+        return fresh_scores(self.rows, commit[:7])
+
+    def estimate(self, commit: str) -> float | None:
+        return best_estimate(self.rows, commit[:7])
+
+    def trailer(self, key: str) -> str:
+        """What the baseline's commit says of profile or digest."""
+        return self.repository.trailer(self.baseline or self.champion, key)
+
+    def read_runs(self) -> list[Run]:
+        """Every run.json that can be read, by number."""
+        return [run for folder in sorted(self.runs.glob("[0-9]*")) if (run := read_run(folder))]
+
+    def runs_of(self, commit: str) -> list[Run]:
+        """The runs of one commit, by number."""
+        return [run for run in self.read_runs() if run.commit == commit]
+
+    # Writing
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the tag's lock: one loop at a time. The state is read again, another loop may have written it."""
+        self.home.mkdir(parents=True, exist_ok=True)
+        with open(self.home / "lock", "a") as lock:
+            if not take_lock(lock):
+                raise UserError(f"tag {self.tag} is busy: 'uv run loop.py status --wait' waits for the verdict", 2)
+            self.load()
+            yield
+
+    def is_busy(self) -> bool:
+        return is_locked(self.home / "lock")
+
+    def next_number(self) -> int:
+        """One that no run of this tag ever had."""
+        folders = [int(path.name) for path in self.runs.glob("[0-9]*") if path.name.isdigit()]
+        return max([0, *self.attempts, *folders]) + 1
+
+    def folder(self, number: int) -> Path:
+        return self.runs / f"{number:04d}"
+
+    def new_folder(self) -> int:
+        """Make the folder of the next run; its number."""
+        self.runs.mkdir(exist_ok=True)
+        number = self.next_number()
+        self.folder(number).mkdir()
+        return number
+
+    def commit(
+        self, number: int, source: bytes | None, description: str, profile: str, digest: str, parent: str
+    ) -> str:
+        """A candidate: the parent's tree with one blob replaced, kept for ever under a ref of its run's number."""
+        trailers = f"{PROFILE_TRAILER}: {profile}\n{DIGEST_TRAILER}: {digest}"
+        message = f"run {number:04d}: {description}\n\n{trailers}"
+        commit = self.repository.commit(parent, source, message, f"{self.refs}{number}")
+        self.attempts[number] = commit
+        self._commits[commit[:7]] = commit
+        return commit
+
+    def forget_baseline(self) -> None:
+        """Drop a baseline that crashed: the next start begins from HEAD, which a person mends."""
+        for number in sorted(self.attempts):
+            self.repository("update-ref", "-d", f"{self.refs}{number}")
+        self.load()
+
+    def append(self, rows: list[Row]) -> None:
+        """Append the rows of one experiment, durably, in one write."""
+        with open(self.ledger, "a") as file:
+            file.write("".join(map(str, rows)))
+            file.flush()
+            os.fsync(file.fileno())
+        self.rows += rows
+
+    def mend_ledger(self) -> None:
+        """Write the ledger anew from its rows: the header, and no torn line."""
+        write_atomically(self.ledger, self.domain.columns + "".join(map(str, self.rows)))
+
+    def publish(self, place: Path) -> None:
+        """The ledger's copy and a link to the run folders, at the top level of a checkout."""
+        link = place / "runs"
+        try:
+            write_atomically(place / "results.tsv", read_text(self.ledger))
+            if link.is_symlink() and os.readlink(link) != str(self.runs):
+                link.unlink()
+            if not link.is_symlink() and not link.exists():
+                link.symlink_to(self.runs)
+        except OSError as error:
+            say(f"warning: no copy of the ledger {self.ledger} in {place} ({error})")
+
+    def note(self, event: str, run: int = 0, description: str = "", seconds: float = 0.0) -> None:
+        """A line of the timeline."""
+        entry = {"at": time.time(), "event": event, "run": run, "description": description, "seconds": seconds}
+        with contextlib.suppress(OSError), open(self.timeline, "a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def read_timeline(self) -> list[dict]:
+        """The timeline; lines torn by a crash are left out."""
+        events = []
+        for line in read_text(self.timeline).splitlines():
+            with contextlib.suppress(ValueError):
+                events.append(json.loads(line))
+        return events
+
+    def write_run(self, run: Run) -> None:
+        write_atomically(self.folder(run.number) / "run.json", json.dumps(dataclasses.asdict(run), indent=1))
+
+
+def read_run(folder: Path) -> Run | None:
+    """The run.json of a folder; None where it is missing or damaged."""
+    with contextlib.suppress(ValueError, TypeError):
+        return Run(**json.loads(read_text(folder / "run.json")))
+    return None
