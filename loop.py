@@ -499,9 +499,9 @@ class Ratchet:
         of_candidate = [run for run in experiment.runs if run.commit == experiment.commit]
         base_run = self.run_of(experiment.base) if experiment.purpose == "experiment" else None
         rows = []
-        base_is_champion = experiment.base == self.store.champion
+        former = self.store.champion
         for run in sorted(of_base, key=run_number):
-            rows.append(self.close_run(run, "keep" if base_is_champion else "discard"))
+            rows.append(self.close_run(run, "keep" if experiment.base == former else "discard"))
         for run in sorted(of_candidate, key=run_number):
             rows.append(self.close_run(run, verdict))
         self.store.append(rows)
@@ -516,7 +516,7 @@ class Ratchet:
             again = Proposal(experiment.source, experiment.base, experiment.description, again_of=first)
             self.waiting.appendleft(again)
         if verdict == "keep":
-            self.move_champion()
+            self.move_champion(former)
         self.store.publish(self.repository.checkout)
 
     def close_run(self, run: Run, verdict: str) -> Row:
@@ -532,10 +532,10 @@ class Ratchet:
         status = "discard" if decision == "stale" else decision
         return Row(run.commit[:7], run.score, run.memory_gb, status, description)
 
-    def move_champion(self) -> None:
+    def move_champion(self, former: str) -> None:
         """Branch, checkout and idle desks follow the champion."""
-        champion = self.store.champion
-        self.repository("update-ref", f"refs/heads/{self.store.branch}", champion)
+        if self.limits.workers > 1:
+            self.repository.follow(self.store.branch, former, self.store.champion)
         if self.proposers:
             self.proposers.clear_idle()
 

@@ -38,10 +38,19 @@ def open_tag(store: Store, keep_edit: bool, in_checkout: bool, is_stopped: Calla
         say(f"warning: {line}")
     if in_checkout and not keep_edit:
         store.repository.reset(store.repository.checkout, store.champion, store.branch)
-    else:
-        store.repository("update-ref", f"refs/heads/{store.branch}", store.champion)
+    elif not in_checkout:
+        _show_branch(store)
     store.publish(store.repository.checkout)
     return facts
+
+
+def _show_branch(store: Store) -> None:
+    """The checkout shows the tag's branch, its files at the champion; where a person changed files they stay."""
+    repository = store.repository
+    if repository.changed_files(repository.head()):
+        repository("update-ref", f"refs/heads/{store.branch}", store.champion)
+        return
+    repository.reset(repository.checkout, store.champion, store.branch)
 
 
 def mark(store: Store, role: str) -> str:
