@@ -90,7 +90,7 @@ POLL_SECONDS = 0.2  # between looks at results, signals and the clock
 # An experiment, and the runs that it needs
 
 
-@dataclass
+@dataclass(eq=False)
 class Experiment:
     """An idea on its way to a verdict: the runs that it needs, and what they gave."""
 
@@ -108,7 +108,7 @@ class Experiment:
         return [run.score for run in self.runs if run.commit == commit and run.decision != "crash"]
 
 
-@dataclass
+@dataclass(eq=False)
 class PlannedRun:
     """A run that is to be made, or is in flight."""
 
@@ -185,14 +185,17 @@ class Ratchet:
     def ask(self) -> None:
         if self.proposers is None or self.is_stopping():
             return
-        free = self.fleet.capacity - len(self.flying)
-        wanted = free + self.limits.ahead * self.fleet.capacity
+        wanted = self.free_places() + self.limits.ahead * self.fleet.capacity
         while True:
             candidates = len(self.waiting) + len(self.proposers.asked)
             if candidates >= wanted or self.begun + candidates >= self.limits.max_experiments:
                 return
             if not self.proposers.ask(self.descriptions_in_flight()):
                 return
+
+    def free_places(self) -> int:
+        """Devices for new candidates: a run that is planned, or waits for the machine, has its place already."""
+        return max(0, self.fleet.capacity - len(self.flying) - len(self.planned))
 
     def descriptions_in_flight(self) -> list[str]:
         experiments = [planned.experiment for planned in (*self.flying.values(), *self.planned)]
@@ -202,6 +205,8 @@ class Ratchet:
     # Launch: a waiting run on every free device
 
     def launch(self) -> None:
+        if self.is_stopping():
+            self.abandon_what_has_not_begun()
         while len(self.flying) < self.fleet.capacity:
             planned = self.next_run()
             if planned is None:
@@ -214,7 +219,7 @@ class Ratchet:
             if planned.not_before <= time.monotonic():
                 self.planned.remove(planned)
                 return planned
-        while self.waiting and self.store.rows and not self.is_stopping():
+        while self.waiting and self.free_places() and self.store.rows and not self.is_stopping():
             proposal = self.merged(self.waiting.popleft())
             if proposal is not None:
                 if not proposal.again_of:
@@ -386,8 +391,21 @@ class Ratchet:
         planned.tries += 1
         planned.not_before = time.monotonic() + RETRY_SECONDS
         self.planned.appendleft(planned)
-        if self.is_stopping():
-            raise StopNow
+
+    def abandon_what_has_not_begun(self) -> None:
+        """The session stops: runs of experiments that have not begun, or that wait for the machine, are not made.
+
+        Their experiments leave no row: `outstanding` stays above 0, so nothing that still flies decides them.
+        """
+        in_flight = [planned.experiment for planned in self.flying.values()]
+        dropped = []
+        for planned in self.planned:
+            experiment = planned.experiment
+            has_begun = bool(experiment.runs) or experiment in in_flight
+            if (planned.tries or not has_begun) and experiment not in dropped:
+                dropped.append(experiment)
+                say(f"dropped: {experiment.description}: the loop stops before it could be run")
+        self.planned = deque(planned for planned in self.planned if planned.experiment not in dropped)
 
     def finished_run(self, planned: PlannedRun, outcome: Measurement | Crash) -> Run:
         run = self.describe_run(planned)
@@ -556,6 +574,8 @@ class Ratchet:
 
     def plan_stale_gains(self) -> None:
         """Gains on former champions that a session which was stopped did not run again."""
+        if self.proposers is None:
+            return  # `try` measures one edit, and tells the verdict on that
         for run in stale_gains(self.store):
             source = self.repository.read(run.commit, EDITABLE)
             self.waiting.append(Proposal(source, run.base, run.description, again_of=run.number))
@@ -572,6 +592,8 @@ class Ratchet:
         while self.flying or self.planned:
             self.launch()
             self.settle()
+        if len(self.decided) < 2 * replicates:
+            raise StopNow
         return [self.audited(experiment) for experiment in self.decided]
 
     def audited(self, experiment: Experiment) -> Audited:

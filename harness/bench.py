@@ -101,7 +101,11 @@ class _Crashed(Exception):
 
 
 def measure(job: Job, place: Place, stop: threading.Event) -> Outcome:
-    """Make one run. Leaves run.log and, if the judge scored, result.json in `place.output`."""
+    """Make one run. Leaves run.log and, if the judge scored, result.json in `place.output`.
+
+    The judge writes its record on the bench, which is new: a record of an earlier run, or of an earlier try of this
+    one, is not there to be believed.
+    """
     if problem := _missing_before(job, place):
         return problem
     try:
@@ -109,7 +113,9 @@ def measure(job: Job, place: Place, stop: threading.Event) -> Outcome:
         # A fresh folder for every run: one that cannot be removed stands in nobody's way.
         bench = Path(tempfile.mkdtemp(dir=place.scratch, prefix=f"{job.number:04d}-"))
         try:
-            return _measure_on(bench, job, place, stop)
+            outcome = _measure_on(bench, job, place, stop)
+            _keep_record(bench, place)
+            return outcome
         finally:
             shutil.rmtree(bench, ignore_errors=True)
     except (OSError, subprocess.SubprocessError) as error:
@@ -128,15 +134,15 @@ def _missing_before(job: Job, place: Place) -> Unavailable | None:
 def _measure_on(bench: Path, job: Job, place: Place, stop: threading.Event) -> Outcome:
     tree = bench / "tree"
     unpack(job.tree, tree)
-    temporary = bench / "tmp"
-    temporary.mkdir()
+    for name in ("tmp", "record"):
+        (bench / name).mkdir()
     log = place.output / "run.log"
     with ThreadPoolExecutor(1) as beside:
         change = beside.submit(_changed_packages, place)  # a tenth of a second, while the child starts
         ending = run_child(
             job.domain.train_command,
             cwd=tree,
-            env=_variables(job, place, temporary),
+            env=_variables(job, place, bench),
             mark=place.mark,
             log=log,
             limit=job.time_limit,
@@ -152,8 +158,9 @@ def _measure_on(bench: Path, job: Job, place: Place, stop: threading.Event) -> O
 
     text = read_text(log)
     try:
-        measurement = _believe(job, place, text, ending)
+        measurement = _believe(job, bench, text, ending)
     except _Crashed as crash:
+        _keep_record(bench, place)
         shutil.rmtree(bench, ignore_errors=True)  # a disk that the run itself filled is its own fault
         last_lines = [line[:300] for line in text.splitlines()[-LOG_END_LINES:]]
         return _missing_after(job, place) or Crash(str(crash), "\n".join(last_lines), ending.seconds)
@@ -182,23 +189,30 @@ def unpack(tree: tuple[Blob, ...], folder: Path, without: str = "") -> None:
             path.chmod(0o755)
 
 
-def _variables(job: Job, place: Place, temporary: Path) -> dict[str, str]:
+def _variables(job: Job, place: Place, bench: Path) -> dict[str, str]:
     variables = environment.variables_for_training(job.facts.profile)
     variables |= {
-        "AUTORESEARCH_RESULT": str(_result(place)),
+        "AUTORESEARCH_RESULT": str(_result(bench)),
         "AUTORESEARCH_SEED": str(job.seed),
         "AUTORESEARCH_AUDIT": str(int(job.audit)),
         "TORCHINDUCTOR_CACHE_DIR": str(place.compile_cache / "inductor"),
         "TRITON_CACHE_DIR": str(place.compile_cache / "triton"),
-        "TMPDIR": str(temporary),
+        "TMPDIR": str(bench / "tmp"),
     }
     if job.facts.device == "cuda":
         variables["CUDA_VISIBLE_DEVICES"] = place.device
     return variables
 
 
-def _result(place: Place) -> Path:
-    return place.output / "result.json"
+def _result(bench: Path) -> Path:
+    """Where the judge leaves its record, the marks of its clock and an exported network."""
+    return bench / "record" / "result.json"
+
+
+def _keep_record(bench: Path, place: Place) -> None:
+    """Copy the record to the run's folder, as far as a believable one may reach."""
+    with contextlib.suppress(OSError), open_regular(_result(bench)) as file:
+        (place.output / "result.json").write_bytes(file.read(MAX_RECORD_BYTES))
 
 
 def _changed_packages(place: Place) -> str:
@@ -216,6 +230,7 @@ def _missing_after(job: Job, place: Place) -> Unavailable | None:
     with tempfile.TemporaryDirectory(dir=place.scratch) as folder:
         tree = Path(folder, "tree")
         unpack(job.tree, tree)
+        Path(folder, "tmp").mkdir()
         try:
             facts = environment.ask_judge(job.domain, tree, _variables(job, place, Path(folder)))
         except UserError as error:
@@ -252,9 +267,9 @@ def _score_again(bench: Path, job: Job, place: Place, measurement: Measurement, 
     unpack(job.tree, judge, without=job.domain.editable)
     log = place.output / "score.log"
     ending = run_child(
-        [*job.domain.score_command, str(place.output / record.exported)],
+        [*job.domain.score_command, str(_result(bench).parent / Path(record.exported).name)],
         cwd=judge,
-        env=_variables(job, place, bench / "tmp"),
+        env=_variables(job, place, bench),
         mark=place.mark,
         log=log,
         limit=job.time_limit,
@@ -274,7 +289,7 @@ def _score_again(bench: Path, job: Job, place: Place, measurement: Measurement, 
 # What a run said: what was printed is held against the judge's record, and both against the loop's own clock
 
 
-def _believe(job: Job, place: Place, log: str, ending: Ending) -> Measurement:
+def _believe(job: Job, bench: Path, log: str, ending: Ending) -> Measurement:
     """Everything that a run measured. Raises _Crashed with the reason not to believe it."""
     domain = job.domain
     if ending.problem.startswith("timeout"):
@@ -285,10 +300,10 @@ def _believe(job: Job, place: Place, log: str, ending: Ending) -> Measurement:
     memory_mb = printed_number(log, domain.memory)
     if not 0 <= memory_mb <= MAX_MEMORY_MB:
         raise _Crashed(f"{domain.memory} {memory_mb:g} cannot be")
-    record = _read_record(_result(place), printed, domain)
+    record = _read_record(_result(bench), printed, domain)
     _check_record(job, record, printed)
-    started_at = _mark_time(place, STARTED_SUFFIX)
-    stopped_at = _mark_time(place, STOPPED_SUFFIX)
+    started_at = _mark_time(bench, STARTED_SUFFIX)
+    stopped_at = _mark_time(bench, STOPPED_SUFFIX)
     training_seconds = stopped_at - started_at
     _check_clocks(job, record, training_seconds)
     return Measurement(
@@ -369,9 +384,9 @@ def _check_record(job: Job, record: Record, printed: float) -> None:
         raise _Crashed(f"printed {metric} {printed:g} is not the evaluator's {record.score:g}")
 
 
-def _mark_time(place: Place, suffix: str) -> float:
+def _mark_time(bench: Path, suffix: str) -> float:
     """When the judge made one of its clock's marks, time.time()."""
-    path = _result(place).with_name(_result(place).name + suffix)
+    path = _result(bench).with_name(_result(bench).name + suffix)
     try:
         return path.lstat().st_mtime
     except OSError:

@@ -161,6 +161,8 @@ def recorded_score(folder: Path, domain: Domain) -> float | None:
 
 def stale_gains(store: Store) -> list[Run]:
     """Runs whose gain on a former champion waits to be run again on the present one."""
-    runs = store.read_runs()
+    # A loop that is killed between run.json and the ledger leaves a verdict without a row: that run does not count.
+    recorded = {row.commit for row in store.rows}
+    runs = [run for run in store.read_runs() if run.commit[:7] in recorded]
     again = {run.again_of for run in runs if run.decision}
     return [run for run in runs if run.decision == "stale" and run.number not in again]

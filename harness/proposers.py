@@ -85,12 +85,16 @@ class Proposers:
         return None
 
     def _refuse(self, answer: NoProposal, desk: Desk) -> None:
-        delay = min(LAST_BACKOFF, FIRST_BACKOFF * 2 ** min(self._failures, 20))
-        self._failures += 1
-        self._not_before = time.monotonic() + delay
+        # Agents that work side by side fail together, of a rate limit say: that is one failure.
+        is_resting = time.monotonic() < self._not_before
+        if not is_resting:
+            delay = min(LAST_BACKOFF, FIRST_BACKOFF * 2 ** min(self._failures, 20))
+            self._failures += 1
+            self._not_before = time.monotonic() + delay
         if answer.is_refusal:
             self._refusal = answer.reason
-        say(f"no proposal: {answer.reason}; again in {duration(delay)} ({desk.log})")
+        rest = max(0.0, self._not_before - time.monotonic())
+        say(f"no proposal: {answer.reason}; again in {duration(rest)} ({desk.log})")
 
     def tell(self, refusal: str) -> None:
         """Why a proposal that had passed was dropped after all: the next agent hears it."""
