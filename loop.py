@@ -69,12 +69,15 @@ DOMAIN = Domain(
     score_name="validation bits per byte",
     score_range=(0.01, 100.0),
     memory="peak_vram_mb",
+    split="val",
     editable=EDITABLE,
     instructions="program.md",
     same_in_every_run=("attention",),  # another attention kernel is another speed
+    explanations=(("num_steps", "steps"),),
     describe_command=(*PYTHON, "-c", DESCRIBE),
     prepare_command=(*PYTHON, "prepare.py"),
     train_command=(*PYTHON, "-c", RUN_TRAIN),
+    verify_hint="uv run prepare.py --verify",
     score_command=(*PYTHON, "prepare.py", "--score"),
     assumed_sigma={"climbmix": 0.0004, "pocket": 0.014},  # bpb: the original's H100; six baselines on two CPU cores
     default_sigma=0.0004,
@@ -599,16 +602,15 @@ class Ratchet:
     def audited(self, experiment: Experiment) -> Audited:
         role = "baseline" if experiment.commit == self.store.baseline else "champion"
         measurement = experiment.measurements[0]
-        clean = measurement.rescored or {}
+        clean_score, clean_test_score = measurement.rescored or (None, None)
         return Audited(
             name=f"{role} {experiment.commit[:7]}",
             score=measurement.record.score,
             test_score=measurement.record.test_score,
-            clean_score=clean.get(DOMAIN.metric),
-            clean_test_score=clean.get(DOMAIN.test_metric),
+            clean_score=clean_score,
+            clean_test_score=clean_test_score,
             problem=measurement.rescore_problem,
             device=self.facts.device,
-            steps=measurement.summary.get("num_steps", ""),
         )
 
     # What a person sees

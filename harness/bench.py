@@ -71,7 +71,7 @@ class Measurement:
     seconds: float  # wall time of the whole run
     startup_seconds: float | None  # by the loop's clock: until the judge's clock started
     training_seconds: float | None  # by the loop's clock
-    rescored: dict | None = None  # audit: the scores of the exported network, as the score command printed them
+    rescored: tuple[float, float] | None = None  # audit: both scores of the exported network, by the score command
     rescore_problem: str = ""  # audit: why there are none
 
 
@@ -125,7 +125,7 @@ def measure(job: Job, place: Place, stop: threading.Event) -> Outcome:
 def _missing_before(job: Job, place: Place) -> Unavailable | None:
     """What the machine lacks before a run."""
     if path := environment.changed_data(job.facts):
-        remedy = "look with 'uv run prepare.py --verify'"
+        remedy = f"look with '{job.domain.verify_hint}'"
         return Unavailable(f"{path} is not as it was prepared: {remedy}", is_permanent=True)
     problem = environment.lacking_disk(place.output) or environment.busy_device(job.facts, place.device)
     return Unavailable(problem) if problem else None
@@ -259,7 +259,7 @@ def _score_again(bench: Path, job: Job, place: Place, measurement: Measurement, 
     """Score the exported network in a process of its own, in a folder without the edited file."""
     record = measurement.record
     if not job.domain.score_command:
-        return measurement
+        return dataclasses.replace(measurement, rescore_problem="the judge has no score command")
     if record.exported is None:
         problem = record.export_problem or "the judge exported no network"
         return dataclasses.replace(measurement, rescore_problem=one_line(problem))
@@ -278,12 +278,18 @@ def _score_again(bench: Path, job: Job, place: Place, measurement: Measurement, 
     text = read_text(log)
     if ending.problem:
         return dataclasses.replace(measurement, rescore_problem=f"{crash_reason(text)} ({ending.problem})")
+    scores = _printed_scores(text, job.domain)
+    problem = "" if scores else "the score command printed no scores"
+    return dataclasses.replace(measurement, rescored=scores, rescore_problem=problem)
+
+
+def _printed_scores(text: str, domain: Domain) -> tuple[float, float] | None:
+    """Both scores in the last JSON object of a score command's output."""
     for line in reversed(text.splitlines()):
-        with contextlib.suppress(ValueError):
-            scores = json.loads(line)
-            if isinstance(scores, dict) and job.domain.metric in scores:
-                return dataclasses.replace(measurement, rescored=scores)
-    return dataclasses.replace(measurement, rescore_problem="the score command printed no score")
+        with contextlib.suppress(ValueError, TypeError, LookupError):
+            said = json.loads(line)
+            return float(said[domain.metric]), float(said[domain.test_metric])
+    return None
 
 
 # What a run said: what was printed is held against the judge's record, and both against the loop's own clock
@@ -363,9 +369,9 @@ def _check_record(job: Job, record: Record, printed: float) -> None:
     """Raises _Crashed unless the record is the one that this run had to write."""
     expected = {
         "profile": job.facts.profile,
-        "split": "val",
+        "split": job.domain.split,
         "seed": job.seed,
-        "rows": job.facts.rows["val"],
+        "rows": job.facts.rows.get(job.domain.split),
         "digest": job.facts.digest,
         "files": job.facts.files,
         "prepare_sha256": job.facts.prepare_sha256,
@@ -376,6 +382,8 @@ def _check_record(job: Job, record: Record, printed: float) -> None:
             had_text = one_line(repr(had), 30)
             want_text = one_line(repr(want), 30)
             raise _Crashed(f"the evaluator's record has {key} {had_text}, this run was to have {want_text}")
+    if job.audit and record.test_score is None:
+        raise _Crashed(f"the evaluator's record has no {job.domain.test_metric}, this run was an audit's")
     metric = job.domain.metric
     lowest, highest = job.domain.score_range
     if not lowest <= record.score <= highest:  # NaN too

@@ -25,12 +25,15 @@ class Domain:
     score_name: str  # of the score, for people: the label of an axis
     score_range: tuple[float, float]  # a score outside it cannot be
     memory: str  # key of the summary: peak memory, MiB
+    split: str  # the record's name for the data that a run is scored on, a key of the description's rows
     editable: str  # the one file that the agent edits
     instructions: str  # the human's file: read anew for every proposal, never touched
     same_in_every_run: tuple[str, ...]  # keys of the summary that must say what they said in the baseline's run
+    explanations: tuple[tuple[str, str], ...]  # counts in the summary that may explain a score: (key, name for people)
     describe_command: tuple[str, ...]  # prints a Description as JSON
     prepare_command: tuple[str, ...]  # makes the data, where the description says that it is missing
     train_command: tuple[str, ...]  # one run: prints a summary, leaves a Record
+    verify_hint: str  # what a person runs to look at data that is not as it was prepared
     score_command: tuple[str, ...]  # scores the network that an audit exported, its file's name appended; () for none
     assumed_sigma: dict[str, float]  # by profile: noise of one run where no commit ran twice
     default_sigma: float  # of any other profile
@@ -89,6 +92,8 @@ class Record:
     files: dict[str, str]
     prepare_sha256: str
     device_name: str
+    tokens: int | None = None  # that were scored
+    bytes: int | None = None  # that those tokens stand for
     busy_others: float | None = None  # share of the processors that others used meanwhile, 0 to 1
     device_others: int | None = None  # other processes on the device
     test_score: float | None = None

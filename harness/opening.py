@@ -17,6 +17,8 @@ from harness.processes import sweep
 from harness.screen import UserError, say
 from harness.store import DIGEST_TRAILER, PROFILE_TRAILER, Run, Store
 
+ROUNDING_OF_ROWS = 1e-6  # a row has six decimals
+
 
 def open_tag(store: Store, keep_edit: bool, in_checkout: bool, is_stopped: Callable[[], bool]) -> Description:
     """Make ledger, refs, checkout and data as the next run needs them; what the judge says of itself.
@@ -135,19 +137,24 @@ def summary_of_baseline(store: Store) -> dict[str, str]:
 
 def false_rows(store: Store) -> list[str]:
     """Rows that the records of their runs do not bear out: an edited loop.py, or a hand, wrote them."""
-    recorded: dict[str, list[tuple[int, float | None]]] = {}
+    recorded: dict[str, list[float]] = {}  # 7 characters of a commit -> scores of its runs, audits left out
     for run in store.read_runs():
-        if run.decision and run.decision != "crash":
-            score = recorded_score(store.folder(run.number), store.domain)
-            recorded.setdefault(run.commit[:7], []).append((run.number, score))
+        score = recorded_score(store.folder(run.number), store.domain)
+        if score is not None and run.purpose != "audit":
+            recorded.setdefault(run.commit[:7], []).append(score)
     lines = []
     for row in store.rows:
-        runs_left = recorded.get(row.commit, [])
-        if row.status == "crash" or not runs_left:
+        if row.status == "crash":
             continue
-        number, score = runs_left.pop(0)  # the rows of a commit stand in the order of its runs
-        if score is not None and abs(score - row.score) > 1e-6:
-            lines.append(f"row {row.commit} says {row.score:.6f}, the record of its run {number:04d} {score:.6f}")
+        left = recorded.get(row.commit, [])
+        agreeing = [score for score in left if abs(score - row.score) <= ROUNDING_OF_ROWS]
+        if agreeing:
+            left.remove(agreeing[0])  # a second row needs a second record
+        elif left:
+            had = ", ".join(f"{score:.6f}" for score in left)
+            lines.append(f"row {row.commit} says {row.score:.6f}, the record of its run says {had}")
+        else:
+            lines.append(f"row {row.commit} says {row.score:.6f}, and no run of it left a record")
     return lines
 
 

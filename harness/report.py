@@ -301,7 +301,6 @@ class Audited:
     clean_test_score: float | None
     problem: str  # why there are no clean scores
     device: str
-    steps: str
 
 
 def print_audit(audited: list[Audited], domain: Domain) -> int:
@@ -320,8 +319,9 @@ def print_audit(audited: list[Audited], domain: Domain) -> int:
         if clean:
             cells = f"{_cell([run.clean_score for run in clean])} {_cell([run.clean_test_score for run in clean])}"
             print(f"{'  in a clean process':27} {cells}")
-        else:
-            print(f"{'  not in a clean process':27} {runs[0].problem}")
+        for problem in dict.fromkeys(run.problem for run in runs if run.problem):
+            count = sum(run.problem == problem for run in runs)
+            print(f"{'  not in a clean process':27} {problem} ({count} of {len(runs)})")
     before = means[names[0]]
     after = means[names[-1]]
     gains = [domain.gain(old, new) for old, new in zip(before, after, strict=True)]
@@ -344,7 +344,8 @@ def _tell_differences(audited: list[Audited], domain: Domain) -> bool:
             continue
         tolerance = ROUNDING.get(run.device, ROUNDING_ELSEWHERE)
         pairs = ((run.score, run.clean_score), (run.test_score, run.clean_test_score))
-        if any(abs(own - clean) > tolerance * abs(clean) for own, clean in pairs):
+        agree = all(abs(own - clean) <= tolerance * abs(clean) for own, clean in pairs)  # False for NaN
+        if not agree:
             found = True
             own_text = f"{run.score:.6f} and {run.test_score:.6f}"
             clean_text = f"{run.clean_score:.6f} and {run.clean_test_score:.6f}"

@@ -33,8 +33,10 @@ def compare(run: Run, base: Run | None, domain: Domain) -> str:
     if base is None or not base.score:
         return f"{text}, {duration(run.seconds)}"
     text += f" ({run.score - base.score:+.6f} to its base)"
-    steps = [facts.summary.get("num_steps", "") for facts in (run, base)]
-    if all(step.isdigit() and int(step) for step in steps):
-        text += f", {steps[0]} steps ({int(steps[0]) / int(steps[1]) - 1:+.0%})"
+    for key, name in domain.explanations:
+        count = run.summary.get(key, "")
+        base_count = base.summary.get(key, "")
+        if count.isdigit() and base_count.isdigit() and int(base_count):
+            text += f", {count} {name} ({int(count) / int(base_count) - 1:+.0%})"
     text += f", {run.memory_gb:.1f} GB ({run.memory_gb - base.memory_gb:+.1f})"
     return f"{text}, {duration(run.seconds)}"
