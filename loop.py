@@ -116,6 +116,8 @@ class PlannedRun:
     """A run that is to be made, or is in flight."""
 
     experiment: Experiment
+    purpose: str  # baseline, experiment, second look, audit
+    description: str
     seed: int
     commit: str = ""  # "": the experiment's, which is made when its first run is launched
     number: int = 0  # once it has a folder
@@ -235,7 +237,7 @@ class Ratchet:
             proposal.description, "experiment", base=proposal.base, source=proposal.source, again_of=proposal.again_of
         )
         experiment.outstanding = 1
-        return PlannedRun(experiment, FIRST_SEED)
+        return PlannedRun(experiment, "experiment", experiment.description, FIRST_SEED)
 
     def merged(self, proposal: Proposal) -> Proposal | None:
         """The edit on the champion of now; None if the two do not go together, or the result is not worth a run."""
@@ -317,24 +319,14 @@ class Ratchet:
 
     def describe_run(self, planned: PlannedRun) -> Run:
         experiment = planned.experiment
-        is_first = planned.seed == FIRST_SEED
-        is_champion_again = planned.commit != experiment.commit
-        if experiment.purpose == "audit" or (experiment.purpose == "baseline" and is_first):
-            description = experiment.description
-        elif is_champion_again:
-            description = f"champion once more, beside: {experiment.description}"
-        elif is_first:
-            description = experiment.description
-        else:
-            description = f"{experiment.description} (seed {planned.seed})"
-        base = "" if experiment.purpose != "experiment" or is_champion_again else experiment.base
+        is_of_candidate = experiment.purpose == "experiment" and planned.commit == experiment.commit
         return Run(
             number=planned.number,
             commit=planned.commit,
-            base=base,
+            base=experiment.base if is_of_candidate else "",
             seed=planned.seed,
-            description=one_line(description),
-            purpose=experiment.purpose if is_first or experiment.purpose == "audit" else "second look",
+            description=one_line(planned.description),
+            purpose=planned.purpose,
             again_of=experiment.again_of,
         )
 
@@ -391,6 +383,9 @@ class Ratchet:
             say(f"waiting: {reason}")
             self.store.note("waiting", planned.number, reason)
         self.said = reason
+        if self.is_stopping():
+            self.drop(planned.experiment)
+            return
         planned.tries += 1
         planned.not_before = time.monotonic() + RETRY_SECONDS
         self.planned.appendleft(planned)
@@ -507,12 +502,16 @@ class Ratchet:
 
     def plan_second_look(self, experiment: Experiment) -> None:
         """Fresh seeds for the candidate, and for its base where it has too few."""
-        missing = ledger.FRESH_RUNS - len(self.store.fresh(experiment.base))
-        commits = [experiment.commit] * ledger.FRESH_RUNS + [experiment.base] * max(0, missing)
-        for commit in commits:
-            experiment.outstanding += 1
-            self.planned.append(PlannedRun(experiment, fresh_seed(), commit))
-        say(f"  {experiment.description}: a gain, to be confirmed by {len(commits)} more runs")
+        of_base = max(0, ledger.FRESH_RUNS - len(self.store.fresh(experiment.base)))
+        for _ in range(ledger.FRESH_RUNS):
+            seed = fresh_seed()
+            description = f"{experiment.description} (seed {seed})"
+            self.planned.append(PlannedRun(experiment, "second look", description, seed, experiment.commit))
+        for _ in range(of_base):
+            description = f"champion once more, beside: {experiment.description}"
+            self.planned.append(PlannedRun(experiment, "second look", description, fresh_seed(), experiment.base))
+        experiment.outstanding = ledger.FRESH_RUNS + of_base
+        say(f"  {experiment.description}: a gain, to be confirmed by {experiment.outstanding} more runs")
 
     def record(self, experiment: Experiment, verdict: str) -> None:
         """Append all rows of the experiment in one write; a kept commit is the champion from now on."""
@@ -538,6 +537,7 @@ class Ratchet:
             self.waiting.appendleft(again)
         if verdict == "keep":
             self.move_champion(former)
+            self.same = summary_of_baseline(self.store)
         self.store.publish(self.repository.checkout)
 
     def close_run(self, run: Run, verdict: str) -> Row:
@@ -571,9 +571,11 @@ class Ratchet:
         commit = self.store.baseline
         experiment = Experiment("baseline", "baseline", base="", commit=commit, outstanding=wanted - done)
         for index in range(done, wanted):
-            seed = FIRST_SEED if index == 0 else fresh_seed()
-            number = min(self.store.attempts) if index == 0 else 0
-            self.planned.append(PlannedRun(experiment, seed, commit, number))
+            is_first = index == 0
+            seed = FIRST_SEED if is_first else fresh_seed()
+            description = "baseline" if is_first else f"baseline (seed {seed})"
+            number = min(self.store.attempts) if is_first else 0
+            self.planned.append(PlannedRun(experiment, "baseline", description, seed, commit, number))
 
     def plan_stale_gains(self) -> None:
         """Gains on former champions that a session which was stopped did not run again."""
@@ -591,7 +593,7 @@ class Ratchet:
             for name, commit in commits.items():
                 description = f"audit of the {name} {commit[:7]}, seed {seed}"
                 experiment = Experiment(description, "audit", base="", commit=commit, outstanding=1)
-                self.planned.append(PlannedRun(experiment, seed, commit))
+                self.planned.append(PlannedRun(experiment, "audit", description, seed, commit))
         while self.flying or self.planned:
             self.launch()
             self.settle()

@@ -109,6 +109,7 @@ def measure(job: Job, place: Place, stop: threading.Event) -> Outcome:
     if problem := _missing_before(job, place):
         return problem
     try:
+        (place.output / "result.json").unlink(missing_ok=True)  # of an earlier try: not this one's
         place.scratch.mkdir(parents=True, exist_ok=True)
         # A fresh folder for every run: one that cannot be removed stands in nobody's way.
         bench = Path(tempfile.mkdtemp(dir=place.scratch, prefix=f"{job.number:04d}-"))
