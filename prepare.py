@@ -4,7 +4,9 @@
     uv run prepare.py --num-shards 100    # have more training shards (-1: all)
     uv run prepare.py --verify            # recompute the digests of what the metric depends on
 
-AUTORESEARCH_PROFILE chooses the profile, AUTORESEARCH_CACHE the cache's place. Each profile has a folder there:
+AUTORESEARCH_PROFILE chooses the profile, AUTORESEARCH_CACHE the cache's place, AUTORESEARCH_LOCKS the folder of the
+locks that keep two runs off one device (default /tmp/autoresearch-locks, for every user). Each profile has a folder in
+the cache:
     download/, text/       parquet files as they came; documents in a column "text", one file a shard
     tokenizer.tiktoken     "base64 rank" lines; tokenizer.json: split pattern and special tokens
     tokens/                the shards as uint16 tokens; val.tokens and test.tokens are what is scored
@@ -47,7 +49,7 @@ import torch.nn.functional as F
 
 
 class Profile(NamedTuple):
-    source: str  # Hugging Face data set id; file or folder of .parquet, .jsonl, .txt, .md; python:stdlib or python:all
+    source: str  # Hugging Face data set id; file or folder of .parquet, .jsonl, .txt, .md; python:torch or python:all
     max_seq_len: int  # tokens, of a row
     time_budget: float  # seconds, of training
     eval_tokens: int  # tokens, scored (fewer if the validation split is smaller)
@@ -59,30 +61,55 @@ class Profile(NamedTuple):
 PROFILES = {  # your own data is one more row
     "climbmix": Profile("karpathy/climbmix-400b-shuffle", 2048, 300, 40 * 524288, 8192, hub_shards=6543),
     "code": Profile("python:all", 2048, 300, 40 * 524288, 8192),
-    "pocket": Profile("python:stdlib", 256, 30, 2**18, 2048),
-    "smoke": Profile("python:stdlib", 64, 2, 2**13, 512, max_chars=2_000_000),
+    "pocket": Profile("python:torch", 256, 30, 2**18, 2048),
+    "smoke": Profile("python:torch", 64, 2, 2**13, 512, max_chars=3_000_000),
 }
 
 
-PROFILE, PROFILE_REASON = os.environ.get("AUTORESEARCH_PROFILE"), "AUTORESEARCH_PROFILE"
-if not PROFILE:
-    PROFILE, PROFILE_REASON = "pocket", "default without a CUDA device"
+def _choose_profile() -> tuple[str, str]:
+    """The profile's name, and why it is this one."""
+    name = os.environ.get("AUTORESEARCH_PROFILE")
+    if name:
+        return name, "AUTORESEARCH_PROFILE"
     if torch.cuda.device_count() > 0:  # does not start CUDA
-        PROFILE, PROFILE_REASON = "climbmix", "default with a CUDA device"
-SEED, problem = os.environ.get("AUTORESEARCH_SEED") or "42", ""
-if PROFILE not in PROFILES:
-    problem = f"AUTORESEARCH_PROFILE is {PROFILE!r}: use one of {', '.join(PROFILES)}"
-elif not re.fullmatch("[0-9]{1,9}", SEED):
-    problem = f"AUTORESEARCH_SEED is {SEED!r}: use a whole number below 10**9"
-if problem:
-    print(f"error: {problem}", file=sys.stderr)
+        return "climbmix", "default with a CUDA device"
+    return "pocket", "default without a CUDA device"
+
+
+def _refuse_environment(variable, value, remedy):
+    print(f"error: {variable} is {value!r}: use {remedy}", file=sys.stderr)
     sys.exit(2)
-SEED = int(SEED)
-CONSTANTS = PROFILES[PROFILE]._asdict()
-SOURCE, MAX_SEQ_LEN, TIME_BUDGET, EVAL_TOKENS, VOCAB_SIZE, HUB_SHARDS, MAX_CHARS = CONSTANTS.values()
+
+
+PROFILE, PROFILE_REASON = _choose_profile()
+if PROFILE not in PROFILES:
+    _refuse_environment("AUTORESEARCH_PROFILE", PROFILE, f"one of {', '.join(PROFILES)}")
+
+_profile = PROFILES[PROFILE]
+SOURCE = _profile.source
+MAX_SEQ_LEN = _profile.max_seq_len
+TIME_BUDGET = _profile.time_budget
+EVAL_TOKENS = _profile.eval_tokens
+VOCAB_SIZE = _profile.vocab_size
+HUB_SHARDS = _profile.hub_shards
+MAX_CHARS = _profile.max_chars
+CONSTANTS = _profile._asdict()
+MIN_ROWS = 64  # rows, that every split must give
+
 CACHE_ROOT = Path(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch").expanduser().absolute()
 CACHE = CACHE_ROOT / PROFILE
-MIN_ROWS = 64  # rows, that every split must give
+# Not under the cache and not under TMPDIR: runs with other caches, and other users' runs, share the same devices.
+LOCKS = Path(os.environ.get("AUTORESEARCH_LOCKS") or "/tmp/autoresearch-locks").absolute()
+
+# The loop tells a run these three. They are taken out of the environment, so that what runs later in this process, or
+# below it, can neither find the record nor ask for another seed.
+_seed = os.environ.pop("AUTORESEARCH_SEED", "") or "42"
+_result = os.environ.pop("AUTORESEARCH_RESULT", "")
+_AUDIT = os.environ.pop("AUTORESEARCH_AUDIT", "") == "1"  # score the sealed test split too
+_RESULT = Path(_result).absolute() if _result else None  # where the record goes
+if not re.fullmatch("[0-9]{1,9}", _seed):
+    _refuse_environment("AUTORESEARCH_SEED", _seed, "a whole number below 10**9")
+SEED = int(_seed)
 
 # ----- Errors and small things -----
 
@@ -126,14 +153,36 @@ def _write_text(path, text):
 
 def _lock(path, waiting_for):
     """Takes an exclusive flock, saying so if it has to wait; closing the file, or dying, gives it back."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "a")  # noqa: SIM115
+    try:
+        file = _open_lock(path)
+    except OSError as error:
+        remedy = "remove it, or set AUTORESEARCH_LOCKS to a folder that every user of this machine can write to"
+        if path.parent != LOCKS:
+            remedy = "set AUTORESEARCH_CACHE to a folder that you can write to"
+        raise UserError(f"lock {path} cannot be opened ({error}): {remedy}") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         print(f"waiting: {waiting_for} (lock {path})", file=sys.stderr, flush=True)
         fcntl.flock(file, fcntl.LOCK_EX)
+    os.utime(file.fileno())  # what empties /tmp of old files leaves this one
     return file
+
+
+def _open_lock(path):
+    """Opens a lock file that every user may lock; makes it, and its folder, where they are missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.parent == LOCKS:
+        with contextlib.suppress(PermissionError):  # another user's, who has done this
+            path.parent.chmod(0o1777)
+    while True:
+        # Linux refuses O_CREAT for another user's file in a folder with mode 1777, so creating is a step of its own.
+        with contextlib.suppress(FileNotFoundError):
+            return os.fdopen(os.open(path, os.O_RDWR | os.O_NOFOLLOW), "r+")
+        with contextlib.suppress(FileExistsError):
+            file = os.fdopen(os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CREAT | os.O_EXCL), "r+")
+            os.fchmod(file.fileno(), 0o666)
+            return file
 
 
 # ----- Download: parquet shards by HTTP, continued and checked -----
@@ -238,6 +287,7 @@ def _size_and_sha256(answer):
 
 TRAIN_SHARDS = 8  # of a source that is split here; a seed chooses the shard that training starts with
 SHUFFLE_CHARS = 2**26  # characters, shuffled together
+TORCH_VERSION = "2.11.0"  # whose text python:torch is; the one that pyproject.toml pins
 BATCH_DOCUMENTS = 128  # most documents that enter the packing buffer together
 
 
@@ -268,17 +318,51 @@ def _texts(num_shards: int | None, workers: int) -> dict[str, Path]:
 
 
 def _local_files() -> list[Path]:
-    """The files of a local source; none if there is no such place."""
-    if SOURCE.startswith("python:"):
-        paths, packages = sysconfig.get_paths(), {"site-packages", "dist-packages"}
-        files = {file for file in Path(paths["stdlib"]).rglob("*.py") if not packages & {*file.parts}}
-        if SOURCE == "python:all":
-            files.update(file for key in ("purelib", "platlib") for file in Path(paths[key]).rglob("*.py"))
-        return sorted(files)
-    source, kinds = Path(SOURCE).expanduser(), (".parquet", ".jsonl", ".txt", ".md")
-    files = [file for file in [source, *sorted(source.rglob("*"))] if file.suffix in kinds and file.is_file()]
+    """The files of a local source, in an order that no file system and no locale decides; none: no such place."""
+    if SOURCE == "python:torch":
+        return _torch_files()
+    if SOURCE == "python:all":
+        return _installed_files()
+    source = Path(SOURCE).expanduser()
+    kinds = (".parquet", ".jsonl", ".txt", ".md")
+    if source.is_file():
+        files = [source] if source.suffix in kinds else []
+    else:
+        files = [file for file in _sorted_files(source, "*") if file.suffix in kinds]
     if source.exists() and not files:
         raise UserError(f"source {source} holds no {', '.join(kinds)} file: mend it in PROFILES")
+    return files
+
+
+def _sorted_files(folder, pattern) -> list[Path]:
+    files = [file for file in folder.rglob(pattern) if file.is_file()]
+    return sorted(files, key=lambda file: file.relative_to(folder).as_posix())
+
+
+def _torch_files() -> list[Path]:
+    """The .py files of torch that are the same in the wheels of one version for every system, chip and Python."""
+    folder = Path(torch.__file__).parent
+    found = torch.__version__.split("+")[0]
+    if found != TORCH_VERSION:
+        print(f"note: torch is {found}, not {TORCH_VERSION}: scores on its text compare with no other version's")
+    # version.py names the build; builds for AMD's GPUs translate CUDA's names in files of the code generator.
+    codegen = folder / "_inductor" / "codegen"
+    files = [file for file in folder.rglob("*.py") if file != folder / "version.py" and codegen not in file.parents]
+
+    def name_digest(file):  # by name, the first files would be of one or two packages; `smoke` reads no others
+        name = file.relative_to(folder).as_posix()
+        return hashlib.sha256(name.encode()).digest()
+
+    return sorted(files, key=name_digest)
+
+
+def _installed_files() -> list[Path]:
+    """The .py files of the standard library, then those of site-packages."""
+    paths = sysconfig.get_paths()
+    standard = _sorted_files(Path(paths["stdlib"]), "*.py")
+    files = [file for file in standard if not {"site-packages", "dist-packages"} & set(file.parts)]
+    for folder in dict.fromkeys([paths["purelib"], paths["platlib"]]):  # one folder, most often
+        files += _sorted_files(Path(folder), "*.py")
     return files
 
 
@@ -534,7 +618,7 @@ def _manifest(may_change=()):
     path = CACHE / "manifest.json"
     try:
         manifest = json.loads(path.read_bytes())
-        before = manifest["metric"]["constants"]
+        before = {"source": manifest["source"]} | manifest["metric"]["constants"]
     except FileNotFoundError:
         raise UserError(_not_prepared(path)) from None
     except (ValueError, LookupError, TypeError) as error:
@@ -567,15 +651,16 @@ def _write_manifest(train: list[str]) -> dict:
             raise UserError(f"split {split!r} has {rows[split]} rows, {MIN_ROWS} are needed: {MORE_TEXT}")
     for name in METRIC_FILES:
         (CACHE / name).chmod(0o444)
+    # The source stays outside: a folder's path differs from machine to machine, and the files say what was in it.
     metric = {
         "profile": PROFILE,
-        "constants": CONSTANTS,
+        "constants": {name: value for name, value in CONSTANTS.items() if name != "source"},
         "rows": {split: min(rows[split], scored) for split in ("val", "test")},
         "files": {name: {"bytes": _size(CACHE / name), "sha256": _sha256(CACHE / name)} for name in METRIC_FILES},
     }
     digest = hashlib.sha256(json.dumps(metric, sort_keys=True).encode()).hexdigest()
     tokens = {name: len(_read_shard(_tokens_path(name)).tokens) for name in train}
-    manifest = {"metric": metric, "digest": digest, "train_tokens": tokens}
+    manifest = {"source": SOURCE, "metric": metric, "digest": digest, "train_tokens": tokens}
     _write_text(CACHE / "manifest.json", json.dumps(manifest, indent=1))
     return manifest
 
@@ -747,13 +832,13 @@ def evaluate_bpb(model, tokenizer: Tokenizer, batch_size: int) -> float:
     device = next((parameter.device for parameter in getattr(model, "parameters", list)()), torch.device("cpu"))
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
-    seconds, limit, result = training_seconds(), 1.01 * TIME_BUDGET + 0.5, os.environ.get("AUTORESEARCH_RESULT")
+    seconds, limit, result = training_seconds(), 1.01 * TIME_BUDGET + 0.5, _RESULT
     if seconds > limit:
         raise BudgetExceeded(f"trained for {seconds:.2f} s, TIME_BUDGET is {TIME_BUDGET} s: {limit:.2f} s is the most")
     if result and _stopwatch.split != "train":
         started = f"was started by split {_stopwatch.split!r}" if _stopwatch.split else "never started"
         raise EvaluationRefused(f"the clock {started}: training takes its batches from make_dataloader's split 'train'")
-    if result and Path(result).exists():
+    if result and result.exists():
         raise EvaluationRefused(f"a run is scored once, and {result} holds this run's record")
     if batch_size < 1 or tokenizer.get_vocab_size() != VOCAB_SIZE:
         raise ValueError(f"batch_size is {batch_size}, the vocabulary {tokenizer.get_vocab_size()}, not {VOCAB_SIZE}")
@@ -766,7 +851,7 @@ def evaluate_bpb(model, tokenizer: Tokenizer, batch_size: int) -> float:
         if training:
             model.eval()
         record |= _score(model, "val", rows["val"], batch_size, device)
-        if os.environ.get("AUTORESEARCH_AUDIT") == "1":
+        if _AUDIT:
             test = _score(model, "test", rows["test"], batch_size, device)
             record |= {"test_bpb": test["test_bpb"], "test_rows": test["rows"]}
     finally:
@@ -775,7 +860,7 @@ def evaluate_bpb(model, tokenizer: Tokenizer, batch_size: int) -> float:
     if _stopwatch.started is not None:
         _stopwatch.stopped = _stopwatch.started + seconds
     if result:
-        _write_text(Path(result), json.dumps(record, indent=1))
+        _write_text(result, json.dumps(record, indent=1))
     return record["val_bpb"]
 
 
@@ -894,6 +979,7 @@ def _prepare(num_shards, workers):
     manifest = _write_manifest(train)
     rows, tokens = manifest["metric"]["rows"], sum(manifest["train_tokens"].values())
     print(f"prepared: {tokens:,} training tokens in {len(train)} shards, {rows['val']} validation rows in {CACHE}")
+    print(f"digest: {manifest['digest'][:12]}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -26,9 +26,7 @@ T, V = 32, 300
 
 
 @pytest.fixture
-def judge(tiny, monkeypatch):
-    for name in ("AUTORESEARCH_RESULT", "AUTORESEARCH_AUDIT"):
-        monkeypatch.delenv(name, raising=False)
+def judge(tiny):
     return load_prepare(tiny[0], "tiny", tiny[1])
 
 
@@ -170,8 +168,8 @@ def test_true_model_of_a_markov_chain_scores_its_entropy_rate(tmp_path):
 
 
 def test_audit_scores_the_sealed_test_split(judge, tmp_path, monkeypatch):
-    monkeypatch.setenv("AUTORESEARCH_RESULT", str(tmp_path / "r.json"))
-    monkeypatch.setenv("AUTORESEARCH_AUDIT", "1")
+    monkeypatch.setattr(judge, "_RESULT", tmp_path / "r.json")
+    monkeypatch.setattr(judge, "_AUDIT", True)
     start_clock(judge)
     evaluate(judge, Toy())
     record = json.loads((tmp_path / "r.json").read_text())
@@ -408,8 +406,7 @@ def test_clock_stops_where_the_evaluation_that_scored_began(judge):
 
 def test_record_holds_what_the_evaluator_measured(tiny, tmp_path, monkeypatch):
     judge = load_prepare(tiny[0], "tiny", tiny[1], seed=7)
-    monkeypatch.delenv("AUTORESEARCH_AUDIT", raising=False)
-    monkeypatch.setenv("AUTORESEARCH_RESULT", str(tmp_path / "result.json"))
+    monkeypatch.setattr(judge, "_RESULT", tmp_path / "result.json")
     judge._now = iter([3.0, 7.25]).__next__
     start_clock(judge)
     bpb = evaluate(judge, Toy())
@@ -433,7 +430,7 @@ def test_record_holds_what_the_evaluator_measured(tiny, tmp_path, monkeypatch):
 
 
 def test_second_evaluation_under_the_loop_is_refused(judge, tmp_path, monkeypatch):
-    monkeypatch.setenv("AUTORESEARCH_RESULT", str(tmp_path / "result.json"))
+    monkeypatch.setattr(judge, "_RESULT", tmp_path / "result.json")
     start_clock(judge)
     evaluate(judge, Toy())
     record = (tmp_path / "result.json").read_bytes()
@@ -442,7 +439,7 @@ def test_second_evaluation_under_the_loop_is_refused(judge, tmp_path, monkeypatc
 
 
 def test_clock_never_started_under_the_loop_is_refused(judge, tmp_path, monkeypatch):
-    monkeypatch.setenv("AUTORESEARCH_RESULT", str(tmp_path / "result.json"))
+    monkeypatch.setattr(judge, "_RESULT", tmp_path / "result.json")
     refused(judge, Toy(), "the clock never started", kind="EvaluationRefused")
     assert not (tmp_path / "result.json").exists()
 
@@ -450,7 +447,7 @@ def test_clock_never_started_under_the_loop_is_refused(judge, tmp_path, monkeypa
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_clock_started_by_another_split_than_training_is_refused(judge, tmp_path, monkeypatch, split):
     """Else a run could train on batches of its own making, and start the clock just before it is scored."""
-    monkeypatch.setenv("AUTORESEARCH_RESULT", str(tmp_path / "result.json"))
+    monkeypatch.setattr(judge, "_RESULT", tmp_path / "result.json")
     start_clock(judge, split)
     refused(judge, Toy(), f"the clock was started by split '{split}'", kind="EvaluationRefused")
     assert not (tmp_path / "result.json").exists()
