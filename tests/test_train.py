@@ -2,15 +2,17 @@
 
 import ast
 import itertools
+import json
 import math
+import os
 import re
+import time
 from pathlib import Path
 
 import kernels
 import pytest
 import torch
 import torch.nn.functional as F
-from huggingface_hub import constants
 from torch.nn.attention.flex_attention import flex_attention
 from train_fixtures import CLIMBMIX, build, one_thread
 
@@ -238,7 +240,7 @@ def test_flex_is_traced_into_one_graph_with_masks_that_were_built_before(monkeyp
     expected = model(x)
     for window in train.window_sizes(config):
         train.attention_mask("flex", 128, window, x.device)
-    monkeypatch.setattr(train, "attention", train.flex_attention)
+    monkeypatch.setattr(train, "attention_backend", train.flex_attention)
     masks = dict(train._masks)
     with torch.no_grad():
         logits = torch.compile(model, backend="aot_eager", dynamic=False, fullgraph=True)(x)
@@ -291,13 +293,13 @@ def test_first_back_end_that_passes_its_probe_is_chosen_and_those_before_say_why
             raise ValueError("dv differs\nfrom SDPA by 0.5")
 
     monkeypatch.setattr(train, "COMPILE", True)
-    monkeypatch.setattr(train, "attention", None)
+    monkeypatch.setattr(train, "attention_backend", None)
     monkeypatch.setattr(train, "load_flash_attention", load)
     monkeypatch.setattr(train, "probe_attention", probe)
     monkeypatch.setattr(train, "attention_mask", lambda kind, T, window, device: masks.append((kind, window)))
     monkeypatch.setattr(torch, "compile", lambda backend, dynamic: backend)
     assert train.choose_attention(TINY, torch.device("cuda")) == works
-    assert train.attention is backends[works]
+    assert train.attention_backend is backends[works]
     reason = "OSError: no such kernel" if load_error else "ValueError: dv differs from SDPA by 0.5"
     before = itertools.takewhile(lambda name: name != works, backends)
     assert capsys.readouterr().err.splitlines() == [f"attention: no {name}: {reason}" for name in before]
@@ -308,27 +310,65 @@ def test_first_back_end_that_passes_its_probe_is_chosen_and_those_before_say_why
 @pytest.mark.parametrize(("device", "compiled"), [("cpu", True), ("mps", True), ("cuda", False)])
 def test_sdpa_is_taken_without_a_trial_where_nothing_is_compiled_for_cuda(monkeypatch, capsys, device, compiled):
     monkeypatch.setattr(train, "COMPILE", compiled)
-    monkeypatch.setattr(train, "attention", None)
+    monkeypatch.setattr(train, "attention_backend", None)
     monkeypatch.setattr(train, "attention_mask", lambda *_: None)
     monkeypatch.setattr(train, "load_flash_attention", lambda: pytest.fail("tried"))
     assert train.choose_attention(TINY, torch.device(device)) == "sdpa"
-    assert (train.attention, capsys.readouterr().err) == (train.sdpa_attention, "")
+    assert (train.attention_backend, capsys.readouterr().err) == (train.sdpa_attention, "")
 
 
-def test_flash_kernel_is_pinned_and_taken_from_the_cache_before_the_network(monkeypatch):
-    calls = []
+def fake_snapshot(cache: Path, commit: str, version: int, age: float, body: str) -> Path:
+    """A kernel as the hub's local cache holds it: one build variant, no refs."""
+    snapshot = cache / "kernels--kernels-community--flash-attn3" / "snapshots" / commit
+    build = snapshot / "build" / "torch-universal"
+    build.mkdir(parents=True)
+    metadata = {"id": f"flash_attn3_{commit}", "name": "flash-attn3", "version": version, "license": "BSD-3-Clause"}
+    metadata |= {"python-depends": [], "backend": {"type": "cuda"}}
+    (build / "metadata.json").write_text(json.dumps(metadata))
+    (build / "__init__.py").write_text(body)
+    os.utime(snapshot, (time.time() - age, time.time() - age))
+    return snapshot
 
-    def get_kernel(repo_id, version):
-        calls.append((repo_id, version, constants.HF_HUB_OFFLINE))
-        raise ValueError("not in the cache")
 
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(kernels, "get_kernel", get_kernel)
-    with pytest.raises(ValueError, match="not in the cache"):
+CALLS_SDPA = """
+import train
+
+def flash_attn_func(q, k, v, causal, window_size):
+    assert causal and window_size[1] == 0
+    return train.sdpa_attention(q, k, v, window_size[0]), "log-sum-exp"
+"""
+
+
+def test_flash_kernel_is_the_newest_local_one_and_the_hub_is_asked_only_where_none_loads(monkeypatch, tmp_path, capsys):
+    asked = []
+    monkeypatch.setattr(kernels, "get_kernel", lambda *args, **options: asked.append((args, options)))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setenv("KERNELS_CACHE", str(tmp_path / "empty"))
+    train.load_flash_attention()
+    assert asked == [(("kernels-community/flash-attn3",), {"version": 1})]
+
+    monkeypatch.setenv("KERNELS_CACHE", str(tmp_path))
+    fake_snapshot(tmp_path, "older", 1, age=50, body="raise ImportError('older')")
+    fake_snapshot(tmp_path, "other", 2, age=1, body="raise ImportError('another version')")
+    newest = fake_snapshot(tmp_path, "newest", 1, age=5, body=CALLS_SDPA)
+    train.probe_attention(train.load_flash_attention(), 64, 20, torch.device("cpu"))
+    assert (len(asked), capsys.readouterr().err) == (1, "")
+
+    # An unfinished download, a damaged one: the hub is asked.
+    fake_snapshot(tmp_path, "empty", 1, age=2, body="")
+    (tmp_path / "kernels--kernels-community--flash-attn3/snapshots/empty/build/torch-universal/__init__.py").unlink()
+    (newest / "build/torch-universal/metadata.json").write_text("{")
+    train.load_flash_attention()
+    assert len(asked) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[1].split("/")[-1] for line in lines] == ["empty", "older"]
+
+
+def test_flash_attention_is_not_even_looked_for_on_a_device_that_it_is_not_built_for(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (12, 0))
+    monkeypatch.setattr(train, "load_flash_kernel", lambda: pytest.fail("looked for"))
+    with pytest.raises(ValueError, match=r"it is not built for compute capability 12\.0"):
         train.load_flash_attention()
-    repo, version = "kernels-community/flash-attn3", 1
-    assert calls == [(repo, version, True), (repo, version, False)]
-    assert constants.HF_HUB_OFFLINE is False
 
 
 # ---- Optimizer ----
@@ -513,7 +553,7 @@ RECIPE = {  # MODEL.md's
     "WINDOW_PATTERN": "SSSL",
     "TOTAL_BATCH_SIZE": 2**19,
     "DEPTH": 8,
-    "DEVICE_BATCH_SIZE": 128,
+    "DEVICE_BATCH_SIZE": 64,
     "EMBEDDING_LR": 0.6,
     "UNEMBEDDING_LR": 0.004,
     "MATRIX_LR": 0.04,
