@@ -332,23 +332,31 @@ def head_logits(x: Tensor, weight_VC: Tensor) -> Tensor:
     return 30 * torch.sigmoid(F.linear(x, weight_VC).float() / 7.5) - 15
 
 
-def head_loss(x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor) -> Tensor:
-    return F.cross_entropy(head_logits(x_NC, weight_VC), targets_N, ignore_index=-1, reduction="sum")
-
-
 class ChunkedLoss(torch.autograd.Function):
-    """Mean of head_loss, LOSS_CHUNK tokens at a time: the gradient is taken in the forward pass, so that the logits of
-    one chunk only ever exist (a whole batch's, 262,144 x 8192, are 8.6 GB) and nothing is computed twice."""
+    """Mean cross-entropy of head_logits, targets of -1 left out, LOSS_CHUNK tokens at a time.
+
+    The gradient is taken in the forward pass. So the logits of only one chunk exist at a time (a whole batch's,
+    262,144 x 8192, are 8.6 GB) and nothing is computed twice. It is written out because autograd needs about twice as
+    many passes over the logits, which is what the loss costs on a CPU.
+    """
 
     @staticmethod
     def forward(ctx, x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor) -> Tensor:
-        loss, weight_grad, x_grads = torch.zeros((), device=x_NC.device), torch.zeros_like(weight_VC), []
-        loss_and_grads = torch.func.grad_and_value(head_loss, argnums=(0, 1))
+        loss = torch.zeros((), device=x_NC.device)
+        weight_grad = torch.zeros_like(weight_VC)
+        x_grads = []
         for x_chunk, targets_chunk in zip(x_NC.split(LOSS_CHUNK), targets_N.split(LOSS_CHUNK), strict=True):
-            (x_grad, chunk_weight_grad), chunk_loss = loss_and_grads(x_chunk, weight_VC, targets_chunk)
-            x_grads.append(x_grad)
-            weight_grad += chunk_weight_grad
-            loss += chunk_loss
+            counted = (targets_chunk != -1)[:, None]
+            target = targets_chunk.clamp(min=0)[:, None]
+            product = F.linear(x_chunk, weight_VC)
+            s = product.float().div_(7.5).sigmoid_()  # logits = 30 s - 15
+            p = torch.softmax(30 * s, dim=-1)
+            loss -= (p.gather(1, target).log() * counted).sum()  # finite: the soft cap keeps p above e^-30 / V
+            one_hot = torch.zeros_like(p).scatter_(1, target, 1.0)
+            product_grad = p.sub_(one_hot).mul_(s).mul_(1 - s).mul_(4 * counted)  # d logits / d product = 4 s (1 - s)
+            product_grad = product_grad.to(product.dtype)  # once: autocast would do it for each use
+            x_grads.append(product_grad @ weight_VC)
+            weight_grad += product_grad.mT @ x_chunk
         count = (targets_N != -1).sum()
         ctx.save_for_backward(torch.cat(x_grads), weight_grad, count)
         return loss / count
@@ -505,8 +513,11 @@ POLAR_EXPRESS = (  # (a, b, c) of each step, arXiv 2505.16932
 
 
 def polar_express(u_KRC: Tensor) -> Tensor:
-    """About the nearest (semi-)orthogonal matrix to each of K, computed in bfloat16 on every device."""
-    x = u_KRC.bfloat16()
+    """About the nearest (semi-)orthogonal matrix to each of K, in bfloat16 on CUDA.
+
+    Elsewhere it keeps its type: many CPUs only emulate bfloat16 products, up to 100 times slower than float32's.
+    """
+    x = u_KRC.bfloat16() if u_KRC.is_cuda else u_KRC
     x = x / (1.02 * x.norm(dim=(-2, -1), keepdim=True) + 1e-6)
     tall = x.size(-2) > x.size(-1)
     for a, b, c in POLAR_EXPRESS:
