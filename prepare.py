@@ -156,16 +156,16 @@ def _lock(path, waiting_for):
     try:
         file = _open_lock(path)
     except OSError as error:
-        remedy = "remove it, or set AUTORESEARCH_LOCKS to a folder that every user of this machine can write to"
-        if path.parent != LOCKS:
-            remedy = "set AUTORESEARCH_CACHE to a folder that you can write to"
+        remedy = "set AUTORESEARCH_CACHE to a folder that you can write to"
+        if path.parent == LOCKS:
+            remedy = "remove it, or set AUTORESEARCH_LOCKS to a folder that every user of this machine can write to"
         raise UserError(f"lock {path} cannot be opened ({error}): {remedy}") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         print(f"waiting: {waiting_for} (lock {path})", file=sys.stderr, flush=True)
         fcntl.flock(file, fcntl.LOCK_EX)
-    os.utime(file.fileno())  # what empties /tmp of old files leaves this one
+    os.utime(file.fileno())  # what removes old files from /tmp leaves this one
     return file
 
 
@@ -173,13 +173,13 @@ def _open_lock(path):
     """Opens a lock file that every user may lock; makes it, and its folder, where they are missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.parent == LOCKS:
-        with contextlib.suppress(PermissionError):  # another user's, who has done this
+        with contextlib.suppress(PermissionError):  # it is another user's, who has done this
             path.parent.chmod(0o1777)
     while True:
-        # Linux refuses O_CREAT for another user's file in a folder with mode 1777, so creating is a step of its own.
+        # Linux refuses O_CREAT for another user's file in a folder with mode 1777: opening and creating are two steps.
         with contextlib.suppress(FileNotFoundError):
             return os.fdopen(os.open(path, os.O_RDWR | os.O_NOFOLLOW), "r+")
-        with contextlib.suppress(FileExistsError):
+        with contextlib.suppress(FileExistsError):  # another process was faster: open it
             file = os.fdopen(os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CREAT | os.O_EXCL), "r+")
             os.fchmod(file.fileno(), 0o666)
             return file
@@ -198,29 +198,35 @@ def _session():
     import requests
     from requests.adapters import HTTPAdapter, Retry
 
-    retry = Retry(ATTEMPTS - 1, connect=0, read=0, other=0, backoff_factor=BACKOFF_SECONDS, raise_on_status=False,
-                  status_forcelist=(429, 500, 502, 503, 504))  # fmt: skip
+    retry = Retry(
+        ATTEMPTS - 1,
+        connect=0,
+        read=0,
+        other=0,
+        backoff_factor=BACKOFF_SECONDS,
+        raise_on_status=False,
+        status_forcelist=(429, 500, 502, 503, 504),
+    )
     session = requests.Session()
-    for scheme in ("http://", "https://"):
-        session.mount(scheme, HTTPAdapter(64, 64, retry))
+    session.mount("http://", HTTPAdapter(64, 64, retry))
+    session.mount("https://", HTTPAdapter(64, 64, retry))
     session.headers["Accept-Encoding"] = "identity"  # lengths are the file's
-    if token := os.environ.get("HF_TOKEN"):
+    token = os.environ.get("HF_TOKEN")
+    if token:
         session.headers["Authorization"] = f"Bearer {token}"
     return session
 
 
 def _download_all(urls: dict[Path, str], workers: int) -> None:
     """Fetches what is not there; UserError with the list of what is missing in the end."""
-    todo, total, failed = [path for path in urls if not path.exists()], 0, []
+    todo = [path for path in urls if not path.exists()]
     if not todo:
         return
     session = _session()
-    with contextlib.suppress(OSError), session.get(urls[todo[0]], stream=True, timeout=HTTP_TIMEOUT) as first:
-        total = len(todo) * (_size_and_sha256(first)[0] or 0) if first.ok else 0
-    needed, free = DISK_FACTOR * total / 1e9, shutil.disk_usage(CACHE).free / 1e9
-    if needed > free:
-        advice = "free some, or ask for fewer with --num-shards"
-        raise UserError(f"{len(todo)} shards need about {needed:.1f} GB, {free:.1f} GB are free in {CACHE}: {advice}")
+    total = len(todo) * _first_size(session, urls[todo[0]])
+    _check_disk(len(todo), DISK_FACTOR * total)
+    bar = _progress(total=total or None, desc=f"{len(todo)} shards", unit="B", unit_scale=True)
+    failed = []
 
     def fetch(path):
         try:
@@ -228,7 +234,6 @@ def _download_all(urls: dict[Path, str], workers: int) -> None:
         except (OSError, UserError) as error:  # what requests raises are OSErrors
             failed.append(f"{path.name} ({error})")
 
-    bar = _progress(total=total or None, desc=f"{len(todo)} shards", unit="B", unit_scale=True)
     with bar, ThreadPoolExecutor(workers) as pool:
         list(pool.map(fetch, todo))
     if failed:
@@ -236,21 +241,44 @@ def _download_all(urls: dict[Path, str], workers: int) -> None:
         raise UserError(f"{missing}. Running the same command again resumes")
 
 
+def _first_size(session, url) -> int:
+    """Bytes of one shard, by which the others are estimated; 0 if the server does not say."""
+    try:
+        with session.get(url, stream=True, timeout=HTTP_TIMEOUT) as answer:
+            size, _ = _size_and_sha256(answer)
+            return size if answer.ok and size else 0
+    except OSError:  # the download will meet it again, and say so
+        return 0
+
+
+def _check_disk(num_shards, needed_bytes):
+    free_bytes = shutil.disk_usage(CACHE).free
+    if needed_bytes > free_bytes:
+        sizes = f"about {needed_bytes / 1e9:.1f} GB, {free_bytes / 1e9:.1f} GB are free in {CACHE}"
+        raise UserError(f"{num_shards} shards need {sizes}: free some, or ask for fewer with --num-shards")
+
+
 def _download(session, url, path, bar):
     """Fetches one shard by way of path.part, which is continued after a failure."""
-    part, failures = path.with_name(path.name + ".part"), 0
+    part = path.with_name(path.name + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)
+    failures = 0
     while True:
-        before = _size(part)
+        size_before = _size(part)
         try:
             _fetch(session, url, part, bar)
             _open_parquet(part)
-            return os.replace(part, path)
+            os.replace(part, path)
+            return
         except (OSError, UserError) as error:
             if isinstance(error, UserError):  # all has come, and it is bad: from the start again
                 part.unlink()
-            failures = 0 if _size(part) > before else failures + 1
-            if failures == ATTEMPTS or getattr(error, "response", None) is not None:  # the session repeated what it may
+            if _size(part) > size_before:
+                failures = 0
+            else:
+                failures += 1
+            refused = getattr(error, "response", None) is not None  # the session has repeated what may be repeated
+            if refused or failures == ATTEMPTS:
                 raise
             time.sleep(BACKOFF_SECONDS * 2 ** max(failures - 1, 0))
 
@@ -266,71 +294,100 @@ def _fetch(session, url, part, bar):
             continued = answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
             with open(part, "ab" if continued else "wb") as file:
                 for chunk in answer.iter_content(2**14):  # a broken connection loses one of these
-                    bar.update(file.write(chunk))
+                    file.write(chunk)
+                    bar.update(len(chunk))
     have = _size(part)
     if size and have < size:
         raise OSError(f"{have} of {size} bytes came")
-    if (size and have > size) or (sha256 and _sha256(part) != sha256):
+    if size and have > size:
+        raise UserError("it came with a wrong length or SHA-256")
+    if sha256 and _sha256(part) != sha256:
         raise UserError("it came with a wrong length or SHA-256")
 
 
 def _size_and_sha256(answer):
-    """Of the whole file, if the server says; the hub does where it redirects to its storage."""
-    headers = {key.lower(): value for one in (*answer.history, answer) for key, value in one.headers.items()}
-    of_range = answer.headers.get("Content-Range", "/").split("/")[1]  # "bytes 5-9/10", "bytes */10"
-    size = headers.get("x-linked-size") or of_range or answer.headers.get("Content-Length", "")
+    """Of the whole file; None for what the server does not say. The hub says it where it redirects to its storage."""
+    headers = {}
+    for response in (*answer.history, answer):
+        headers.update({key.lower(): value for key, value in response.headers.items()})
+    content_range = answer.headers.get("Content-Range", "")  # "bytes 5-9/10", "bytes */10"
+    size_of_range = content_range.partition("/")[2]
+    size = headers.get("x-linked-size") or size_of_range or answer.headers.get("Content-Length", "")
     etag = headers.get("x-linked-etag", "").strip('"')
-    return int(size) if size.isdigit() else None, etag if re.fullmatch("[0-9a-f]{64}", etag) else None
+    sha256 = etag if re.fullmatch("[0-9a-f]{64}", etag) else None
+    return int(size) if size.isdigit() else None, sha256
 
 
 # ----- Texts: every document into one split -----
 
 TRAIN_SHARDS = 8  # of a source that is split here; a seed chooses the shard that training starts with
 SHUFFLE_CHARS = 2**26  # characters, shuffled together
-TORCH_VERSION = "2.11.0"  # whose text python:torch is; the one that pyproject.toml pins
 BATCH_DOCUMENTS = 128  # most documents that enter the packing buffer together
+TORCH_VERSION = "2.11.0"  # whose text python:torch is; the one that pyproject.toml pins
+TEXT_KINDS = (".parquet", ".jsonl", ".txt", ".md")
 
 
 def _texts(num_shards: int | None, workers: int) -> dict[str, Path]:
     """The parquet file of every shard, "val", "test" and the training shards in order; made if missing."""
-    endpoint, folder = os.environ.get("HF_ENDPOINT") or "https://huggingface.co", CACHE / "text"
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     if HUB_SHARDS:
-        *train, test, val = (folder / f"shard_{i:05d}.parquet" for i in range(HUB_SHARDS))
-        wanted = len(train) if num_shards is None else num_shards
-        train = [path for i, path in enumerate(train) if i < wanted or path.exists()]
-        texts = {"val": val, "test": test} | {path.stem: path for path in train}
-        base = f"{endpoint}/datasets/{SOURCE}/resolve/main"
-        _download_all({path: f"{base}/{path.name}" for path in texts.values()}, workers)
-        return texts
+        return _hub_texts(endpoint, num_shards, workers)
+    folder = CACHE / "text"
     if not (CACHE / "manifest.json").exists():  # what is there may be of another text
         shutil.rmtree(folder, ignore_errors=True)
         (CACHE / "tokenizer.tiktoken").unlink(missing_ok=True)
-    if not folder.exists():
-        files = _local_files()
-        if not files:
-            urls = _listed_urls(endpoint)[:num_shards]
-            files = [CACHE / f"download/{i:05d}.parquet" for i in range(len(urls))]
-            _download_all(dict(zip(files, urls, strict=True)), workers)
-        _split(_read_documents(files), folder)
-    else:
+    if folder.exists():
         print(f"kept {folder}: delete {CACHE} to read {SOURCE} anew")
+    else:
+        files = _local_files() or _listed_files(endpoint, num_shards, workers)
+        _split(_read_documents(files), folder)
     return {path.stem: path for path in sorted(folder.glob("*.parquet"))}
 
 
+def _hub_texts(endpoint, num_shards, workers):
+    """Downloads numbered shards. Those of an earlier preparation stay, even if fewer are asked for now."""
+    shards = [CACHE / "text" / f"shard_{i:05d}.parquet" for i in range(HUB_SHARDS)]
+    *train, test, val = shards
+    wanted = len(train) if num_shards is None else num_shards
+    texts = {"val": val, "test": test}
+    for i, path in enumerate(train):
+        if i < wanted or path.exists():
+            texts[path.stem] = path
+    base = f"{endpoint}/datasets/{SOURCE}/resolve/main"
+    _download_all({path: f"{base}/{path.name}" for path in texts.values()}, workers)
+    return texts
+
+
+def _listed_files(endpoint, num_shards, workers):
+    """Downloads the first parquet files that the hub lists for the data set."""
+    urls = _listed_urls(endpoint)[:num_shards]
+    files = [CACHE / f"download/{i:05d}.parquet" for i in range(len(urls))]
+    _download_all(dict(zip(files, urls, strict=True)), workers)
+    return files
+
+
+def _listed_urls(endpoint):
+    """The parquet files that the hub lists: of configuration "default" and split "train", else of the first."""
+    answer = _session().get(f"{endpoint}/api/datasets/{SOURCE}/parquet", timeout=HTTP_TIMEOUT)
+    configs = answer.json() if answer.ok else None
+    if not configs:
+        raise UserError(f"source {SOURCE!r} is no local path, and {endpoint} lists no such data: mend it in PROFILES")
+    splits = configs.get("default") or next(iter(configs.values()))
+    files = splits.get("train") or next(iter(splits.values()))
+    return [endpoint + urlsplit(file).path for file in files]
+
+
 def _local_files() -> list[Path]:
-    """The files of a local source, in an order that no file system and no locale decides; none: no such place."""
+    """The files of a local source, in an order that no file system or locale decides; none: no such place."""
     if SOURCE == "python:torch":
         return _torch_files()
     if SOURCE == "python:all":
         return _installed_files()
     source = Path(SOURCE).expanduser()
-    kinds = (".parquet", ".jsonl", ".txt", ".md")
-    if source.is_file():
-        files = [source] if source.suffix in kinds else []
-    else:
-        files = [file for file in _sorted_files(source, "*") if file.suffix in kinds]
+    candidates = [source] if source.is_file() else _sorted_files(source, "*")
+    files = [file for file in candidates if file.suffix in TEXT_KINDS]
     if source.exists() and not files:
-        raise UserError(f"source {source} holds no {', '.join(kinds)} file: mend it in PROFILES")
+        raise UserError(f"source {source} holds no {', '.join(TEXT_KINDS)} file: mend it in PROFILES")
     return files
 
 
@@ -366,28 +423,29 @@ def _installed_files() -> list[Path]:
     return files
 
 
-def _listed_urls(endpoint):
-    """The parquet files that the hub lists: of configuration "default" and split "train", else of the first."""
-    answer = _session().get(f"{endpoint}/api/datasets/{SOURCE}/parquet", timeout=HTTP_TIMEOUT)
-    configs = answer.json() if answer.ok else None
-    if not configs:
-        raise UserError(f"source {SOURCE!r} is no local path, and {endpoint} lists no such data: mend it in PROFILES")
-    splits = configs.get("default") or next(iter(configs.values()))
-    return [endpoint + urlsplit(file).path for file in splits.get("train") or next(iter(splits.values()))]
-
-
 def _read_documents(files):
     for path in _progress(files, desc="read", unit="file"):
         if path.suffix == ".parquet":
-            yield from itertools.chain.from_iterable(_document_batches(path))
+            for documents in _document_batches(path):
+                yield from documents
         elif path.suffix == ".jsonl":
-            for number, line in enumerate(path.open(encoding="utf-8", errors="replace"), 1):
-                try:
-                    yield _well_formed(json.loads(line)["text"] or "")
-                except (ValueError, TypeError, LookupError, AttributeError):
-                    raise UserError(f"{path}:{number} is no JSON object with a string in 'text': mend it") from None
+            yield from _read_jsonl(path)
         else:
             yield path.read_bytes().decode("utf-8", "replace")
+
+
+def _read_jsonl(path):
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield _well_formed(json.loads(line)["text"] or "")
+            except (ValueError, TypeError, LookupError, AttributeError):
+                raise UserError(f"{path}:{number} is no JSON object with a string in 'text': mend it") from None
+
+
+def _well_formed(text):
+    """Joins surrogate pairs; lone surrogates, which UTF-8 cannot hold, become U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _open_parquet(path):
@@ -396,12 +454,16 @@ def _open_parquet(path):
 
     try:
         parquet = pq.ParquetFile(path)
-        if parquet.schema_arrow.field("text").type in (pa.string(), pa.large_string()):
-            return parquet
-        error = "of another type than string"
-    except (pa.ArrowException, KeyError, OSError) as caught:
-        error = caught
-    raise UserError(f"{path} is not a readable parquet file with a text column ({error}): mend or delete it")
+        text_type = parquet.schema_arrow.field("text").type
+    except (pa.ArrowException, KeyError, OSError) as error:
+        raise UserError(_bad_parquet(path, error)) from error
+    if text_type not in (pa.string(), pa.large_string()):
+        raise UserError(_bad_parquet(path, f"its type is {text_type}, not string"))
+    return parquet
+
+
+def _bad_parquet(path, problem):
+    return f"{path} is not a readable parquet file with a text column ({problem}): mend or delete it"
 
 
 def _document_batches(path):
@@ -416,11 +478,6 @@ def _document_batches(path):
         raise UserError(f"{path} is damaged ({error}): mend or delete it") from error
 
 
-def _well_formed(text):
-    """Joins surrogate pairs; lone surrogates, which UTF-8 cannot hold, become U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
 def _split(documents, folder):
     """Writes the shards. A document's SHA-256 chooses its split, so no text is in two."""
     import pyarrow as pa
@@ -429,25 +486,42 @@ def _split(documents, folder):
     part = folder.with_name("text.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    pieces = {name: [] for name in ("val", "test", *(f"train_{i:05d}" for i in range(TRAIN_SHARDS)))}
-    schema, rng, chars, shuffled = pa.schema([("text", pa.string())]), random.Random(42), 0, 0
+    train = [f"train_{i:05d}" for i in range(TRAIN_SHARDS)]
+    pieces = {name: [] for name in ("val", "test", *train)}
+    schema = pa.schema([("text", pa.string())])
+    rng = random.Random(42)
+
+    def write_pieces():
+        for name, texts in pieces.items():
+            rng.shuffle(texts)
+            writers[name].write_table(pa.table({"text": texts}, schema), row_group_size=1024)
+            texts.clear()
+
     with contextlib.ExitStack() as stack:
         writers = {name: stack.enter_context(pq.ParquetWriter(part / f"{name}.parquet", schema)) for name in pieces}
-        for document in itertools.chain(documents, [None]):
-            end = document is None or chars >= MAX_CHARS
-            if end or chars >= shuffled + SHUFFLE_CHARS:
-                shuffled = chars
-                for name, texts in pieces.items():
-                    rng.shuffle(texts)
-                    writers[name].write_table(pa.table({"text": texts}, schema), row_group_size=1024)
-                    texts.clear()
-            if end:
+        chars = 0
+        waiting_chars = 0
+        for document in documents:
+            if chars >= MAX_CHARS:
                 break
-            held_out = {0: "val", 1: "test"}.get(int(hashlib.sha256(document.encode()).hexdigest(), 16) % 20)
-            for piece in _cut(document, 2 * MAX_SEQ_LEN):  # a short run sees one shard: it has of every document
-                pieces[held_out or f"train_{rng.randrange(TRAIN_SHARDS):05d}"].append(piece)
+            if waiting_chars >= SHUFFLE_CHARS:
+                write_pieces()
+                waiting_chars = 0
+            held_out = _held_out_split(document)
+            for piece in _cut(document, 2 * MAX_SEQ_LEN):
+                # A short run sees one training shard: each shard has pieces of every document.
+                name = held_out or train[rng.randrange(TRAIN_SHARDS)]
+                pieces[name].append(piece)
             chars += len(document)
+            waiting_chars += len(document)
+        write_pieces()
     os.replace(part, folder)
+
+
+def _held_out_split(document):
+    """Of twenty documents, one is for "val" and one for "test"; None: it is to train on."""
+    number = int(hashlib.sha256(document.encode()).hexdigest(), 16) % 20
+    return {0: "val", 1: "test"}.get(number)
 
 
 def _cut(document, limit):
@@ -456,7 +530,8 @@ def _cut(document, limit):
     while start < len(document):
         end = start + limit
         if end < len(document):
-            end = document.rfind("\n", start, end) + 1 or end
+            after_newline = document.rfind("\n", start, end) + 1
+            end = after_newline or end
         yield document[start:end]
         start = end
 
@@ -468,7 +543,8 @@ SPLIT_PATTERN = (
 )
 SPECIAL_TOKENS = {f"<|reserved_{i}|>": VOCAB_SIZE - 4 + i for i in range(4)}
 BOS_ID = SPECIAL_TOKENS["<|reserved_0|>"]
-TOKENIZER_CHARS, TOKENIZER_DOCUMENT_CHARS = 10**9, 10_000  # characters it is trained on: at most, and of one document
+TOKENIZER_CHARS = 10**9  # characters that it is trained on, at most
+TOKENIZER_DOCUMENT_CHARS = 10_000  # characters of one document, at most
 CHUNK_CHARS = 100_000  # characters for tiktoken at once: its regex overflows on a million spaces
 
 
@@ -487,7 +563,10 @@ class Tokenizer:
             meta = json.loads((directory / "tokenizer.json").read_bytes())
         except FileNotFoundError as error:
             raise UserError(_not_prepared(error.filename)) from error
-        ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
+        ranks = {}
+        for line in lines:
+            token, rank = line.split()
+            ranks[base64.b64decode(token)] = int(rank)
         special = meta["special_tokens"]
         return cls(tiktoken.Encoding("bpe", pat_str=meta["pattern"], mergeable_ranks=ranks, special_tokens=special))
 
@@ -501,52 +580,66 @@ class Tokenizer:
         """Ids of a text, or a list of them for a list. prepend: a token (id or special name) put before each text."""
         if not isinstance(text, str):
             return [self.encode(one, prepend) for one in text]
+        ids = self.encode_array(text).tolist()
+        if prepend is None:
+            return ids
         first = self.encoding.encode_single_token(prepend) if isinstance(prepend, str) else prepend
-        return ([] if first is None else [first]) + self.encode_array(text).tolist()
+        return [first, *ids]
 
     def encode_array(self, text: str) -> np.ndarray:
         """Ids of one text, uint32. The interpreter lock stays free, so threads use all cores."""
         try:
-            return np.concatenate([self.encoding.encode_to_numpy(c, disallowed_special=()) for c in _chunks(text)])
+            arrays = [self.encoding.encode_to_numpy(chunk, disallowed_special=()) for chunk in _chunks(text)]
         except UnicodeEncodeError:
             return self.encode_array(_well_formed(text))
+        return np.concatenate(arrays)
 
     def decode(self, ids) -> str:
         return self.encoding.decode(list(ids))
 
 
 def _chunks(text):
-    """Chunks that end before a line without leading white space, where no token crosses; else cut hard."""
-    return re.findall(rf"(?s).{{1,{CHUNK_CHARS}}}(?:\Z|(?<=\n)(?=\S))|.{{{CHUNK_CHARS}}}", text) or [""]
+    """Cuts a text where SPLIT_PATTERN never matches across: before an unindented line, or before a space after a word.
+
+    So the ids are those of the uncut text. Only a chunk's length without such a place is cut hard.
+    """
+    exact_place = r"\Z|(?<=\n)(?=\S)|(?<=\S)(?= )"
+    return re.findall(rf"(?s).{{1,{CHUNK_CHARS}}}(?:{exact_place})|.{{{CHUNK_CHARS}}}", text) or [""]
 
 
 def get_token_bytes(device="cpu") -> torch.Tensor:
     """Raw byte length of each token, int32 (V,), 0 for special tokens; from the tokenizer's file."""
     encoding = Tokenizer.from_directory().encoding
     lengths = [len(encoding.decode_single_token_bytes(token)) for token in range(BOS_ID)]
-    return torch.tensor(lengths + [0] * len(SPECIAL_TOKENS), dtype=torch.int32, device=device)
+    lengths += [0] * len(SPECIAL_TOKENS)
+    return torch.tensor(lengths, dtype=torch.int32, device=device)
 
 
 def _train_tokenizer(shards):
     import rustbpe
 
-    def texts(left=TOKENIZER_CHARS):
-        for path in _progress(shards, desc="tokenizer", unit="shard"):
-            for document in itertools.chain.from_iterable(_document_batches(path)):
-                text = document[: min(left, TOKENIZER_DOCUMENT_CHARS)]
-                left -= len(text)
-                yield text
-                if not left:
-                    return
-
     shutil.rmtree(CACHE / "tokens", ignore_errors=True)  # another tokenizer's
     bpe = rustbpe.Tokenizer()
-    bpe.train_from_iterator(texts(), BOS_ID, pattern=SPLIT_PATTERN)
-    tokens = [base64.b64encode(bytes(token)).decode() for token, _ in bpe.get_mergeable_ranks()]  # by rank
+    bpe.train_from_iterator(_tokenizer_texts(shards), BOS_ID, pattern=SPLIT_PATTERN)
+    tokens = [bytes(token) for token, _ in bpe.get_mergeable_ranks()]  # by rank
     if len(tokens) < BOS_ID:
         raise UserError(f"the vocabulary has {len(tokens)} tokens, {BOS_ID} are needed: {MORE_TEXT}")
+    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)]
     _write_text(CACHE / "tokenizer.json", json.dumps({"pattern": SPLIT_PATTERN, "special_tokens": SPECIAL_TOKENS}))
-    _write_text(CACHE / "tokenizer.tiktoken", "".join(f"{token} {rank}\n" for rank, token in enumerate(tokens)))
+    _write_text(CACHE / "tokenizer.tiktoken", "".join(lines))
+
+
+def _tokenizer_texts(shards):
+    """The beginning of each document, until TOKENIZER_CHARS have been given out."""
+    chars_left = TOKENIZER_CHARS
+    for path in _progress(shards, desc="tokenizer", unit="shard"):
+        for documents in _document_batches(path):
+            for document in documents:
+                text = document[: min(chars_left, TOKENIZER_DOCUMENT_CHARS)]
+                yield text
+                chars_left -= len(text)
+                if chars_left == 0:
+                    return
 
 
 # ----- Tokens: one memory-mapped file a shard -----
@@ -569,37 +662,56 @@ def _read_shard(path: Path) -> Shard:
         data = np.asarray(np.memmap(path, np.uint8, "r"))
         num_tokens, num_documents, num_batches = data[-24:].view(np.int64).tolist()
         index = data[-8 * (num_documents + num_batches + 3) :].view(np.int64)
-        if len(data) - index.nbytes != 2 * num_tokens + -2 * num_tokens % 8:
+        token_bytes = 2 * num_tokens
+        padding = -token_bytes % 8
+        if len(data) != token_bytes + padding + index.nbytes:
             raise ValueError(f"{len(data)} bytes do not fit its counts")
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a token file ({error}): delete it and run 'uv run prepare.py'") from error
-    return Shard(data[: 2 * num_tokens].view(np.uint16), index[:num_documents], index[num_documents:-3])
+    tokens = data[:token_bytes].view(np.uint16)
+    return Shard(tokens, lengths=index[:num_documents], batches=index[num_documents:-3])
 
 
 def _tokenize(texts: dict[str, Path]) -> None:
-    """Writes the missing token files on all cores, batch by batch, so that memory stays bounded."""
+    """Writes the missing token files, on all cores."""
     todo = [name for name in texts if not _tokens_path(name).exists()]
     if not todo:
         return
-    tokenizer, threads = Tokenizer.from_directory(), os.cpu_count() or 1
+    tokenizer = Tokenizer.from_directory()
     (CACHE / "tokens").mkdir(exist_ok=True)
-
-    def encode(batch):
-        return [np.append(np.uint16(BOS_ID), tokenizer.encode_array(text).astype(np.uint16)) for text in batch]
-
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         for name in _progress(todo, desc="tokens", unit="shard"):
-            batches, lengths, sizes = _document_batches(texts[name]), [], []
-            part = _tokens_path(name).with_suffix(".part")
-            with open(part, "wb") as file:
-                while some := list(itertools.islice(batches, 8 * threads)):
-                    for documents in pool.map(encode, some):
-                        np.concatenate(documents).tofile(file)
-                        lengths += map(len, documents)
-                        sizes.append(len(documents))
-                file.write(bytes(-file.tell() % 8))
-                np.array([*lengths, *sizes, sum(lengths), len(lengths), len(sizes)]).tofile(file)
-            os.replace(part, _tokens_path(name))
+            _write_shard(_tokens_path(name), _encoded_batches(tokenizer, _document_batches(texts[name]), pool))
+
+
+def _encoded_batches(tokenizer, batches, pool):
+    """Yields each batch as a list of uint16 arrays. A few batches for each core at a time, so memory is bounded."""
+
+    def encode(documents):
+        arrays = [tokenizer.encode_array(text) for text in documents]
+        return [np.append(np.uint16(BOS_ID), array.astype(np.uint16)) for array in arrays]
+
+    while True:
+        some = list(itertools.islice(batches, 8 * (os.cpu_count() or 1)))
+        if not some:
+            return
+        yield from pool.map(encode, some)
+
+
+def _write_shard(path, batches):
+    lengths = []
+    sizes = []
+    part = path.with_suffix(".part")
+    with open(part, "wb") as file:
+        for documents in batches:
+            np.concatenate(documents).tofile(file)
+            lengths += [len(document) for document in documents]
+            sizes.append(len(documents))
+        padding = -file.tell() % 8
+        file.write(bytes(padding))
+        index = [*lengths, *sizes, sum(lengths), len(lengths), len(sizes)]
+        np.array(index, dtype=np.int64).tofile(file)
+    os.replace(part, path)
 
 
 # ----- Manifest: what the metric depends on -----
@@ -618,51 +730,64 @@ def _manifest(may_change=()):
     path = CACHE / "manifest.json"
     try:
         manifest = json.loads(path.read_bytes())
-        before = {"source": manifest["source"]} | manifest["metric"]["constants"]
+        constants = {"source": manifest["source"], **manifest["metric"]["constants"]}
     except FileNotFoundError:
         raise UserError(_not_prepared(path)) from None
     except (ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}): delete it and run 'uv run prepare.py'") from error
-    for name in CONSTANTS:
-        if before.get(name) != CONSTANTS[name] and name not in may_change:
+        problem = f"is damaged, or of another version of prepare.py ({error})"
+        raise UserError(f"{path} {problem}: delete it and run 'uv run prepare.py'") from error
+    for name, value in CONSTANTS.items():
+        if constants.get(name) != value and name not in may_change:
+            change = f"{name} {constants.get(name)!r}, now it is {value!r}"
             remedy = "run" if name in SCORING else f"delete {CACHE} and run"
-            change = f"{name} {before.get(name)!r}, now it is {CONSTANTS[name]!r}"
             raise UserError(f"{path} was made with {change}: {remedy} 'uv run prepare.py'")
     return manifest
 
 
 def _check_files(manifest: dict) -> dict[str, str]:
     """SHA-256 of each metric file, recomputed; UserError names one that changed."""
-    found = {name: _sha256(CACHE / name) if (CACHE / name).exists() else "none" for name in METRIC_FILES}
+    found = {}
     for name, file in manifest["metric"]["files"].items():
+        path = CACHE / name
+        found[name] = _sha256(path) if path.exists() else "none"
         if found[name] != file["sha256"]:
             change = f"SHA-256 {found[name][:12]}, was {file['sha256'][:12]}"
             remedy = f"delete {CACHE} and run 'uv run prepare.py'"
-            raise UserError(f"{CACHE / name} is not what was prepared ({change}): {remedy}")
+            raise UserError(f"{path} is not what was prepared ({change}): {remedy}")
     return found
 
 
 def _write_manifest(train: list[str]) -> dict:
-    scored, rows = max(EVAL_TOKENS // MAX_SEQ_LEN, 1), {}
-    for split, names in {"val": ["val"], "test": ["test"], "train": train}.items():
-        stream = RowStream([_read_shard(_tokens_path(name)) for name in names], MAX_SEQ_LEN)
-        rows[split] = len(stream.take(max(scored, MIN_ROWS)))
-        if rows[split] < MIN_ROWS:
-            raise UserError(f"split {split!r} has {rows[split]} rows, {MIN_ROWS} are needed: {MORE_TEXT}")
+    """train: names of the training shards. Makes what the metric depends on read-only."""
+    scored_rows = max(EVAL_TOKENS // MAX_SEQ_LEN, 1)
+    rows = {
+        "val": _count_rows(["val"], scored_rows),
+        "test": _count_rows(["test"], scored_rows),
+        "train": _count_rows(train, scored_rows),
+    }
+    for split, number in rows.items():
+        if number < MIN_ROWS:
+            raise UserError(f"split {split!r} has {number} rows, {MIN_ROWS} are needed: {MORE_TEXT}")
     for name in METRIC_FILES:
         (CACHE / name).chmod(0o444)
-    # The source stays outside: a folder's path differs from machine to machine, and the files say what was in it.
+    # Nothing of the machine enters the digest: the source may be a folder's path, and the files say what was in it.
     metric = {
         "profile": PROFILE,
         "constants": {name: value for name, value in CONSTANTS.items() if name != "source"},
-        "rows": {split: min(rows[split], scored) for split in ("val", "test")},
+        "rows": {split: min(rows[split], scored_rows) for split in ("val", "test")},
         "files": {name: {"bytes": _size(CACHE / name), "sha256": _sha256(CACHE / name)} for name in METRIC_FILES},
     }
     digest = hashlib.sha256(json.dumps(metric, sort_keys=True).encode()).hexdigest()
-    tokens = {name: len(_read_shard(_tokens_path(name)).tokens) for name in train}
-    manifest = {"source": SOURCE, "metric": metric, "digest": digest, "train_tokens": tokens}
+    train_tokens = {name: len(_read_shard(_tokens_path(name)).tokens) for name in train}
+    manifest = {"source": SOURCE, "metric": metric, "digest": digest, "train_tokens": train_tokens}
     _write_text(CACHE / "manifest.json", json.dumps(manifest, indent=1))
     return manifest
+
+
+def _count_rows(names, scored_rows):
+    """Full rows of these shards; counting ends where there are more than enough."""
+    stream = RowStream([_read_shard(_tokens_path(name)) for name in names], MAX_SEQ_LEN)
+    return len(stream.take(max(scored_rows, MIN_ROWS)))
 
 
 # ----- Packing: the rows, exactly -----
@@ -965,41 +1090,58 @@ def describe() -> dict:
     }  # fmt: skip
 
 
-def _prepare(num_shards, workers):
-    exists = (CACHE / "manifest.json").exists()
-    before = _manifest(may_change=SCORING) if exists else None
+def _prepare(num_shards: int | None, workers: int) -> None:
+    """Makes what is missing. What the metric depends on, once prepared, must come out as it was."""
+    earlier = _manifest(may_change=SCORING) if (CACHE / "manifest.json").exists() else None
     texts = _texts(num_shards, workers)
     train = [name for name in texts if name not in ("val", "test")]
-    exists = (CACHE / "tokenizer.tiktoken").exists()
-    if not exists or Tokenizer.from_directory().get_vocab_size() != VOCAB_SIZE:
+    if not _has_tokenizer():
         _train_tokenizer([texts[name] for name in train])
     _tokenize(texts)
-    if before:
-        _check_files(before)
+    if earlier:
+        _check_files(earlier)
     manifest = _write_manifest(train)
-    rows, tokens = manifest["metric"]["rows"], sum(manifest["train_tokens"].values())
-    print(f"prepared: {tokens:,} training tokens in {len(train)} shards, {rows['val']} validation rows in {CACHE}")
+    val_rows = manifest["metric"]["rows"]["val"]
+    tokens = sum(manifest["train_tokens"].values())
+    print(f"prepared: {tokens:,} training tokens in {len(train)} shards, {val_rows} validation rows in {CACHE}")
     print(f"digest: {manifest['digest'][:12]}")
 
 
-def main(argv: list[str] | None = None) -> int:
+def _has_tokenizer():
+    """Whether there is one with this profile's vocabulary: an unfinished preparation may have left another."""
+    if not (CACHE / "tokenizer.tiktoken").exists():
+        return False
+    return Tokenizer.from_directory().get_vocab_size() == VOCAB_SIZE
+
+
+def _arguments(argv):
     parser = argparse.ArgumentParser(description="Prepares a profile's data: download, splits, tokenizer, tokens.")
     parser.add_argument("--num-shards", type=int, default=10, help="training shards to have; -1: all (default 10)")
     parser.add_argument("--download-workers", type=int, default=8, help="downloads at a time (default 8)")
     parser.add_argument("--verify", action="store_true", help="recompute the digests of what the metric depends on")
     args = parser.parse_args(argv)
-    if args.num_shards < -1 or args.num_shards == 0 or args.download_workers < 1:
-        parser.error("--num-shards is -1 or over 0, --download-workers over 0")
+    if args.num_shards < -1 or args.num_shards == 0:
+        parser.error(f"--num-shards is {args.num_shards}: give a number over 0, or -1 for all")
+    if args.download_workers < 1:
+        parser.error(f"--download-workers is {args.download_workers}: give a number over 0")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _arguments(argv)
     print(f"profile: {PROFILE} ({PROFILE_REASON})", flush=True)
     try:
         if args.verify:
             print("verified:", *_check_files(_manifest()))
         else:
+            num_shards = None if args.num_shards == -1 else args.num_shards
             with _lock(CACHE / "prepare.lock", "another preparation works here"):
-                _prepare(None if args.num_shards == -1 else args.num_shards, args.download_workers)
-    except (UserError, OSError) as error:
-        remedy = "" if isinstance(error, UserError) else ": mend that and run the same command again"
-        print(f"error: {error}{remedy}", file=sys.stderr)
+                _prepare(num_shards, args.download_workers)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error}: mend that and run the same command again", file=sys.stderr)
         return 1
     return 0
 

@@ -220,7 +220,7 @@ def test_bad_jsonl_line_is_named(tmp_path, capsys, line):
 def test_bad_local_parquet_is_named(tmp_path, capsys):
     pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "a.parquet")
     prepared(tmp_path, tmp_path / "a.parquet", expect=1)
-    problem = "is not a readable parquet file with a text column (of another type than string)"
+    problem = "is not a readable parquet file with a text column (its type is int64, not string)"
     assert f"{tmp_path / 'a.parquet'} {problem}" in error_line(capsys)
 
 
@@ -290,12 +290,19 @@ def test_lone_surrogates_are_replaced(shared):
     assert tokenizer.decode(tokenizer.encode("\ud83d\ude42")) == "🙂"
 
 
-def test_long_documents_encode_as_if_whole(shared, monkeypatch):
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ["ba ke\n", "!!\n", " \n", "\r\n", "'s", "  lo", "\n\n", "12", "\t", "é", "x\n"],
+        ["ba", " ke", " lo", ", ", "  mi", "'s", "1234", "?!", " é\u0301", " 漢字", "\u00a0"],  # no line end at all
+        ["    ba ke\n", "\tlo = mi\r\n", "  \n", "    # nu\n"],  # every line indented
+    ],
+    ids=["lines", "one line", "indented"],
+)
+def test_long_documents_encode_as_if_whole(shared, monkeypatch, parts):
     """Chunks end where no token can cross: the ids are those of the undivided text."""
     tokenizer = shared.Tokenizer.from_directory()
-    rng = random.Random(4)
-    parts = ["ba ke\n", "!!\n", " \n", "\r\n", "'s", "  lo", "\n\n", "12", "\t", "é", "x\n"]
-    text = "".join(rng.choices(parts, k=6000))
+    text = "".join(random.Random(4).choices(parts, k=6000))
     whole = tokenizer.encoding.encode_ordinary(text)
     for size in (50, 333, 4000):
         monkeypatch.setattr(shared, "CHUNK_CHARS", size)
@@ -431,7 +438,8 @@ def test_damaged_manifest_is_named(shared, tmp_path, capsys, text):
     path.write_text(text)
     assert judge.main([]) == 1
     error = error_line(capsys)
-    assert error.startswith(f"error: {path} is damaged (") and "delete it and run 'uv run prepare.py'" in error
+    assert error.startswith(f"error: {path} is damaged, or of another version of prepare.py (")
+    assert error.endswith("): delete it and run 'uv run prepare.py'")
     assert judge.describe()["problem"] in error
 
 
