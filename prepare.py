@@ -3,8 +3,11 @@
     uv run prepare.py                     # prepare the profile's data; once more: resume, or do nothing
     uv run prepare.py --num-shards 100    # have more training shards (-1: all)
     uv run prepare.py --verify            # recompute the digests of what the metric depends on
+    uv run prepare.py --score result.pt2  # score a network that an audit exported, with none of its code
 
-AUTORESEARCH_PROFILE chooses the profile, AUTORESEARCH_CACHE the cache's place. Each profile has a folder there:
+AUTORESEARCH_PROFILE chooses the profile, AUTORESEARCH_CACHE the cache's place, AUTORESEARCH_LOCKS the folder of the
+locks that keep two runs off one device (default /tmp/autoresearch-locks, for every user). Each profile has a folder in
+the cache:
     download/, text/       parquet files as they came; documents in a column "text", one file a shard
     tokenizer.tiktoken     "base64 rank" lines; tokenizer.json: split pattern and special tokens
     tokens/                the shards as uint16 tokens; val.tokens and test.tokens are what is scored
@@ -17,6 +20,7 @@ import argparse
 import base64
 import bisect
 import contextlib
+import ctypes
 import fcntl
 import hashlib
 import itertools
@@ -30,6 +34,8 @@ import signal
 import sys
 import sysconfig
 import time
+import warnings
+import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,7 +45,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import tiktoken
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import cross_entropy  # bound here: a patch of torch's own later does not score
 
 # requests, pyarrow, rustbpe and tqdm are imported where they are used: train.py starts sooner.
 
@@ -47,7 +53,7 @@ import torch.nn.functional as F
 
 
 class Profile(NamedTuple):
-    source: str  # Hugging Face data set id; file or folder of .parquet, .jsonl, .txt, .md; python:stdlib or python:all
+    source: str  # Hugging Face data set id; file or folder of .parquet, .jsonl, .txt, .md; python:torch or python:all
     max_seq_len: int  # tokens, of a row
     time_budget: float  # seconds, of training
     eval_tokens: int  # tokens, scored (fewer if the validation split is smaller)
@@ -59,30 +65,55 @@ class Profile(NamedTuple):
 PROFILES = {  # your own data is one more row
     "climbmix": Profile("karpathy/climbmix-400b-shuffle", 2048, 300, 40 * 524288, 8192, hub_shards=6543),
     "code": Profile("python:all", 2048, 300, 40 * 524288, 8192),
-    "pocket": Profile("python:stdlib", 256, 30, 2**18, 2048),
-    "smoke": Profile("python:stdlib", 64, 2, 2**13, 512, max_chars=2_000_000),
+    "pocket": Profile("python:torch", 256, 30, 2**18, 2048),
+    "smoke": Profile("python:torch", 64, 2, 2**13, 512, max_chars=3_000_000),
 }
 
 
-PROFILE, PROFILE_REASON = os.environ.get("AUTORESEARCH_PROFILE"), "AUTORESEARCH_PROFILE"
-if not PROFILE:
-    PROFILE, PROFILE_REASON = "pocket", "default without a CUDA device"
+def _choose_profile() -> tuple[str, str]:
+    """The profile's name, and why it is this one."""
+    name = os.environ.get("AUTORESEARCH_PROFILE")
+    if name:
+        return name, "AUTORESEARCH_PROFILE"
     if torch.cuda.device_count() > 0:  # does not start CUDA
-        PROFILE, PROFILE_REASON = "climbmix", "default with a CUDA device"
-SEED, problem = os.environ.get("AUTORESEARCH_SEED") or "42", ""
-if PROFILE not in PROFILES:
-    problem = f"AUTORESEARCH_PROFILE is {PROFILE!r}: use one of {', '.join(PROFILES)}"
-elif not re.fullmatch("[0-9]{1,9}", SEED):
-    problem = f"AUTORESEARCH_SEED is {SEED!r}: use a whole number below 10**9"
-if problem:
-    print(f"error: {problem}", file=sys.stderr)
+        return "climbmix", "default with a CUDA device"
+    return "pocket", "default without a CUDA device"
+
+
+def _refuse_environment(variable, value, remedy):
+    print(f"error: {variable} is {value!r}: use {remedy}", file=sys.stderr)
     sys.exit(2)
-SEED = int(SEED)
-CONSTANTS = PROFILES[PROFILE]._asdict()
-SOURCE, MAX_SEQ_LEN, TIME_BUDGET, EVAL_TOKENS, VOCAB_SIZE, HUB_SHARDS, MAX_CHARS = CONSTANTS.values()
+
+
+PROFILE, PROFILE_REASON = _choose_profile()
+if PROFILE not in PROFILES:
+    _refuse_environment("AUTORESEARCH_PROFILE", PROFILE, f"one of {', '.join(PROFILES)}")
+
+_profile = PROFILES[PROFILE]
+SOURCE = _profile.source
+MAX_SEQ_LEN = _profile.max_seq_len
+TIME_BUDGET = _profile.time_budget
+EVAL_TOKENS = _profile.eval_tokens
+VOCAB_SIZE = _profile.vocab_size
+HUB_SHARDS = _profile.hub_shards
+MAX_CHARS = _profile.max_chars
+CONSTANTS = _profile._asdict()
+MIN_ROWS = 64  # rows, that every split must give
+
 CACHE_ROOT = Path(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch").expanduser().absolute()
 CACHE = CACHE_ROOT / PROFILE
-MIN_ROWS = 64  # rows, that every split must give
+# Not under the cache and not under TMPDIR: runs with other caches, and other users' runs, share the same devices.
+LOCKS = Path(os.environ.get("AUTORESEARCH_LOCKS") or "/tmp/autoresearch-locks").absolute()
+
+# The loop tells a run these three. They are taken out of the environment, so that what runs later in this process, or
+# below it, can neither find the record nor ask for another seed.
+_seed = os.environ.pop("AUTORESEARCH_SEED", "") or "42"
+_result = os.environ.pop("AUTORESEARCH_RESULT", "")
+_AUDIT = os.environ.pop("AUTORESEARCH_AUDIT", "") == "1"  # score the sealed test split too
+_RESULT = Path(_result).absolute() if _result else None  # where the record goes
+if not re.fullmatch("[0-9]{1,9}", _seed):
+    _refuse_environment("AUTORESEARCH_SEED", _seed, "a whole number below 10**9")
+SEED = int(_seed)
 
 # ----- Errors and small things -----
 
@@ -126,14 +157,36 @@ def _write_text(path, text):
 
 def _lock(path, waiting_for):
     """Takes an exclusive flock, saying so if it has to wait; closing the file, or dying, gives it back."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "a")  # noqa: SIM115
+    try:
+        file = _open_lock(path)
+    except OSError as error:
+        remedy = "set AUTORESEARCH_CACHE to a folder that you can write to"
+        if path.parent == LOCKS:
+            remedy = "remove it, or set AUTORESEARCH_LOCKS to a folder that every user of this machine can write to"
+        raise UserError(f"lock {path} cannot be opened ({error}): {remedy}") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         print(f"waiting: {waiting_for} (lock {path})", file=sys.stderr, flush=True)
         fcntl.flock(file, fcntl.LOCK_EX)
+    os.utime(file.fileno())  # what removes old files from /tmp leaves this one
     return file
+
+
+def _open_lock(path):
+    """Opens a lock file that every user may lock; makes it, and its folder, where they are missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.parent == LOCKS:
+        with contextlib.suppress(PermissionError):  # it is another user's, who has done this
+            path.parent.chmod(0o1777)
+    while True:
+        # Linux refuses O_CREAT for another user's file in a folder with mode 1777: opening and creating are two steps.
+        with contextlib.suppress(FileNotFoundError):
+            return os.fdopen(os.open(path, os.O_RDWR | os.O_NOFOLLOW), "r+")
+        with contextlib.suppress(FileExistsError):  # another process was faster: open it
+            file = os.fdopen(os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CREAT | os.O_EXCL), "r+")
+            os.fchmod(file.fileno(), 0o666)
+            return file
 
 
 # ----- Download: parquet shards by HTTP, continued and checked -----
@@ -149,29 +202,35 @@ def _session():
     import requests
     from requests.adapters import HTTPAdapter, Retry
 
-    retry = Retry(ATTEMPTS - 1, connect=0, read=0, other=0, backoff_factor=BACKOFF_SECONDS, raise_on_status=False,
-                  status_forcelist=(429, 500, 502, 503, 504))  # fmt: skip
+    retry = Retry(
+        ATTEMPTS - 1,
+        connect=0,
+        read=0,
+        other=0,
+        backoff_factor=BACKOFF_SECONDS,
+        raise_on_status=False,
+        status_forcelist=(429, 500, 502, 503, 504),
+    )
     session = requests.Session()
-    for scheme in ("http://", "https://"):
-        session.mount(scheme, HTTPAdapter(64, 64, retry))
+    session.mount("http://", HTTPAdapter(64, 64, retry))
+    session.mount("https://", HTTPAdapter(64, 64, retry))
     session.headers["Accept-Encoding"] = "identity"  # lengths are the file's
-    if token := os.environ.get("HF_TOKEN"):
+    token = os.environ.get("HF_TOKEN")
+    if token:
         session.headers["Authorization"] = f"Bearer {token}"
     return session
 
 
 def _download_all(urls: dict[Path, str], workers: int) -> None:
     """Fetches what is not there; UserError with the list of what is missing in the end."""
-    todo, total, failed = [path for path in urls if not path.exists()], 0, []
+    todo = [path for path in urls if not path.exists()]
     if not todo:
         return
     session = _session()
-    with contextlib.suppress(OSError), session.get(urls[todo[0]], stream=True, timeout=HTTP_TIMEOUT) as first:
-        total = len(todo) * (_size_and_sha256(first)[0] or 0) if first.ok else 0
-    needed, free = DISK_FACTOR * total / 1e9, shutil.disk_usage(CACHE).free / 1e9
-    if needed > free:
-        advice = "free some, or ask for fewer with --num-shards"
-        raise UserError(f"{len(todo)} shards need about {needed:.1f} GB, {free:.1f} GB are free in {CACHE}: {advice}")
+    total = len(todo) * _first_size(session, urls[todo[0]])
+    _check_disk(len(todo), DISK_FACTOR * total)
+    bar = _progress(total=total or None, desc=f"{len(todo)} shards", unit="B", unit_scale=True)
+    failed = []
 
     def fetch(path):
         try:
@@ -179,7 +238,6 @@ def _download_all(urls: dict[Path, str], workers: int) -> None:
         except (OSError, UserError) as error:  # what requests raises are OSErrors
             failed.append(f"{path.name} ({error})")
 
-    bar = _progress(total=total or None, desc=f"{len(todo)} shards", unit="B", unit_scale=True)
     with bar, ThreadPoolExecutor(workers) as pool:
         list(pool.map(fetch, todo))
     if failed:
@@ -187,21 +245,44 @@ def _download_all(urls: dict[Path, str], workers: int) -> None:
         raise UserError(f"{missing}. Running the same command again resumes")
 
 
+def _first_size(session, url) -> int:
+    """Bytes of one shard, by which the others are estimated; 0 if the server does not say."""
+    try:
+        with session.get(url, stream=True, timeout=HTTP_TIMEOUT) as answer:
+            size, _ = _size_and_sha256(answer)
+            return size if answer.ok and size else 0
+    except OSError:  # the download will meet it again, and say so
+        return 0
+
+
+def _check_disk(num_shards, needed_bytes):
+    free_bytes = shutil.disk_usage(CACHE).free
+    if needed_bytes > free_bytes:
+        sizes = f"about {needed_bytes / 1e9:.1f} GB, {free_bytes / 1e9:.1f} GB are free in {CACHE}"
+        raise UserError(f"{num_shards} shards need {sizes}: free some, or ask for fewer with --num-shards")
+
+
 def _download(session, url, path, bar):
     """Fetches one shard by way of path.part, which is continued after a failure."""
-    part, failures = path.with_name(path.name + ".part"), 0
+    part = path.with_name(path.name + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)
+    failures = 0
     while True:
-        before = _size(part)
+        size_before = _size(part)
         try:
             _fetch(session, url, part, bar)
             _open_parquet(part)
-            return os.replace(part, path)
+            os.replace(part, path)
+            return
         except (OSError, UserError) as error:
             if isinstance(error, UserError):  # all has come, and it is bad: from the start again
                 part.unlink()
-            failures = 0 if _size(part) > before else failures + 1
-            if failures == ATTEMPTS or getattr(error, "response", None) is not None:  # the session repeated what it may
+            if _size(part) > size_before:
+                failures = 0
+            else:
+                failures += 1
+            refused = getattr(error, "response", None) is not None  # the session has repeated what may be repeated
+            if refused or failures == ATTEMPTS:
                 raise
             time.sleep(BACKOFF_SECONDS * 2 ** max(failures - 1, 0))
 
@@ -217,21 +298,28 @@ def _fetch(session, url, part, bar):
             continued = answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
             with open(part, "ab" if continued else "wb") as file:
                 for chunk in answer.iter_content(2**14):  # a broken connection loses one of these
-                    bar.update(file.write(chunk))
+                    file.write(chunk)
+                    bar.update(len(chunk))
     have = _size(part)
     if size and have < size:
         raise OSError(f"{have} of {size} bytes came")
-    if (size and have > size) or (sha256 and _sha256(part) != sha256):
+    if size and have > size:
+        raise UserError("it came with a wrong length or SHA-256")
+    if sha256 and _sha256(part) != sha256:
         raise UserError("it came with a wrong length or SHA-256")
 
 
 def _size_and_sha256(answer):
-    """Of the whole file, if the server says; the hub does where it redirects to its storage."""
-    headers = {key.lower(): value for one in (*answer.history, answer) for key, value in one.headers.items()}
-    of_range = answer.headers.get("Content-Range", "/").split("/")[1]  # "bytes 5-9/10", "bytes */10"
-    size = headers.get("x-linked-size") or of_range or answer.headers.get("Content-Length", "")
+    """Of the whole file; None for what the server does not say. The hub says it where it redirects to its storage."""
+    headers = {}
+    for response in (*answer.history, answer):
+        headers.update({key.lower(): value for key, value in response.headers.items()})
+    content_range = answer.headers.get("Content-Range", "")  # "bytes 5-9/10", "bytes */10"
+    size_of_range = content_range.partition("/")[2]
+    size = headers.get("x-linked-size") or size_of_range or answer.headers.get("Content-Length", "")
     etag = headers.get("x-linked-etag", "").strip('"')
-    return int(size) if size.isdigit() else None, etag if re.fullmatch("[0-9a-f]{64}", etag) else None
+    sha256 = etag if re.fullmatch("[0-9a-f]{64}", etag) else None
+    return int(size) if size.isdigit() else None, sha256
 
 
 # ----- Texts: every document into one split -----
@@ -239,46 +327,46 @@ def _size_and_sha256(answer):
 TRAIN_SHARDS = 8  # of a source that is split here; a seed chooses the shard that training starts with
 SHUFFLE_CHARS = 2**26  # characters, shuffled together
 BATCH_DOCUMENTS = 128  # most documents that enter the packing buffer together
+TORCH_VERSION = "2.11.0"  # whose text python:torch is; the one that pyproject.toml pins
+TEXT_KINDS = (".parquet", ".jsonl", ".txt", ".md")
 
 
 def _texts(num_shards: int | None, workers: int) -> dict[str, Path]:
     """The parquet file of every shard, "val", "test" and the training shards in order; made if missing."""
-    endpoint, folder = os.environ.get("HF_ENDPOINT") or "https://huggingface.co", CACHE / "text"
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     if HUB_SHARDS:
-        *train, test, val = (folder / f"shard_{i:05d}.parquet" for i in range(HUB_SHARDS))
-        wanted = len(train) if num_shards is None else num_shards
-        train = [path for i, path in enumerate(train) if i < wanted or path.exists()]
-        texts = {"val": val, "test": test} | {path.stem: path for path in train}
-        base = f"{endpoint}/datasets/{SOURCE}/resolve/main"
-        _download_all({path: f"{base}/{path.name}" for path in texts.values()}, workers)
-        return texts
+        return _hub_texts(endpoint, num_shards, workers)
+    folder = CACHE / "text"
     if not (CACHE / "manifest.json").exists():  # what is there may be of another text
         shutil.rmtree(folder, ignore_errors=True)
         (CACHE / "tokenizer.tiktoken").unlink(missing_ok=True)
-    if not folder.exists():
-        files = _local_files()
-        if not files:
-            urls = _listed_urls(endpoint)[:num_shards]
-            files = [CACHE / f"download/{i:05d}.parquet" for i in range(len(urls))]
-            _download_all(dict(zip(files, urls, strict=True)), workers)
-        _split(_read_documents(files), folder)
-    else:
+    if folder.exists():
         print(f"kept {folder}: delete {CACHE} to read {SOURCE} anew")
+    else:
+        files = _local_files() or _listed_files(endpoint, num_shards, workers)
+        _split(_read_documents(files), folder)
     return {path.stem: path for path in sorted(folder.glob("*.parquet"))}
 
 
-def _local_files() -> list[Path]:
-    """The files of a local source; none if there is no such place."""
-    if SOURCE.startswith("python:"):
-        paths, packages = sysconfig.get_paths(), {"site-packages", "dist-packages"}
-        files = {file for file in Path(paths["stdlib"]).rglob("*.py") if not packages & {*file.parts}}
-        if SOURCE == "python:all":
-            files.update(file for key in ("purelib", "platlib") for file in Path(paths[key]).rglob("*.py"))
-        return sorted(files)
-    source, kinds = Path(SOURCE).expanduser(), (".parquet", ".jsonl", ".txt", ".md")
-    files = [file for file in [source, *sorted(source.rglob("*"))] if file.suffix in kinds and file.is_file()]
-    if source.exists() and not files:
-        raise UserError(f"source {source} holds no {', '.join(kinds)} file: mend it in PROFILES")
+def _hub_texts(endpoint, num_shards, workers):
+    """Downloads numbered shards. Those of an earlier preparation stay, even if fewer are asked for now."""
+    shards = [CACHE / "text" / f"shard_{i:05d}.parquet" for i in range(HUB_SHARDS)]
+    *train, test, val = shards
+    wanted = len(train) if num_shards is None else num_shards
+    texts = {"val": val, "test": test}
+    for i, path in enumerate(train):
+        if i < wanted or path.exists():
+            texts[path.stem] = path
+    base = f"{endpoint}/datasets/{SOURCE}/resolve/main"
+    _download_all({path: f"{base}/{path.name}" for path in texts.values()}, workers)
+    return texts
+
+
+def _listed_files(endpoint, num_shards, workers):
+    """Downloads the first parquet files that the hub lists for the data set."""
+    urls = _listed_urls(endpoint)[:num_shards]
+    files = [CACHE / f"download/{i:05d}.parquet" for i in range(len(urls))]
+    _download_all(dict(zip(files, urls, strict=True)), workers)
     return files
 
 
@@ -289,35 +377,98 @@ def _listed_urls(endpoint):
     if not configs:
         raise UserError(f"source {SOURCE!r} is no local path, and {endpoint} lists no such data: mend it in PROFILES")
     splits = configs.get("default") or next(iter(configs.values()))
-    return [endpoint + urlsplit(file).path for file in splits.get("train") or next(iter(splits.values()))]
+    files = splits.get("train") or next(iter(splits.values()))
+    return [endpoint + urlsplit(file).path for file in files]
+
+
+def _local_files() -> list[Path]:
+    """The files of a local source, in an order that no file system or locale decides; none: no such place."""
+    if SOURCE == "python:torch":
+        return _torch_files()
+    if SOURCE == "python:all":
+        return _installed_files()
+    source = Path(SOURCE).expanduser()
+    candidates = [source] if source.is_file() else _sorted_files(source, "*")
+    files = [file for file in candidates if file.suffix in TEXT_KINDS]
+    if source.exists() and not files:
+        raise UserError(f"source {source} holds no {', '.join(TEXT_KINDS)} file: mend it in PROFILES")
+    return files
+
+
+def _sorted_files(folder, pattern) -> list[Path]:
+    files = [file for file in folder.rglob(pattern) if file.is_file()]
+    return sorted(files, key=lambda file: file.relative_to(folder).as_posix())
+
+
+def _torch_files() -> list[Path]:
+    """The .py files of torch that are the same in the wheels of one version for every system, chip and Python."""
+    folder = Path(torch.__file__).parent
+    found = torch.__version__.split("+")[0]
+    if found != TORCH_VERSION:
+        print(f"note: torch is {found}, not {TORCH_VERSION}: scores on its text compare with no other version's")
+    # version.py names the build; builds for AMD's GPUs translate CUDA's names in files of the code generator.
+    codegen = folder / "_inductor" / "codegen"
+    files = [file for file in folder.rglob("*.py") if file != folder / "version.py" and codegen not in file.parents]
+
+    def name_digest(file):  # by name, the first files would be of one or two packages; `smoke` reads no others
+        name = file.relative_to(folder).as_posix()
+        return hashlib.sha256(name.encode()).digest()
+
+    return sorted(files, key=name_digest)
+
+
+def _installed_files() -> list[Path]:
+    """The .py files of the standard library, then those of site-packages."""
+    paths = sysconfig.get_paths()
+    standard = _sorted_files(Path(paths["stdlib"]), "*.py")
+    files = [file for file in standard if not {"site-packages", "dist-packages"} & set(file.parts)]
+    for folder in dict.fromkeys([paths["purelib"], paths["platlib"]]):  # one folder, most often
+        files += _sorted_files(Path(folder), "*.py")
+    return files
 
 
 def _read_documents(files):
     for path in _progress(files, desc="read", unit="file"):
         if path.suffix == ".parquet":
-            yield from itertools.chain.from_iterable(_document_batches(path))
+            for documents in _document_batches(path):
+                yield from documents
         elif path.suffix == ".jsonl":
-            for number, line in enumerate(path.open(encoding="utf-8", errors="replace"), 1):
-                try:
-                    yield _well_formed(json.loads(line)["text"] or "")
-                except (ValueError, TypeError, LookupError, AttributeError):
-                    raise UserError(f"{path}:{number} is no JSON object with a string in 'text': mend it") from None
+            yield from _read_jsonl(path)
         else:
             yield path.read_bytes().decode("utf-8", "replace")
+
+
+def _read_jsonl(path):
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield _well_formed(json.loads(line)["text"] or "")
+            except (ValueError, TypeError, LookupError, AttributeError):
+                raise UserError(f"{path}:{number} is no JSON object with a string in 'text': mend it") from None
+
+
+def _well_formed(text):
+    """Joins surrogate pairs; lone surrogates, which UTF-8 cannot hold, become U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _open_parquet(path):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    _stopwatch.check_file(path)
     try:
         parquet = pq.ParquetFile(path)
-        if parquet.schema_arrow.field("text").type in (pa.string(), pa.large_string()):
-            return parquet
-        error = "of another type than string"
-    except (pa.ArrowException, KeyError, OSError) as caught:
-        error = caught
-    raise UserError(f"{path} is not a readable parquet file with a text column ({error}): mend or delete it")
+        text_type = parquet.schema_arrow.field("text").type
+    except (pa.ArrowException, KeyError, OSError) as error:
+        raise UserError(_bad_parquet(path, error)) from error
+    if text_type not in (pa.string(), pa.large_string()):
+        raise UserError(_bad_parquet(path, f"its type is {text_type}, not string"))
+    return parquet
+
+
+def _bad_parquet(path, problem):
+    return f"{path} is not a readable parquet file with a text column ({problem}): mend or delete it"
 
 
 def _document_batches(path):
@@ -332,11 +483,6 @@ def _document_batches(path):
         raise UserError(f"{path} is damaged ({error}): mend or delete it") from error
 
 
-def _well_formed(text):
-    """Joins surrogate pairs; lone surrogates, which UTF-8 cannot hold, become U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
 def _split(documents, folder):
     """Writes the shards. A document's SHA-256 chooses its split, so no text is in two."""
     import pyarrow as pa
@@ -345,25 +491,42 @@ def _split(documents, folder):
     part = folder.with_name("text.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    pieces = {name: [] for name in ("val", "test", *(f"train_{i:05d}" for i in range(TRAIN_SHARDS)))}
-    schema, rng, chars, shuffled = pa.schema([("text", pa.string())]), random.Random(42), 0, 0
+    train = [f"train_{i:05d}" for i in range(TRAIN_SHARDS)]
+    pieces = {name: [] for name in ("val", "test", *train)}
+    schema = pa.schema([("text", pa.string())])
+    rng = random.Random(42)
+
+    def write_pieces():
+        for name, texts in pieces.items():
+            rng.shuffle(texts)
+            writers[name].write_table(pa.table({"text": texts}, schema), row_group_size=1024)
+            texts.clear()
+
     with contextlib.ExitStack() as stack:
         writers = {name: stack.enter_context(pq.ParquetWriter(part / f"{name}.parquet", schema)) for name in pieces}
-        for document in itertools.chain(documents, [None]):
-            end = document is None or chars >= MAX_CHARS
-            if end or chars >= shuffled + SHUFFLE_CHARS:
-                shuffled = chars
-                for name, texts in pieces.items():
-                    rng.shuffle(texts)
-                    writers[name].write_table(pa.table({"text": texts}, schema), row_group_size=1024)
-                    texts.clear()
-            if end:
+        chars = 0
+        waiting_chars = 0
+        for document in documents:
+            if chars >= MAX_CHARS:
                 break
-            held_out = {0: "val", 1: "test"}.get(int(hashlib.sha256(document.encode()).hexdigest(), 16) % 20)
-            for piece in _cut(document, 2 * MAX_SEQ_LEN):  # a short run sees one shard: it has of every document
-                pieces[held_out or f"train_{rng.randrange(TRAIN_SHARDS):05d}"].append(piece)
+            if waiting_chars >= SHUFFLE_CHARS:
+                write_pieces()
+                waiting_chars = 0
+            held_out = _held_out_split(document)
+            for piece in _cut(document, 2 * MAX_SEQ_LEN):
+                # A short run sees one training shard: each shard has pieces of every document.
+                name = held_out or train[rng.randrange(TRAIN_SHARDS)]
+                pieces[name].append(piece)
             chars += len(document)
+            waiting_chars += len(document)
+        write_pieces()
     os.replace(part, folder)
+
+
+def _held_out_split(document):
+    """Of twenty documents, one is for "val" and one for "test"; None: it is to train on."""
+    number = int(hashlib.sha256(document.encode()).hexdigest(), 16) % 20
+    return {0: "val", 1: "test"}.get(number)
 
 
 def _cut(document, limit):
@@ -372,7 +535,8 @@ def _cut(document, limit):
     while start < len(document):
         end = start + limit
         if end < len(document):
-            end = document.rfind("\n", start, end) + 1 or end
+            after_newline = document.rfind("\n", start, end) + 1
+            end = after_newline or end
         yield document[start:end]
         start = end
 
@@ -384,7 +548,8 @@ SPLIT_PATTERN = (
 )
 SPECIAL_TOKENS = {f"<|reserved_{i}|>": VOCAB_SIZE - 4 + i for i in range(4)}
 BOS_ID = SPECIAL_TOKENS["<|reserved_0|>"]
-TOKENIZER_CHARS, TOKENIZER_DOCUMENT_CHARS = 10**9, 10_000  # characters it is trained on: at most, and of one document
+TOKENIZER_CHARS = 10**9  # characters that it is trained on, at most
+TOKENIZER_DOCUMENT_CHARS = 10_000  # characters of one document, at most
 CHUNK_CHARS = 100_000  # characters for tiktoken at once: its regex overflows on a million spaces
 
 
@@ -403,7 +568,10 @@ class Tokenizer:
             meta = json.loads((directory / "tokenizer.json").read_bytes())
         except FileNotFoundError as error:
             raise UserError(_not_prepared(error.filename)) from error
-        ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
+        ranks = {}
+        for line in lines:
+            token, rank = line.split()
+            ranks[base64.b64decode(token)] = int(rank)
         special = meta["special_tokens"]
         return cls(tiktoken.Encoding("bpe", pat_str=meta["pattern"], mergeable_ranks=ranks, special_tokens=special))
 
@@ -417,52 +585,66 @@ class Tokenizer:
         """Ids of a text, or a list of them for a list. prepend: a token (id or special name) put before each text."""
         if not isinstance(text, str):
             return [self.encode(one, prepend) for one in text]
+        ids = self.encode_array(text).tolist()
+        if prepend is None:
+            return ids
         first = self.encoding.encode_single_token(prepend) if isinstance(prepend, str) else prepend
-        return ([] if first is None else [first]) + self.encode_array(text).tolist()
+        return [first, *ids]
 
     def encode_array(self, text: str) -> np.ndarray:
         """Ids of one text, uint32. The interpreter lock stays free, so threads use all cores."""
         try:
-            return np.concatenate([self.encoding.encode_to_numpy(c, disallowed_special=()) for c in _chunks(text)])
+            arrays = [self.encoding.encode_to_numpy(chunk, disallowed_special=()) for chunk in _chunks(text)]
         except UnicodeEncodeError:
             return self.encode_array(_well_formed(text))
+        return np.concatenate(arrays)
 
     def decode(self, ids) -> str:
         return self.encoding.decode(list(ids))
 
 
 def _chunks(text):
-    """Chunks that end before a line without leading white space, where no token crosses; else cut hard."""
-    return re.findall(rf"(?s).{{1,{CHUNK_CHARS}}}(?:\Z|(?<=\n)(?=\S))|.{{{CHUNK_CHARS}}}", text) or [""]
+    """Cuts a text where SPLIT_PATTERN never matches across: before an unindented line, or before a space after a word.
+
+    So the ids are those of the uncut text. Only a chunk's length without such a place is cut hard.
+    """
+    exact_place = r"\Z|(?<=\n)(?=\S)|(?<=\S)(?= )"
+    return re.findall(rf"(?s).{{1,{CHUNK_CHARS}}}(?:{exact_place})|.{{{CHUNK_CHARS}}}", text) or [""]
 
 
 def get_token_bytes(device="cpu") -> torch.Tensor:
     """Raw byte length of each token, int32 (V,), 0 for special tokens; from the tokenizer's file."""
     encoding = Tokenizer.from_directory().encoding
     lengths = [len(encoding.decode_single_token_bytes(token)) for token in range(BOS_ID)]
-    return torch.tensor(lengths + [0] * len(SPECIAL_TOKENS), dtype=torch.int32, device=device)
+    lengths += [0] * len(SPECIAL_TOKENS)
+    return torch.tensor(lengths, dtype=torch.int32, device=device)
 
 
 def _train_tokenizer(shards):
     import rustbpe
 
-    def texts(left=TOKENIZER_CHARS):
-        for path in _progress(shards, desc="tokenizer", unit="shard"):
-            for document in itertools.chain.from_iterable(_document_batches(path)):
-                text = document[: min(left, TOKENIZER_DOCUMENT_CHARS)]
-                left -= len(text)
-                yield text
-                if not left:
-                    return
-
     shutil.rmtree(CACHE / "tokens", ignore_errors=True)  # another tokenizer's
     bpe = rustbpe.Tokenizer()
-    bpe.train_from_iterator(texts(), BOS_ID, pattern=SPLIT_PATTERN)
-    tokens = [base64.b64encode(bytes(token)).decode() for token, _ in bpe.get_mergeable_ranks()]  # by rank
+    bpe.train_from_iterator(_tokenizer_texts(shards), BOS_ID, pattern=SPLIT_PATTERN)
+    tokens = [bytes(token) for token, _ in bpe.get_mergeable_ranks()]  # by rank
     if len(tokens) < BOS_ID:
         raise UserError(f"the vocabulary has {len(tokens)} tokens, {BOS_ID} are needed: {MORE_TEXT}")
+    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)]
     _write_text(CACHE / "tokenizer.json", json.dumps({"pattern": SPLIT_PATTERN, "special_tokens": SPECIAL_TOKENS}))
-    _write_text(CACHE / "tokenizer.tiktoken", "".join(f"{token} {rank}\n" for rank, token in enumerate(tokens)))
+    _write_text(CACHE / "tokenizer.tiktoken", "".join(lines))
+
+
+def _tokenizer_texts(shards):
+    """The beginning of each document, until TOKENIZER_CHARS have been given out."""
+    chars_left = TOKENIZER_CHARS
+    for path in _progress(shards, desc="tokenizer", unit="shard"):
+        for documents in _document_batches(path):
+            for document in documents:
+                text = document[: min(chars_left, TOKENIZER_DOCUMENT_CHARS)]
+                yield text
+                chars_left -= len(text)
+                if chars_left == 0:
+                    return
 
 
 # ----- Tokens: one memory-mapped file a shard -----
@@ -481,41 +663,61 @@ def _tokens_path(name):
 
 
 def _read_shard(path: Path) -> Shard:
+    _stopwatch.check_file(path)
     try:
         data = np.asarray(np.memmap(path, np.uint8, "r"))
         num_tokens, num_documents, num_batches = data[-24:].view(np.int64).tolist()
         index = data[-8 * (num_documents + num_batches + 3) :].view(np.int64)
-        if len(data) - index.nbytes != 2 * num_tokens + -2 * num_tokens % 8:
+        token_bytes = 2 * num_tokens
+        padding = -token_bytes % 8
+        if len(data) != token_bytes + padding + index.nbytes:
             raise ValueError(f"{len(data)} bytes do not fit its counts")
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a token file ({error}): delete it and run 'uv run prepare.py'") from error
-    return Shard(data[: 2 * num_tokens].view(np.uint16), index[:num_documents], index[num_documents:-3])
+    tokens = data[:token_bytes].view(np.uint16)
+    return Shard(tokens, lengths=index[:num_documents], batches=index[num_documents:-3])
 
 
 def _tokenize(texts: dict[str, Path]) -> None:
-    """Writes the missing token files on all cores, batch by batch, so that memory stays bounded."""
+    """Writes the missing token files, on all cores."""
     todo = [name for name in texts if not _tokens_path(name).exists()]
     if not todo:
         return
-    tokenizer, threads = Tokenizer.from_directory(), os.cpu_count() or 1
+    tokenizer = Tokenizer.from_directory()
     (CACHE / "tokens").mkdir(exist_ok=True)
-
-    def encode(batch):
-        return [np.append(np.uint16(BOS_ID), tokenizer.encode_array(text).astype(np.uint16)) for text in batch]
-
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         for name in _progress(todo, desc="tokens", unit="shard"):
-            batches, lengths, sizes = _document_batches(texts[name]), [], []
-            part = _tokens_path(name).with_suffix(".part")
-            with open(part, "wb") as file:
-                while some := list(itertools.islice(batches, 8 * threads)):
-                    for documents in pool.map(encode, some):
-                        np.concatenate(documents).tofile(file)
-                        lengths += map(len, documents)
-                        sizes.append(len(documents))
-                file.write(bytes(-file.tell() % 8))
-                np.array([*lengths, *sizes, sum(lengths), len(lengths), len(sizes)]).tofile(file)
-            os.replace(part, _tokens_path(name))
+            _write_shard(_tokens_path(name), _encoded_batches(tokenizer, _document_batches(texts[name]), pool))
+
+
+def _encoded_batches(tokenizer, batches, pool):
+    """Yields each batch as a list of uint16 arrays. A few batches for each core at a time, so memory is bounded."""
+
+    def encode(documents):
+        arrays = [tokenizer.encode_array(text) for text in documents]
+        return [np.append(np.uint16(BOS_ID), array.astype(np.uint16)) for array in arrays]
+
+    while True:
+        some = list(itertools.islice(batches, 8 * (os.cpu_count() or 1)))
+        if not some:
+            return
+        yield from pool.map(encode, some)
+
+
+def _write_shard(path, batches):
+    lengths = []
+    sizes = []
+    part = path.with_suffix(".part")
+    with open(part, "wb") as file:
+        for documents in batches:
+            np.concatenate(documents).tofile(file)
+            lengths += [len(document) for document in documents]
+            sizes.append(len(documents))
+        padding = -file.tell() % 8
+        file.write(bytes(padding))
+        index = [*lengths, *sizes, sum(lengths), len(lengths), len(sizes)]
+        np.array(index, dtype=np.int64).tofile(file)
+    os.replace(part, path)
 
 
 # ----- Manifest: what the metric depends on -----
@@ -534,50 +736,64 @@ def _manifest(may_change=()):
     path = CACHE / "manifest.json"
     try:
         manifest = json.loads(path.read_bytes())
-        before = manifest["metric"]["constants"]
+        constants = {"source": manifest["source"], **manifest["metric"]["constants"]}
     except FileNotFoundError:
         raise UserError(_not_prepared(path)) from None
     except (ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}): delete it and run 'uv run prepare.py'") from error
-    for name in CONSTANTS:
-        if before.get(name) != CONSTANTS[name] and name not in may_change:
+        problem = f"is damaged, or of another version of prepare.py ({error})"
+        raise UserError(f"{path} {problem}: delete it and run 'uv run prepare.py'") from error
+    for name, value in CONSTANTS.items():
+        if constants.get(name) != value and name not in may_change:
+            change = f"{name} {constants.get(name)!r}, now it is {value!r}"
             remedy = "run" if name in SCORING else f"delete {CACHE} and run"
-            change = f"{name} {before.get(name)!r}, now it is {CONSTANTS[name]!r}"
             raise UserError(f"{path} was made with {change}: {remedy} 'uv run prepare.py'")
     return manifest
 
 
 def _check_files(manifest: dict) -> dict[str, str]:
     """SHA-256 of each metric file, recomputed; UserError names one that changed."""
-    found = {name: _sha256(CACHE / name) if (CACHE / name).exists() else "none" for name in METRIC_FILES}
+    found = {}
     for name, file in manifest["metric"]["files"].items():
+        path = CACHE / name
+        found[name] = _sha256(path) if path.exists() else "none"
         if found[name] != file["sha256"]:
             change = f"SHA-256 {found[name][:12]}, was {file['sha256'][:12]}"
             remedy = f"delete {CACHE} and run 'uv run prepare.py'"
-            raise UserError(f"{CACHE / name} is not what was prepared ({change}): {remedy}")
+            raise UserError(f"{path} is not what was prepared ({change}): {remedy}")
     return found
 
 
 def _write_manifest(train: list[str]) -> dict:
-    scored, rows = max(EVAL_TOKENS // MAX_SEQ_LEN, 1), {}
-    for split, names in {"val": ["val"], "test": ["test"], "train": train}.items():
-        stream = RowStream([_read_shard(_tokens_path(name)) for name in names], MAX_SEQ_LEN)
-        rows[split] = len(stream.take(max(scored, MIN_ROWS)))
-        if rows[split] < MIN_ROWS:
-            raise UserError(f"split {split!r} has {rows[split]} rows, {MIN_ROWS} are needed: {MORE_TEXT}")
+    """train: names of the training shards. Makes what the metric depends on read-only."""
+    scored_rows = max(EVAL_TOKENS // MAX_SEQ_LEN, 1)
+    rows = {
+        "val": _count_rows(["val"], scored_rows),
+        "test": _count_rows(["test"], scored_rows),
+        "train": _count_rows(train, scored_rows),
+    }
+    for split, number in rows.items():
+        if number < MIN_ROWS:
+            raise UserError(f"split {split!r} has {number} rows, {MIN_ROWS} are needed: {MORE_TEXT}")
     for name in METRIC_FILES:
         (CACHE / name).chmod(0o444)
+    # Nothing of the machine enters the digest: the source may be a folder's path, and the files say what was in it.
     metric = {
         "profile": PROFILE,
-        "constants": CONSTANTS,
-        "rows": {split: min(rows[split], scored) for split in ("val", "test")},
+        "constants": {name: value for name, value in CONSTANTS.items() if name != "source"},
+        "rows": {split: min(rows[split], scored_rows) for split in ("val", "test")},
         "files": {name: {"bytes": _size(CACHE / name), "sha256": _sha256(CACHE / name)} for name in METRIC_FILES},
     }
     digest = hashlib.sha256(json.dumps(metric, sort_keys=True).encode()).hexdigest()
-    tokens = {name: len(_read_shard(_tokens_path(name)).tokens) for name in train}
-    manifest = {"metric": metric, "digest": digest, "train_tokens": tokens}
+    train_tokens = {name: len(_read_shard(_tokens_path(name)).tokens) for name in train}
+    manifest = {"source": SOURCE, "metric": metric, "digest": digest, "train_tokens": train_tokens}
     _write_text(CACHE / "manifest.json", json.dumps(manifest, indent=1))
     return manifest
+
+
+def _count_rows(names, scored_rows):
+    """Full rows of these shards; counting ends where there are more than enough."""
+    stream = RowStream([_read_shard(_tokens_path(name)) for name in names], MAX_SEQ_LEN)
+    return len(stream.take(max(scored_rows, MIN_ROWS)))
 
 
 # ----- Packing: the rows, exactly -----
@@ -589,66 +805,94 @@ LOW_32_BITS = 2**32 - 1
 class RowStream:
     """Best-fit packing of documents into rows of T + 1 places; every row is full and starts with BOS.
 
-    The longest document that fits the places left is picked; if none fits, the shortest, cropped to them; of equal ones
-    the first to come. The buffer is refilled, a batch at a time, whenever it holds fewer than PACKING_BUFFER documents.
-    In it a document is an integer of a sorted list: its length and, in the low 32 bits, arrivals counted down. So a
-    pick is one bisection, and the last of equal lengths came first.
+    A row takes the longest document that fits the places left. If none fits, it takes the shortest, cropped to those
+    places. Of documents of equal length it takes the one that came first. The buffer is refilled, a batch at a time,
+    whenever it holds fewer than PACKING_BUFFER documents.
+
+    Each buffered document is one sortable key: length << 32 | reversed arrival. The buffer is a sorted list of keys, so
+    a pick is one bisection, and the last key of a length is the document of that length that came first.
     """
 
     def __init__(self, shards: list[Shard], T: int, forever: bool = False):
         self.epoch = 1  # pass over the shards, of the newest document in the buffer
-        self._width, self._arrival, self._keys = T + 1, LOW_32_BITS, []
-        self._places = {}  # key -> tokens of its shard, start
+        self._width = T + 1
+        self._next_arrival = LOW_32_BITS  # counts down
+        self._keys = []  # sorted
+        self._places = {}  # key -> tokens of its shard, start in them
         self._batches = self._read_batches(shards, forever)
 
-    def _read_batches(self, shards, forever):
-        for epoch in itertools.count(1) if forever else [1]:
-            for tokens, lengths, batches in shards:
-                starts, ends = np.cumsum(lengths) - lengths, np.cumsum(batches)
-                for a, b in zip(ends - batches, ends, strict=True):
-                    yield epoch, tokens, lengths[a:b], starts[a:b].tolist()
+    def take(self, rows: int) -> np.ndarray:
+        """The next rows, int64 (rows, T + 1); fewer where a stream that does not go round has run out."""
+        pieces = []
+        num_rows = 0
+        while num_rows < rows:
+            row = self._pack_row()
+            if row is None:
+                break
+            pieces += row
+            num_rows += 1
+        if num_rows == 0:
+            return np.empty((0, self._width), np.int64)
+        return np.concatenate(pieces, dtype=np.int64).reshape(num_rows, self._width)
+
+    def _pack_row(self) -> list[np.ndarray] | None:
+        """The pieces of documents that fill one row; None where the stream has run out."""
+        pieces = []
+        left = self._width
+        while left > 0:
+            if len(self._keys) < PACKING_BUFFER:
+                self._refill()
+            if not self._keys:
+                return None  # what remains does not fill a row
+            tokens, start, length = self._pick(left)
+            length = min(length, left)
+            pieces.append(tokens[start : start + length])
+            left -= length
+        return pieces
+
+    def _pick(self, left: int) -> tuple[np.ndarray, int, int]:
+        """Takes a document out of the buffer: tokens of its shard, its start in them, its length."""
+        keys = self._keys
+        at = bisect.bisect(keys, left << 32 | LOW_32_BITS) - 1
+        if at < 0:  # none fits
+            at = bisect.bisect(keys, keys[0] | LOW_32_BITS) - 1
+        key = keys.pop(at)
+        tokens, start = self._places.pop(key)
+        return tokens, start, key >> 32
 
     def _refill(self) -> None:
         for epoch, tokens, lengths, starts in self._batches:
-            keys = ((lengths << 32) + self._arrival - np.arange(len(lengths))).tolist()
-            self._places.update(zip(keys, zip(itertools.repeat(tokens), starts), strict=False))
-            self._keys += keys
-            self._arrival -= len(keys)
+            keys = (lengths << 32) + self._next_arrival - np.arange(len(lengths))
+            for key, start in zip(keys.tolist(), starts.tolist(), strict=True):
+                self._keys.append(key)
+                self._places[key] = tokens, start
+            self._next_arrival -= len(keys)
             self.epoch = epoch
             if len(self._keys) >= PACKING_BUFFER:
                 break
         self._keys.sort()
 
-    def take(self, rows: int) -> np.ndarray:
-        """The next rows, int64 (rows, T + 1); fewer where a stream that does not go round has run out."""
-        keys, parts, full = self._keys, [], 0
-        while full < rows:
-            left, complete = self._width, len(parts)
-            while left:
-                if len(keys) < PACKING_BUFFER:
-                    self._refill()
-                if not keys:  # what remains does not fill a row
-                    del parts[complete:]
-                    rows = full
-                    break
-                pick = bisect.bisect(keys, left << 32 | LOW_32_BITS) - 1
-                if pick < 0:
-                    pick = bisect.bisect(keys, keys[0] | LOW_32_BITS) - 1
-                key = keys.pop(pick)
-                tokens, start = self._places.pop(key)
-                length = min(key >> 32, left)
-                parts.append(tokens[start : start + length])
-                left -= length
-            else:
-                full += 1
-        flat = np.concatenate(parts, dtype=np.int64) if parts else np.empty(0, np.int64)
-        return flat.reshape(full, self._width)
+    def _read_batches(self, shards, forever):
+        """Yields for each batch of documents: epoch, tokens of the shard, lengths and starts of the documents."""
+        for epoch in itertools.count(1):
+            for tokens, lengths, batches in shards:
+                starts = np.cumsum(lengths) - lengths
+                ends = np.cumsum(batches)
+                for first, end in zip(ends - batches, ends, strict=True):
+                    yield epoch, tokens, lengths[first:end], starts[first:end]
+            if not forever:
+                return
 
 
 def _open_split(split, T):
-    names = list(_manifest()["train_tokens"]) if split == "train" else [split]
-    first = 1 + SEED % (len(names) - 1) if SEED != 42 and len(names) > 1 else 0
-    return RowStream([_read_shard(_tokens_path(name)) for name in names[first:] + names[:first]], T, split == "train")
+    if split != "train":
+        return RowStream([_read_shard(_tokens_path(split))], T)
+    names = list(_manifest()["train_tokens"])
+    first = 0
+    if SEED != 42 and len(names) > 1:  # another seed sees the shards from another one on
+        first = 1 + SEED % (len(names) - 1)
+    shards = [_read_shard(_tokens_path(name)) for name in names[first:] + names[:first]]
+    return RowStream(shards, T, forever=True)
 
 
 # ----- Dataloader -----
@@ -657,28 +901,38 @@ LOADER_SLOTS = 4  # host batches (pinned on CUDA) that copies to the device star
 
 
 def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    if torch.backends.mps.is_available():
+        return "mps"
+    return "cpu"
 
 
 def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str, device=None):
     """Yields (x, y, epoch): int64 (B, T) on the device (default: CUDA, MPS or CPU), y shifted by one, epoch from 1.
 
     "train" goes round for ever, from a shard that the seed chooses; "val" and "test" end after one pass, with a shorter
-    last batch. The rows do not depend on B. The first batch of any split takes the device's lock and starts the clock.
+    last batch. The rows do not depend on B. The first batch of any split takes the device's lock and starts the clock;
+    no token file is read before. A training run has no other split than "train", and nothing after its evaluation:
+    EvaluationRefused.
     """
     if split not in ("train", "val", "test") or min(B, T) < 1:
         raise ValueError(f"make_dataloader got B={B}, T={T}, split={split!r}: give sizes over 0; train, val or test")
-    return _load(_open_split(split, T), B, T, torch.device(device or default_device()), split)
+    _manifest()  # UserError here, not at the first batch
+    _stopwatch.check_loader(split)
+    return _load(lambda: _open_split(split, T), B, T, torch.device(device or default_device()), split)
 
 
-def _load(stream, B, T, device, split):
+def _load(open_stream, B, T, device, split):
     """A thread packs one batch ahead, into a slot whose last copy to the device has completed."""
-    cuda = device.type == "cuda"
-    slots = [torch.empty((B, T + 1), dtype=torch.int64, pin_memory=cuda) for _ in range(LOADER_SLOTS)]
-    copied = [torch.cuda.Event() for _ in slots] if cuda else []
+    on_cuda = device.type == "cuda"
+    slots = [torch.empty((B, T + 1), dtype=torch.int64, pin_memory=on_cuda) for _ in range(LOADER_SLOTS)]
+    copied = [torch.cuda.Event() for _ in slots] if on_cuda else []
+    _stopwatch.start(device, split)
+    stream = open_stream()
 
     def pack(slot):
-        if cuda:
+        if on_cuda:
             copied[slot].synchronize()
         rows = stream.take(B)
         slots[slot][: len(rows)] = torch.from_numpy(rows)
@@ -688,14 +942,15 @@ def _load(stream, B, T, device, split):
         ahead = thread.submit(pack, 0)
         for slot in itertools.cycle(range(LOADER_SLOTS)):
             num_rows, epoch = ahead.result()
-            if not num_rows:
+            if num_rows == 0:
                 return
             ahead = thread.submit(pack, (slot + 1) % LOADER_SLOTS)
-            rows = slots[slot][:num_rows].to(device, non_blocking=cuda)
-            if cuda:
+            rows = slots[slot][:num_rows].to(device, non_blocking=on_cuda)
+            if on_cuda:
                 copied[slot].record()
-            x, y = (half.clone(memory_format=torch.contiguous_format) for half in (rows[:, :-1], rows[:, 1:]))
-            _stopwatch.start(device, split)
+            x = rows[:, :-1].clone(memory_format=torch.contiguous_format)
+            y = rows[:, 1:].clone(memory_format=torch.contiguous_format)
+            _stopwatch.check_loader(split)
             yield x, y, epoch
 
 
@@ -705,27 +960,137 @@ _now = time.perf_counter  # a test puts its own clock here
 
 
 class Stopwatch:
-    started = stopped = lock = split = None
+    """The clock of a run, and what the run may read by that clock.
+
+    A process is a training run if the loop started it, or once it has asked for a training batch. A run is evaluated
+    once; after that it has no more data. In a process that only looks at data or scores models, nothing is refused.
+    """
+
+    def __init__(self):
+        self.started = None  # seconds of _now
+        self.stopped = None
+        self.lock = None  # on the device, until the process ends
+        self.trains = False  # a training batch was asked for
+        self.scores = False  # the judge is reading what it scores
+        self.cpu_at_start = None
 
     def start(self, device, split) -> None:
+        """Begins to count, once, when the device is free; marks the moment beside the record."""
+        self.check_loader(split)
+        self.trains = self.trains or split == "train"
+        if self.started is not None:
+            return
+        self.lock = _lock(_device_lock(device), f"another run holds {device}")
+        _touch_mark("started")
+        self.cpu_at_start = _cpu_seconds()
+        self.started = _now()
+
+    def stop(self, seconds) -> None:
+        """Ends the counting at that many seconds. There is no way back."""
+        if self.started is not None:
+            self.stopped = self.started + seconds
+
+    def is_run(self) -> bool:
+        return _RESULT is not None or self.trains
+
+    def check_loader(self, split) -> None:
+        """Raises EvaluationRefused where a loader may not hand out this split now."""
+        self.check_not_evaluated()
+        if split != "train" and self.is_run():
+            raise EvaluationRefused(
+                f"split {split!r} is the judge's alone in a training run: to choose between models, keep some rows of "
+                "split 'train' out of training"
+            )
+
+    def check_not_evaluated(self) -> None:
+        if self.is_run() and self.stopped is not None:
+            raise EvaluationRefused("this run was evaluated: after that nothing is trained and nothing is scored again")
+
+    def check_file(self, path) -> None:
+        """Raises EvaluationRefused where a run that the loop started may not read this file of data now."""
+        if _RESULT is None or self.scores:
+            return
+        if path.suffix != ".tokens":
+            raise EvaluationRefused(f"{path} is for the preparation: a run takes its data from make_dataloader")
         if self.started is None:
-            self.lock = _lock(_device_lock(device), f"another run holds {device}")  # until the process ends
-            self.started, self.split = _now(), split
+            raise EvaluationRefused(f"{path} was asked for before the clock started: make_dataloader starts it")
+        self.check_loader(path.stem if path.stem in ("val", "test") else "train")
 
 
 _stopwatch = Stopwatch()
 
 
 def training_seconds() -> float:
-    """Seconds from the first batch of any split handed out (0.0 before) to the evaluation that scored."""
+    """Seconds from the first batch asked for of any split (0.0 before) to the evaluation."""
     if _stopwatch.started is None:
         return 0.0
-    return (_now() if _stopwatch.stopped is None else _stopwatch.stopped) - _stopwatch.started
+    end = _now() if _stopwatch.stopped is None else _stopwatch.stopped
+    return end - _stopwatch.started
+
+
+def _touch_mark(name):
+    """Sets the time of an empty file beside the record, by which the loop measures the run itself."""
+    if _RESULT is not None:
+        _RESULT.with_name(f"{_RESULT.name}.{name}").touch()
+
+
+# ----- The machine: locks, and who else uses it -----
 
 
 def _device_lock(device):
-    name = torch.cuda.get_device_properties(device).uuid if device.type == "cuda" else device.type
-    return CACHE_ROOT / f"locks/{name}.lock"
+    name = device.type
+    if device.type == "cuda":
+        name = torch.cuda.get_device_properties(device).uuid
+    return LOCKS / f"{name}.lock"
+
+
+def _device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _cpu_seconds() -> tuple[float, float, float] | None:
+    """CPU time of the machine: all, spent by anyone, spent by this process. None where that cannot be known."""
+    try:
+        words = Path("/proc/stat").read_text().split("\n", 1)[0].split()
+        # user, nice, system, idle, iowait, irq, softirq, steal; guests are counted in the first two already
+        ticks = [int(word) for word in words[1:9]]
+        total = sum(ticks) / os.sysconf("SC_CLK_TCK")
+        idle = (ticks[3] + ticks[4]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, LookupError):
+        return None
+    own = os.times()
+    return total, total - idle, own.user + own.system + own.children_user + own.children_system
+
+
+def _busy_others(before, after) -> float | None:
+    """Share of the machine's CPU time that other processes used between two readings."""
+    if before is None or after is None or after[0] <= before[0]:
+        return None
+    total, busy, own = (end - start for start, end in zip(before, after, strict=True))
+    return min(max((busy - own) / total, 0.0), 1.0)
+
+
+def _device_others(device) -> int | None:
+    """Number of other processes that compute on a CUDA device, as its driver's library (NVML) counts them."""
+    if device.type != "cuda":
+        return None
+    success = 0
+    too_many_for_the_array = 7  # what it answers to an array of no places
+    count = ctypes.c_uint(0)
+    handle = ctypes.c_void_p()
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+        nvml.nvmlInit_v2()
+        found = nvml.nvmlDeviceGetHandleByUUID(uuid.encode(), ctypes.byref(handle))
+        if found != success:
+            return None
+        answer = nvml.nvmlDeviceGetComputeRunningProcesses_v3(handle, ctypes.byref(count), None)
+    except (OSError, AttributeError):
+        return None
+    if answer not in (success, too_many_for_the_array):
+        return None
+    return max(count.value - 1, 0)
 
 
 # ----- Evaluator: bits per byte -----
@@ -733,6 +1098,7 @@ def _device_lock(device):
 PROBE_TOLERANCE = 1e-2  # largest change of a logit that is no leak (causal bf16 kernels: 0; leaks: 2.7 or more)
 REPEAT_TOLERANCE = 1e-4  # nats, mean change of the first batch's losses when it is scored again
 FLOAT32_ELEMENTS = 2**25  # logits, held in float32 at once
+MAX_BPB = 1000.0  # bits per byte; a score above it is no language model's
 
 
 def evaluate_bpb(model, tokenizer: Tokenizer, batch_size: int) -> float:
@@ -740,113 +1106,197 @@ def evaluate_bpb(model, tokenizer: Tokenizer, batch_size: int) -> float:
 
     model(idx) -> logits, int64 (B, T) -> (B, T, V) of any float type, causal, on its first parameter's device; put in
     eval mode and back. The manifest's number of rows is scored, whatever batch_size is: a short last batch is filled up
-    with rows that do not count. Stops the clock; writes a record to AUTORESEARCH_RESULT, which the loop sets; scores
-    the sealed test split too if AUTORESEARCH_AUDIT is 1. Raises EvaluationRefused (BudgetExceeded, NotCausal) with the
-    reason, UserError if a file that the metric depends on has changed.
+    with rows that do not count. Stops the clock: a training run is evaluated once.
+
+    Under the loop it writes a record; in an audit also the network as data (see Network), and it scores the sealed test
+    split too. Raises EvaluationRefused (BudgetExceeded, NotCausal) with the reason, UserError if a file that the metric
+    depends on has changed.
     """
-    device = next((parameter.device for parameter in getattr(model, "parameters", list)()), torch.device("cpu"))
+    device = _device_of(model)
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
-    seconds, limit, result = training_seconds(), 1.01 * TIME_BUDGET + 0.5, os.environ.get("AUTORESEARCH_RESULT")
-    if seconds > limit:
-        raise BudgetExceeded(f"trained for {seconds:.2f} s, TIME_BUDGET is {TIME_BUDGET} s: {limit:.2f} s is the most")
-    if result and _stopwatch.split != "train":
-        started = f"was started by split {_stopwatch.split!r}" if _stopwatch.split else "never started"
-        raise EvaluationRefused(f"the clock {started}: training takes its batches from make_dataloader's split 'train'")
-    if result and Path(result).exists():
-        raise EvaluationRefused(f"a run is scored once, and {result} holds this run's record")
+    seconds = training_seconds()
+    cpu_at_stop = _cpu_seconds()
+    _touch_mark("stopped")
+    _stopwatch.check_not_evaluated()
     if batch_size < 1 or tokenizer.get_vocab_size() != VOCAB_SIZE:
         raise ValueError(f"batch_size is {batch_size}, the vocabulary {tokenizer.get_vocab_size()}, not {VOCAB_SIZE}")
     manifest = _manifest()
-    record = {"profile": PROFILE, "split": "val", "seed": SEED, "training_seconds": seconds}
-    record |= {"digest": manifest["digest"], "files": _check_files(manifest), "prepare_sha256": _sha256(Path(__file__))}
+    _check_constants(manifest)
+    _check_clock(seconds)
+
+    record = {
+        "profile": PROFILE,
+        "split": "val",
+        "seed": SEED,
+        "training_seconds": seconds,
+        "digest": manifest["digest"],
+        "files": _check_files(manifest),
+        "prepare_sha256": _sha256(Path(__file__)),
+        "device_name": _device_name(device),
+        "busy_others": _busy_others(_stopwatch.cpu_at_start, cpu_at_stop),
+        "device_others": _device_others(device),
+    }
     rows = manifest["metric"]["rows"]
-    training = getattr(model, "training", False)
-    try:
-        if training:
-            model.eval()
-        record |= _score(model, "val", rows["val"], batch_size, device)
-        if os.environ.get("AUTORESEARCH_AUDIT") == "1":
-            test = _score(model, "test", rows["test"], batch_size, device)
+    B = min(batch_size, max(rows.values()))  # one shape for both splits: nothing recompiles
+    _stopwatch.stop(seconds)  # from here on the model has seen what it is scored on
+    with _judging(model):
+        if _AUDIT and _RESULT is not None:
+            record |= _export(model, B, device)
+        record |= _score(model, "val", rows["val"], B, device)
+        if _AUDIT:
+            test = _score(model, "test", rows["test"], B, device)
             record |= {"test_bpb": test["test_bpb"], "test_rows": test["rows"]}
-    finally:
-        if training:
-            model.train()
-    if _stopwatch.started is not None:
-        _stopwatch.stopped = _stopwatch.started + seconds
-    if result:
-        _write_text(Path(result), json.dumps(record, indent=1))
+    if _RESULT is not None:
+        _write_text(_RESULT, json.dumps(record, indent=1))
     return record["val_bpb"]
 
 
+def _device_of(model):
+    if isinstance(model, torch.nn.Module):
+        for parameter in model.parameters():
+            return parameter.device
+    return torch.device("cpu")
+
+
+def _check_constants(manifest):
+    """Refuses a run that has set one of this file's constants to another value."""
+    prepared = manifest["metric"]["constants"]
+    for name in ("MAX_SEQ_LEN", "TIME_BUDGET", "EVAL_TOKENS", "VOCAB_SIZE"):
+        value = globals()[name]
+        if value != prepared[name.lower()]:
+            raise EvaluationRefused(f"{name} is {value} in this process, and {prepared[name.lower()]} by the manifest")
+
+
+def _check_clock(seconds):
+    limit = 1.01 * TIME_BUDGET + 0.5
+    if seconds > limit:
+        raise BudgetExceeded(
+            f"trained for {seconds:.2f} s by the judge's clock, {limit:.2f} s is the most (TIME_BUDGET is "
+            f"{TIME_BUDGET} s): end training before a step that may not fit; pauses of the process count too"
+        )
+    if _RESULT is None:
+        return
+    if not _stopwatch.trains:
+        raise EvaluationRefused("the clock never started: training takes its batches from make_dataloader")
+    if _RESULT.exists():
+        raise EvaluationRefused(f"a run is scored once, and {_RESULT} holds this run's record")
+
+
+@contextlib.contextmanager
+def _judging(model):
+    """The model in eval mode, the token files open to the judge; both as they were afterwards."""
+    was_training = getattr(model, "training", False)
+    _stopwatch.scores = True
+    try:
+        if was_training:
+            model.eval()
+        yield
+    finally:
+        _stopwatch.scores = False
+        if was_training:
+            model.train()
+
+
 @torch.no_grad()
-def _score(model, split, num_rows, batch_size, device):
-    """Scores the first num_rows rows of a split and probes random batches for leaks."""
-    stream, token_bytes = _open_split(split, MAX_SEQ_LEN), get_token_bytes().numpy()
-    B = min(batch_size, num_rows)
-    num_batches, num_probes = math.ceil(num_rows / B), max(2, math.ceil(max(128, num_rows // 10) / B))
+def _score(model, split, num_rows, B, device):
+    """Scores the first num_rows rows of a split, B at a time, and probes random batches for leaks."""
+    stream = _open_split(split, MAX_SEQ_LEN)
+    token_bytes = get_token_bytes().numpy()
+    num_batches = math.ceil(num_rows / B)
+    num_probes = max(2, math.ceil(max(128, num_rows // 10) / B))
     rng = np.random.default_rng()  # the model can neither foresee nor disturb it
     probes = Counter(rng.integers(num_batches, size=num_probes).tolist())
-    nats = num_tokens = num_bytes = 0
+    nats = 0.0
+    num_tokens = 0
+    num_bytes = 0
     for batch in range(num_batches):
         rows = stream.take(min(B, num_rows - batch * B))
-        filled = np.resize(rows, (B, MAX_SEQ_LEN + 1))
-        # Copies: x must be no view of what holds its targets.
-        x, y = (torch.from_numpy(half.copy()).to(device) for half in (filled[:, :-1], filled[:, 1:]))
+        x, y = _inputs_and_targets(rows, B, device)
         logits = _forward(model, x)
         losses = _by_position(_nats, logits, y)[: len(rows)]
         if not np.isfinite(losses).all():
             raise EvaluationRefused(f"the loss on batch {batch} of split {split!r} is not finite")
         lengths = token_bytes[rows[:, 1:]]
-        nats += float(losses[lengths > 0].sum(dtype=np.float64))
-        num_tokens += int((lengths > 0).sum())
+        counted = lengths > 0
+        nats += float(losses[counted].sum(dtype=np.float64))
+        num_tokens += int(counted.sum())
         num_bytes += int(lengths.sum())
         if batch == 0:
-            first = x, y, losses
-            change = _by_position(_change, logits, _forward(model, x)).max()
-            if not change <= PROBE_TOLERANCE:  # NaN too
-                raise NotCausal(f"two identical forwards in eval mode differ by {change:.3g}: let no chance in")
+            first_x, first_y, first_losses = x, y, losses
+            _check_repeats(model, x, logits)
         for _ in range(probes[batch]):
             _probe(model, x, logits, rng)
-        del logits
-    x, y, losses = first
-    change = np.abs(_by_position(_nats, _forward(model, x), y)[: len(losses)] - losses).mean()
-    if not change <= REPEAT_TOLERANCE:
-        raise NotCausal(f"scored again at the end, the first batch changed by {change:.3g} nats: the model learns here")
+        del logits  # memory: before the next batch's
+    _check_unchanged(model, first_x, first_y, first_losses)
     bpb = nats / (math.log(2) * num_bytes)
+    if not 0 < bpb <= MAX_BPB:
+        raise EvaluationRefused(f"{bpb:.6g} bits per byte on split {split!r} cannot be: it must be in (0, {MAX_BPB:g}]")
     return {f"{split}_bpb": bpb, "rows": num_rows, "tokens": num_tokens, "bytes": num_bytes}
 
 
+def _inputs_and_targets(rows, B, device):
+    """int64 (B, T) each; the rows are repeated where they are fewer than B."""
+    filled = np.resize(rows, (B, rows.shape[1]))
+    # Copies: x must be no view of what holds its targets.
+    x = torch.from_numpy(filled[:, :-1].copy()).to(device)
+    y = torch.from_numpy(filled[:, 1:].copy()).to(device)
+    return x, y
+
+
 def _forward(model, x):
-    logits, shape = model(x), (*x.shape, VOCAB_SIZE)
-    got = f"{logits.dtype} {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else type(logits).__name__
-    if not got.endswith(f" {shape}") or not logits.is_floating_point():
+    logits = model(x)
+    shape = (*x.shape, VOCAB_SIZE)
+    # A subclass could answer every later question itself.
+    if type(logits) is not torch.Tensor:
+        raise EvaluationRefused(f"model(idx) gave {type(logits).__name__}, not a plain torch.Tensor of logits")
+    if logits.shape != shape or not logits.is_floating_point():
+        got = f"{logits.dtype} {tuple(logits.shape)}"
         raise EvaluationRefused(f"model(idx) gave {got}, not logits of a float type and of shape (B, T, V) = {shape}")
     return logits
 
 
 def _by_position(function, logits, other):
     """function(logits, other) at every position, float32 (B, T), in pieces that bound the memory."""
-    size = max(1, FLOAT32_ELEMENTS // VOCAB_SIZE)
-    pieces = zip(logits.flatten(0, 1).split(size), other.flatten(0, 1).split(size), strict=True)
-    return torch.cat([function(a.float(), b) for a, b in pieces]).view(logits.shape[:2]).cpu().numpy()
+    positions = max(1, FLOAT32_ELEMENTS // VOCAB_SIZE)
+    pieces = zip(logits.flatten(0, 1).split(positions), other.flatten(0, 1).split(positions), strict=True)
+    results = [function(a.float(), b) for a, b in pieces]
+    return torch.cat(results).view(logits.shape[:2]).cpu().numpy()
 
 
 def _nats(logits, targets):
-    return F.cross_entropy(logits, targets, reduction="none")
+    return cross_entropy(logits, targets, reduction="none")
 
 
 def _change(logits, again):
     return (logits - again).abs().amax(-1)
 
 
+def _check_repeats(model, x, logits):
+    change = _by_position(_change, logits, _forward(model, x)).max()
+    if not change <= PROBE_TOLERANCE:  # NaN too
+        raise NotCausal(f"two identical forwards in eval mode differ by {change:.3g}: remove randomness in eval mode")
+
+
+def _check_unchanged(model, x, y, losses):
+    again = _by_position(_nats, _forward(model, x), y)[: len(losses)]
+    change = np.abs(again - losses).mean()
+    if not change <= REPEAT_TOLERANCE:
+        raise NotCausal(
+            f"the model changes during evaluation: scored again at the end, the first batch moved by {change:.3g} nats"
+        )
+
+
 def _probe(model, x, logits, rng):
-    """Changes each row from a position of its own on, one row not at all: the logits before must stay as they were."""
+    """Changes each row from a position of its own, one row not at all: the logits before must stay as they were."""
     B, T = x.shape
     # Half begin anywhere, half at a multiple of some power of two, where chunked models leak.
-    step = 2 ** (rng.integers(math.floor(math.log2(T - 1)) + 1, size=B) * rng.integers(2, size=B))
+    exponent = rng.integers(math.floor(math.log2(T - 1)) + 1, size=B)
+    aligned = rng.integers(2, size=B)
+    step = 2 ** (exponent * aligned)
     begin = step * rng.integers(1, (T - 1) // step + 1)
-    begin[rng.integers(B)] = T if B > 1 else begin[0]
+    if B > 1:
+        begin[rng.integers(B)] = T
     after = np.arange(T) >= begin[:, None]
     shift = torch.from_numpy(rng.integers(1, VOCAB_SIZE, size=(B, T)) * after).to(x.device)
     change = _by_position(_change, logits, _forward(model, (x + shift) % VOCAB_SIZE))
@@ -857,63 +1307,363 @@ def _probe(model, x, logits, rng):
         raise NotCausal(f"logits at position {position} moved by {change[row, position]:.3g} when only {cause} changed")
 
 
-# ----- For loop.py and for people -----
+# ----- Audit: the network as data, scored by a process that runs none of train.py's code -----
+
+DTYPES = {  # as torch.export's files number them
+    1: torch.uint8, 2: torch.int8, 3: torch.int16, 4: torch.int32, 5: torch.int64, 6: torch.float16, 7: torch.float32,
+    8: torch.float64, 10: torch.complex64, 11: torch.complex128, 12: torch.bool, 13: torch.bfloat16,
+}  # fmt: skip
+MEMORY_FORMATS = {1: torch.contiguous_format, 2: torch.channels_last, 4: torch.preserve_format}
+STRIDED_LAYOUT = 7
+PLAIN_ARGUMENTS = ("as_int", "as_ints", "as_bool", "as_bools", "as_string", "as_int_lists")
+NETWORK_FILE = "result.pt2"  # beside the record
+
+
+def _export(model, B, device) -> dict:
+    """Writes the network and its weights beside the record with torch.export; what cannot be exported says why."""
+    path = _RESULT.with_name(NETWORK_FILE)
+    network = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    idx = torch.zeros((B, MAX_SEQ_LEN), dtype=torch.int64, device=device)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # torch.export's, about itself
+            program = torch.export.export(network, (idx,), strict=False)
+            # In-place operators and autocast become plain operators and casts; each keeps its kernel. (Only einsum and
+            # its like, which autocast reaches inside, are computed in their arguments' type.)
+            program = program.run_decompositions({})
+            torch.export.save(program, path)
+    except Exception as error:  # whatever the model is made of
+        path.unlink(missing_ok=True)
+        reason = str(error).strip().partition("\n")[0]
+        return {"exported": None, "export_problem": f"{type(error).__name__}: {reason[:200]}"}
+    return {"exported": path.name, "export_problem": None}
+
+
+class Operation(NamedTuple):
+    operator: torch._ops.OpOverload
+    args: list
+    kwargs: dict
+    outputs: list[str]
+    last_uses: list[str]  # names of values that no later operation reads
+
+
+class TensorName(str):
+    """An argument that stands for a tensor of this name."""
+
+
+class Network:
+    """A network as torch.export.save writes it: model(idx) -> logits, for idx int64 of the exported shape.
+
+    torch.export.load would unpickle what the file holds, evaluate its expressions and write Python from its names, so a
+    file could run any code. Here nothing of the file is run or unpickled: of the archive the graph is read as JSON and
+    the weights as bytes, and the graph's operations are carried out one by one. EvaluationRefused where an operation is
+    not one of torch's own (aten), changes a tensor in place, or gives anything but tensors that follow from its
+    arguments. So a network has no state, no clock, no files, and no Python.
+
+    Not covered: what the weights hold. A run that read the validation tokens from the disk can carry them here.
+    """
+
+    def __init__(self, path: Path, device: torch.device):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                self._read(archive, device)
+        except EvaluationRefused:
+            raise
+        except Exception as error:  # whatever a file can be
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"{path} is not an exported network ({reason}): run the audit again") from error
+
+    def __call__(self, idx: torch.Tensor) -> torch.Tensor:
+        values = {**self._weights, self._input: idx}
+        for operation in self._operations:
+            args = [_look_up(arg, values) for arg in operation.args]
+            kwargs = {name: _look_up(arg, values) for name, arg in operation.kwargs.items()}
+            try:
+                result = operation.operator(*args, **kwargs)
+            except Exception as error:
+                reason = str(error).partition("\n")[0]
+                raise EvaluationRefused(f"the network's {operation.operator} fails: {reason}") from error
+            results = [result] if isinstance(result, torch.Tensor) else list(_flatten(result))
+            values.update(zip(operation.outputs, results, strict=True))
+            for name in operation.last_uses:
+                del values[name]
+        return values[self._output]
+
+    def _read(self, archive, device):
+        models = [name for name in archive.namelist() if name.endswith("/models/model.json")]
+        if len(models) != 1:
+            raise ValueError(f"it holds {len(models)} models")
+        root = models[0].removesuffix("models/model.json")
+        module = json.loads(archive.read(models[0]))["graph_module"]
+        graph = module["graph"]
+        tensors = {}
+        for kind in ("weights", "constants"):
+            folder = f"{root}data/{kind}/"
+            config = json.loads(archive.read(f"{folder}model_{kind}_config.json"))["config"]
+            for name, entry in config.items():
+                tensors[name] = archive, folder, entry
+
+        self._weights = {}
+        inputs = []
+        for spec in module["signature"]["input_specs"]:
+            kind, value = _only_item(spec)
+            if kind == "user_input":
+                inputs.append(value["arg"]["as_tensor"]["name"])
+                continue
+            names = {"parameter": "parameter_name", "buffer": "buffer_name", "tensor_constant": "tensor_constant_name"}
+            if kind not in names:
+                raise EvaluationRefused(f"the network has an input of kind {kind}: only tensors can be scored")
+            tensor = _read_tensor(*tensors[value[names[kind]]])
+            self._weights[value["arg"]["name"]] = tensor.to(device)
+
+        outputs = []
+        for spec in module["signature"]["output_specs"]:
+            kind, value = _only_item(spec)
+            if kind != "user_output":
+                raise EvaluationRefused(f"the model changes during evaluation: its graph has an output of kind {kind}")
+            outputs.append(value["arg"]["as_tensor"]["name"])
+        if len(inputs) != 1 or len(outputs) != 1:
+            raise EvaluationRefused(f"the network has {len(inputs)} inputs and {len(outputs)} outputs, not one of each")
+        self._input = inputs[0]
+        self._output = outputs[0]
+        sizes = graph["tensor_values"][self._input]["sizes"]
+        self.shape = tuple(size["as_int"] for size in sizes)  # B, T
+        self._operations = _read_operations(graph["nodes"], self._output, device)
+
+
+def _read_operations(nodes, output, device) -> list[Operation]:
+    """The graph's nodes in order. Backwards, so that the first use met of a name is its last."""
+    operations = []
+    used = {output}
+    for node in reversed(nodes):
+        operator = _read_operator(node["target"])
+        outputs = []
+        for argument in node["outputs"]:
+            outputs += _names_in(_read_argument(argument, device))
+        if not outputs:
+            continue  # an assertion about shapes or types
+        args = []
+        kwargs = {}
+        for entry in node["inputs"]:
+            value = _read_argument(entry["arg"], device)
+            if entry["kind"] == 1:  # positional
+                args.append(value)
+            else:
+                kwargs[entry["name"]] = value
+        read = {name for value in (*args, *kwargs.values()) for name in _names_in(value)}
+        dead = (read | set(outputs)) - used
+        used |= read | set(outputs)
+        operations.append(Operation(operator, args, kwargs, outputs, sorted(dead)))
+    return operations[::-1]
+
+
+def _read_operator(target: str) -> torch._ops.OpOverload:
+    match = re.fullmatch(r"torch\.ops\.aten\.(\w+)\.(\w+)", target)
+    operator = None
+    if match:
+        operator = getattr(getattr(torch.ops.aten, match[1], None), match[2], None)
+    if not isinstance(operator, torch._ops.OpOverload):
+        raise EvaluationRefused(f"the network uses {target}, which is not one of torch's own operators (aten)")
+    returned = {str(one.type) for one in operator._schema.returns}
+    reads_more = re.match("empty|new_empty|from_file", match[1])  # memory that others left, or a file
+    if operator._schema.is_mutable or reads_more or not returned <= {"Tensor", "List[Tensor]"}:
+        raise EvaluationRefused(f"the network uses {target}, which is not a function of tensors")
+    return operator
+
+
+def _read_argument(argument: dict, device):
+    kind, value = _only_item(argument)
+    if kind in PLAIN_ARGUMENTS:
+        return value
+    if kind == "as_none":
+        return None
+    if kind == "as_tensor":
+        return TensorName(value["name"])
+    if kind == "as_tensors":
+        return [TensorName(one["name"]) for one in value]
+    if kind == "as_optional_tensor":
+        return _read_argument(value, device)
+    if kind == "as_optional_tensors":
+        return [_read_argument(one, device) for one in value]
+    if kind == "as_float":
+        return float(value)  # "Infinity" too
+    if kind == "as_floats":
+        return [float(one) for one in value]
+    if kind == "as_scalar_type":
+        return DTYPES[value]
+    if kind == "as_memory_format":
+        return MEMORY_FORMATS[value]
+    if kind == "as_layout" and value == STRIDED_LAYOUT:
+        return torch.strided
+    if kind == "as_device":
+        return device if value["type"] == device.type else torch.device(value["type"])
+    raise EvaluationRefused(f"the network has an argument of kind {kind} ({str(value)[:60]}): this cannot be scored")
+
+
+def _read_tensor(archive, folder, entry) -> torch.Tensor:
+    meta = entry["tensor_meta"]
+    if entry["use_pickle"] or meta is None:
+        raise EvaluationRefused(f"the network holds {entry['path_name']} as a Python object, not as a plain tensor")
+    sizes = [size["as_int"] for size in meta["sizes"]]
+    strides = [stride["as_int"] for stride in meta["strides"]]
+    dtype = DTYPES[meta["dtype"]]
+    data = bytearray(archive.read(folder + entry["path_name"]))
+    if not data:
+        return torch.zeros(sizes, dtype=dtype)
+    return torch.frombuffer(data, dtype=dtype).as_strided(sizes, strides, meta["storage_offset"]["as_int"])
+
+
+def _only_item(union: dict):
+    """Kind and value of what is written as {kind: value}."""
+    ((kind, value),) = union.items()
+    return kind, value
+
+
+def _flatten(results):
+    for result in results:
+        if isinstance(result, list | tuple):
+            yield from _flatten(result)
+        else:
+            yield result
+
+
+def _names_in(argument) -> list[str]:
+    values = argument if isinstance(argument, list) else [argument]
+    return [value for value in values if isinstance(value, TensorName)]
+
+
+def _look_up(argument, values):
+    if isinstance(argument, TensorName):
+        return values[argument]
+    if isinstance(argument, list):
+        return [_look_up(one, values) for one in argument]
+    return argument
+
+
+def _score_network(path: Path) -> dict:
+    """What `--score` prints: an exported network probed and scored on the validation and the sealed test split."""
+    device = torch.device(default_device())
+    network = Network(path, device)
+    manifest = _manifest()
+    _check_files(manifest)
+    if len(network.shape) != 2 or network.shape[1] != MAX_SEQ_LEN:
+        raise EvaluationRefused(f"the network takes {network.shape}, not (B, {MAX_SEQ_LEN})")
+    rows = manifest["metric"]["rows"]
+    with _lock(_device_lock(device), f"another run holds {device}"), _judging(network):
+        val = _score(network, "val", rows["val"], network.shape[0], device)
+        test = _score(network, "test", rows["test"], network.shape[0], device)
+    return {
+        "val_bpb": val["val_bpb"],
+        "test_bpb": test["test_bpb"],
+        "rows": val["rows"],
+        "test_rows": test["rows"],
+        "digest": manifest["digest"],
+        "prepare_sha256": _sha256(Path(__file__)),
+        "device_name": _device_name(device),
+    }
+
+
+# ----- For the loop and for people -----
 
 
 def describe() -> dict:
-    """What loop.py asks in a child process, JSON-able; of the data, only the manifest is read."""
-    manifest, problem, device = {}, None, torch.device(default_device())
+    """What the loop asks in a child process, JSON-able; of the data, only the manifest is read."""
+    manifest = {}
+    problem = None
     try:
         manifest = _manifest()
     except UserError as error:
         problem = str(error)
     metric = manifest.get("metric", {"files": {}, "rows": {}})
-    cuda = device.type == "cuda"
+    device = torch.device(default_device())
     return {
-        "profile": PROFILE, "reason": PROFILE_REASON, "time_budget": TIME_BUDGET,
-        "cache": str(CACHE), "prepared": not problem, "problem": problem,
-        "digest": manifest.get("digest"), "rows": metric["rows"],
+        "profile": PROFILE,
+        "reason": PROFILE_REASON,
+        "time_budget": TIME_BUDGET,
+        "cache": str(CACHE),
+        "prepared": problem is None,
+        "problem": problem,
+        "digest": manifest.get("digest"),
+        "rows": metric["rows"],
         "files": {name: file["sha256"] for name, file in metric["files"].items()},
-        "device": device.type, "device_name": torch.cuda.get_device_name() if cuda else device.type,
-        "free_gb": torch.cuda.mem_get_info()[0] / 1e9 if cuda else 0.0,
-        "lock": str(_device_lock(device)), "prepare_sha256": _sha256(Path(__file__)),
-    }  # fmt: skip
+        "device": device.type,
+        "device_name": _device_name(device),
+        "devices": _devices(device.type),
+        "prepare_sha256": _sha256(Path(__file__)),
+    }
 
 
-def _prepare(num_shards, workers):
-    exists = (CACHE / "manifest.json").exists()
-    before = _manifest(may_change=SCORING) if exists else None
+def _devices(kind: str) -> dict[str, dict]:
+    """What a run can be given on this machine, by the value of CUDA_VISIBLE_DEVICES that gives it."""
+    if kind != "cuda":
+        return {kind: {"lock": str(_device_lock(torch.device(kind))), "free_gb": 0.0}}
+    count = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [name.strip() for name in visible.split(",")] if visible else [str(i) for i in range(count)]
+    devices = {}
+    for i, name in enumerate(names[:count]):
+        device = torch.device("cuda", i)
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+        devices[name] = {"lock": str(_device_lock(device)), "free_gb": free_bytes / 1e9}
+    return devices
+
+
+def _prepare(num_shards: int | None, workers: int) -> None:
+    """Makes what is missing. What the metric depends on, once prepared, must come out as it was."""
+    earlier = _manifest(may_change=SCORING) if (CACHE / "manifest.json").exists() else None
     texts = _texts(num_shards, workers)
     train = [name for name in texts if name not in ("val", "test")]
-    exists = (CACHE / "tokenizer.tiktoken").exists()
-    if not exists or Tokenizer.from_directory().get_vocab_size() != VOCAB_SIZE:
+    if not _has_tokenizer():
         _train_tokenizer([texts[name] for name in train])
     _tokenize(texts)
-    if before:
-        _check_files(before)
+    if earlier:
+        _check_files(earlier)
     manifest = _write_manifest(train)
-    rows, tokens = manifest["metric"]["rows"], sum(manifest["train_tokens"].values())
-    print(f"prepared: {tokens:,} training tokens in {len(train)} shards, {rows['val']} validation rows in {CACHE}")
+    val_rows = manifest["metric"]["rows"]["val"]
+    tokens = sum(manifest["train_tokens"].values())
+    print(f"prepared: {tokens:,} training tokens in {len(train)} shards, {val_rows} validation rows in {CACHE}")
+    print(f"digest: {manifest['digest'][:12]}")
 
 
-def main(argv: list[str] | None = None) -> int:
+def _has_tokenizer():
+    """Whether there is one with this profile's vocabulary: an unfinished preparation may have left another."""
+    if not (CACHE / "tokenizer.tiktoken").exists():
+        return False
+    return Tokenizer.from_directory().get_vocab_size() == VOCAB_SIZE
+
+
+def _arguments(argv):
     parser = argparse.ArgumentParser(description="Prepares a profile's data: download, splits, tokenizer, tokens.")
     parser.add_argument("--num-shards", type=int, default=10, help="training shards to have; -1: all (default 10)")
     parser.add_argument("--download-workers", type=int, default=8, help="downloads at a time (default 8)")
     parser.add_argument("--verify", action="store_true", help="recompute the digests of what the metric depends on")
+    parser.add_argument("--score", type=Path, metavar="FILE", help="score a network that an audit exported; print JSON")
     args = parser.parse_args(argv)
-    if args.num_shards < -1 or args.num_shards == 0 or args.download_workers < 1:
-        parser.error("--num-shards is -1 or over 0, --download-workers over 0")
-    print(f"profile: {PROFILE} ({PROFILE_REASON})", flush=True)
+    if args.num_shards < -1 or args.num_shards == 0:
+        parser.error(f"--num-shards is {args.num_shards}: give a number over 0, or -1 for all")
+    if args.download_workers < 1:
+        parser.error(f"--download-workers is {args.download_workers}: give a number over 0")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _arguments(argv)
+    # What --score prints is read by the loop: JSON alone.
+    print(f"profile: {PROFILE} ({PROFILE_REASON})", flush=True, file=sys.stderr if args.score else sys.stdout)
     try:
-        if args.verify:
+        if args.score:
+            print(json.dumps(_score_network(args.score)))
+        elif args.verify:
             print("verified:", *_check_files(_manifest()))
         else:
+            num_shards = None if args.num_shards == -1 else args.num_shards
             with _lock(CACHE / "prepare.lock", "another preparation works here"):
-                _prepare(None if args.num_shards == -1 else args.num_shards, args.download_workers)
-    except (UserError, OSError) as error:
-        remedy = "" if isinstance(error, UserError) else ": mend that and run the same command again"
-        print(f"error: {error}{remedy}", file=sys.stderr)
+                _prepare(num_shards, args.download_workers)
+    except (UserError, EvaluationRefused) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error}: mend that and run the same command again", file=sys.stderr)
         return 1
     return 0
 

@@ -64,7 +64,8 @@ def bench_loader(device):
     print(f"loader, batch of {B * T:,} tokens: plain {np.median(plain_ms):.1f} ms, ", end="")
     print(f"ours {np.median(ours_ms):.2f} ms: {ratio:.0f} times faster")
 
-    loader = prepare._load(prepare.RowStream([shard], T, forever=True), B, T, torch.device(device), "train")
+    stream = prepare.RowStream([shard], T, forever=True)
+    loader = prepare._load(lambda: stream, B, T, torch.device(device), "train")
     next(loader)
     start = time.perf_counter()
     for _ in range(BATCHES):

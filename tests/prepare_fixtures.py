@@ -52,10 +52,17 @@ def copy_prepare(folder, *rows):
     return path
 
 
-def load_prepare(path, profile, cache, seed=42):
-    """Imports a prepare.py under a name of its own: constants, stopwatch and all are new."""
+def load_prepare(path, profile, cache, seed=42, **variables):
+    """Imports a prepare.py under a name of its own: constants, stopwatch and all are new.
+
+    variables: of the environment, for its import only, such as AUTORESEARCH_RESULT.
+    """
     before = dict(os.environ)
+    for name in ("AUTORESEARCH_RESULT", "AUTORESEARCH_AUDIT"):
+        os.environ.pop(name, None)
     os.environ.update(AUTORESEARCH_PROFILE=profile, AUTORESEARCH_CACHE=str(cache), AUTORESEARCH_SEED=str(seed))
+    os.environ["AUTORESEARCH_LOCKS"] = str(Path(cache) / "locks")
+    os.environ.update(variables)
     try:
         spec = importlib.util.spec_from_file_location(f"prepare_{profile}_{random.getrandbits(64):x}", path)
         module = importlib.util.module_from_spec(spec)
@@ -69,8 +76,12 @@ def load_prepare(path, profile, cache, seed=42):
 
 
 def environment(judge, **changes):
-    """For a process that is to run with a loaded judge's profile and cache."""
-    own = {"AUTORESEARCH_PROFILE": judge.PROFILE, "AUTORESEARCH_CACHE": str(judge.CACHE_ROOT)}
+    """For a process that is to run with a loaded judge's profile, cache and locks."""
+    own = {
+        "AUTORESEARCH_PROFILE": judge.PROFILE,
+        "AUTORESEARCH_CACHE": str(judge.CACHE_ROOT),
+        "AUTORESEARCH_LOCKS": str(judge.LOCKS),
+    }
     return {**os.environ, **own, **changes}
 
 

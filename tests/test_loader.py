@@ -187,7 +187,7 @@ def test_second_run_on_a_device_waits_says_so_and_is_not_charged_for_it(tiny, tm
         "print('trained for', prepare.training_seconds())"
     )
     with started(judge, "-c", code, str(tiny[0]), str(late)) as child:
-        lock = judge.CACHE_ROOT / "locks" / "cpu.lock"
+        lock = judge.LOCKS / "cpu.lock"
         assert child.stderr.readline() == f"waiting: another run holds cpu (lock {lock})\n"
         assert child.poll() is None
         late.touch()

@@ -79,8 +79,8 @@ def test_profiles_are_those_of_the_design(tmp_path):
     design = {
         "climbmix": ("karpathy/climbmix-400b-shuffle", 2048, 300, 40 * 524288, 8192, 6543, 10**15),
         "code": ("python:all", 2048, 300, 40 * 524288, 8192, 0, 10**15),
-        "pocket": ("python:stdlib", 256, 30, 2**18, 2048, 0, 10**15),
-        "smoke": ("python:stdlib", 64, 2, 2**13, 512, 0, 2_000_000),
+        "pocket": ("python:torch", 256, 30, 2**18, 2048, 0, 10**15),
+        "smoke": ("python:torch", 64, 2, 2**13, 512, 0, 3_000_000),
     }
     assert {name: tuple(judge.PROFILES[name]) for name in design} == design  # a fork has rows of its own beside them
     taken = judge.SEED, judge.TIME_BUDGET, judge.MAX_SEQ_LEN, judge.CACHE
@@ -120,11 +120,11 @@ def test_bad_arguments_end_with_code_2(shared, arguments):
     assert error.value.code == 2
 
 
-def test_smoke_profile_is_prepared_from_the_standard_library(tmp_path):
+def test_smoke_profile_is_prepared_from_torch(tmp_path):
     judge = load_prepare(PREPARE, "smoke", tmp_path)
     assert judge.main([]) == 0
     texts = texts_of(judge)
-    assert 2e6 <= sum(len(text) for pieces in texts.values() for text in pieces) < 3e6
+    assert 3e6 <= sum(len(text) for pieces in texts.values() for text in pieces) < 4e6
     assert judge.describe()["rows"] == {"val": 128, "test": 128}
     assert judge.Tokenizer.from_directory().get_vocab_size() == 512
 
@@ -179,8 +179,7 @@ def test_local_sources_of_every_kind_give_the_same_splits(tmp_path, kind, shared
     assert texts_of(judge) == texts_of(shared)
 
 
-@pytest.mark.parametrize("source", ["python:stdlib", "python:all"])
-def test_installed_packages_are_read_for_python_all_only(tmp_path, monkeypatch, source):
+def test_installed_packages_come_after_the_standard_library(tmp_path, monkeypatch):
     standard, installed = ["lib/json/decoder.py"], ["lib/site-packages/pip.py", "platform/torch.py"]
     for name in (*standard, *installed, "lib/dist-packages/apt.py", "lib/json/notes.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -188,10 +187,26 @@ def test_installed_packages_are_read_for_python_all_only(tmp_path, monkeypatch, 
     folders = {"stdlib": "lib", "purelib": "lib/site-packages", "platlib": "platform"}
     paths = {key: str(tmp_path / folder) for key, folder in folders.items()}
     monkeypatch.setattr("sysconfig.get_paths", lambda: paths)
-    judge = load_prepare(PREPARE, "smoke", tmp_path)
-    judge.SOURCE = source
+    judge = load_prepare(PREPARE, "code", tmp_path)
     found = [str(file.relative_to(tmp_path)) for file in judge._local_files()]
-    assert found == standard + (installed if source == "python:all" else [])
+    assert found == standard + installed
+
+
+def test_torch_text_leaves_out_what_differs_between_builds_and_says_another_version(tmp_path, monkeypatch, capsys):
+    names = ["__init__.py", "B.py", "_inductor/codegen/cpp.py", "_inductor/ir.py", "a/b.py", "a_b.py", "version.py"]
+    for name in [*names, "lib/libtorch.so", "vendor/version.py"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    judge = load_prepare(PREPARE, "pocket", tmp_path)
+    monkeypatch.setattr(judge.torch, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(judge.torch, "__version__", f"{judge.TORCH_VERSION}+anything")
+    wanted = ["_inductor/ir.py", "vendor/version.py", "B.py", "__init__.py", "a/b.py", "a_b.py"]  # by SHA-256
+    assert [file.relative_to(tmp_path).as_posix() for file in judge._local_files()] == wanted
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(judge.torch, "__version__", "9.9.0.dev1+cpu")
+    judge._local_files()
+    assert capsys.readouterr().out.startswith(f"note: torch is 9.9.0.dev1, not {judge.TORCH_VERSION}: ")
+    assert f'"torch=={judge.TORCH_VERSION}"' in (PREPARE.parent / "pyproject.toml").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("line", ["{", '{"body": 1}', '{"text": 5}', "[1]"])
@@ -205,7 +220,7 @@ def test_bad_jsonl_line_is_named(tmp_path, capsys, line):
 def test_bad_local_parquet_is_named(tmp_path, capsys):
     pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "a.parquet")
     prepared(tmp_path, tmp_path / "a.parquet", expect=1)
-    problem = "is not a readable parquet file with a text column (of another type than string)"
+    problem = "is not a readable parquet file with a text column (its type is int64, not string)"
     assert f"{tmp_path / 'a.parquet'} {problem}" in error_line(capsys)
 
 
@@ -275,12 +290,19 @@ def test_lone_surrogates_are_replaced(shared):
     assert tokenizer.decode(tokenizer.encode("\ud83d\ude42")) == "🙂"
 
 
-def test_long_documents_encode_as_if_whole(shared, monkeypatch):
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ["ba ke\n", "!!\n", " \n", "\r\n", "'s", "  lo", "\n\n", "12", "\t", "é", "x\n"],
+        ["ba", " ke", " lo", ", ", "  mi", "'s", "1234", "?!", " é\u0301", " 漢字", "\u00a0"],  # no line end at all
+        ["    ba ke\n", "\tlo = mi\r\n", "  \n", "    # nu\n"],  # every line indented
+    ],
+    ids=["lines", "one line", "indented"],
+)
+def test_long_documents_encode_as_if_whole(shared, monkeypatch, parts):
     """Chunks end where no token can cross: the ids are those of the undivided text."""
     tokenizer = shared.Tokenizer.from_directory()
-    rng = random.Random(4)
-    parts = ["ba ke\n", "!!\n", " \n", "\r\n", "'s", "  lo", "\n\n", "12", "\t", "é", "x\n"]
-    text = "".join(rng.choices(parts, k=6000))
+    text = "".join(random.Random(4).choices(parts, k=6000))
     whole = tokenizer.encoding.encode_ordinary(text)
     for size in (50, 333, 4000):
         monkeypatch.setattr(shared, "CHUNK_CHARS", size)
@@ -416,7 +438,8 @@ def test_damaged_manifest_is_named(shared, tmp_path, capsys, text):
     path.write_text(text)
     assert judge.main([]) == 1
     error = error_line(capsys)
-    assert error.startswith(f"error: {path} is damaged (") and "delete it and run 'uv run prepare.py'" in error
+    assert error.startswith(f"error: {path} is damaged, or of another version of prepare.py (")
+    assert error.endswith("): delete it and run 'uv run prepare.py'")
     assert judge.describe()["problem"] in error
 
 

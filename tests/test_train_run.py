@@ -143,7 +143,7 @@ def test_warm_up_trains_and_judges_but_leaves_no_trace():
     steps = []
     step = optimizer.step
     optimizer.step = lambda: (step(), steps.append(not torch.equal(model.lm_head.weight, before["lm_head.weight"])))
-    assert train.warm_up(model, optimizer, vocab_size=31) == 8
+    assert train.warm_up(model, optimizer, vocab_size=31, upper_bound=8) == 8
     assert seen == [(True, 0), (True, 0), (False, 3), (False, 3)]
     assert steps == [True]  # a real step was made, and undone
     assert_same(before, snapshot(model))
@@ -155,7 +155,7 @@ def test_warm_up_trains_and_judges_but_leaves_no_trace():
 def test_warm_up_out_of_memory_halves_the_rows_and_still_restores(capsys):
     model = build(CONFIG, kind=Hungry)
     optimizer, before = model.setup_optimizer(), snapshot(model)
-    assert train.warm_up(model, optimizer, vocab_size=31) == 2
+    assert train.warm_up(model, optimizer, vocab_size=31, upper_bound=8) == 2
     assert_same(before, snapshot(model))
     assert capsys.readouterr().err.splitlines() == [
         "out of memory with 8 rows per micro-step: halving them",
@@ -166,7 +166,7 @@ def test_warm_up_out_of_memory_halves_the_rows_and_still_restores(capsys):
 def test_first_timed_step_starts_from_the_initial_state(monkeypatch):
     model, optimizer = fresh()
     before, found = snapshot(model), []
-    rows = train.warm_up(model, optimizer, vocab_size=31)
+    rows = train.warm_up(model, optimizer, vocab_size=31, upper_bound=8)
     clock = Clock(1.0, monkeypatch)
 
     def look():
@@ -191,7 +191,7 @@ def test_nothing_is_compiled_after_warm_up(monkeypatch):
 
     optimizer._muon_update = torch.compile(train.muon_update, backend=backend, dynamic=False, fullgraph=True)
     runner = torch.compile(model, backend=backend, dynamic=False, fullgraph=True)
-    rows = train.warm_up(runner, optimizer, vocab_size=31)
+    rows = train.warm_up(runner, optimizer, vocab_size=31, upper_bound=8)
     compiled = len(graphs)
     assert compiled >= 2 + len({p.shape for p in model.transformer.h.parameters()})
     clock = Clock(5.0, monkeypatch)
@@ -331,7 +331,8 @@ def smoke_env(tmp_path_factory):
     """Environment with the smoke profile prepared in a cache of its own."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("AUTORESEARCH_")}
     env |= {"AUTORESEARCH_CACHE": str(tmp_path_factory.mktemp("cache")), "AUTORESEARCH_PROFILE": "smoke"}
-    env.pop("GOMP_SPINCOUNT", None)  # another test module imported train.py
+    for name in ("GOMP_SPINCOUNT", "PYTORCH_ALLOC_CONF"):
+        env.pop(name, None)  # another test module imported train.py
     env |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     env["OMP_NUM_THREADS"] = "1"  # two threads that wait for each other on busy cores can take 50 times as long
     subprocess.run([sys.executable, "prepare.py"], cwd=ROOT, env=env, check=True, capture_output=True)
@@ -348,7 +349,7 @@ def test_run_ends_with_the_summary_in_order_and_format(smoke_env, tmp_path):
     lines = run.stdout.splitlines()
     assert lines[0] == "---"
     pairs = [re.fullmatch(r"(\w+):( +)(.*)", line) for line in lines[1:]]
-    assert [pair[1] for pair in pairs] == [*SUMMARY, "sample"]
+    assert [pair[1] for pair in pairs] == [*SUMMARY, "sample", "attention"]
     for pair, decimals in zip(pairs, SUMMARY.values(), strict=False):
         assert pair.start(3) == 18, pair[0]
         assert re.fullmatch(r"\d+" + (rf"\.\d{{{decimals}}}" if decimals else ""), pair[3]), pair[0]
@@ -405,11 +406,11 @@ def test_import_has_no_side_effects(smoke_env, tmp_path):
 import os
 before = dict(os.environ)
 import train
-print(train.torch.cuda.is_initialized(), {name for name in os.environ if os.environ[name] != before.get(name)})
+print(train.torch.cuda.is_initialized(), sorted(name for name in os.environ if os.environ[name] != before.get(name)))
 """
     env = smoke_env | {"AUTORESEARCH_CACHE": str(tmp_path / "none"), "PYTHONDONTWRITEBYTECODE": "1"}
     run = python(env, "-c", code, cwd=tmp_path)
-    assert (run.stdout, run.stderr) == ("False {'GOMP_SPINCOUNT'}\n", "")
+    assert (run.stdout, run.stderr) == ("False ['GOMP_SPINCOUNT', 'PYTORCH_ALLOC_CONF']\n", "")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,0 +1,61 @@
+"""What the tests of the evaluator share: a small network, and the ways in which a run meets the judge."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+T, V = 32, 300  # of the profile "tiny"
+
+
+def causal(t, s):
+    return s <= t
+
+
+class Toy(nn.Module):
+    """One attention layer with seeded random weights; `sees(t, s)` says which keys s a query t may see."""
+
+    def __init__(self, sees=causal, seed=0, vocab_size=V, scale=1.0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.wte = nn.Embedding(vocab_size, 32)
+        self.qkv = nn.Linear(32, 96, bias=False)
+        self.wpe = nn.Embedding(T, 32)
+        self.head = nn.Linear(32, vocab_size, bias=False)
+        nn.init.normal_(self.head.weight, std=0.3 * scale)
+        t, s = torch.meshgrid(torch.arange(T), torch.arange(T), indexing="ij")
+        self.register_buffer("mask", sees(t, s) | (t == s))
+
+    def forward(self, idx):
+        x = self.wte(idx) + self.wpe(torch.arange(idx.shape[1]))
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return self.head(x + F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask))
+
+
+class Wrapped(nn.Module):
+    """forward(idx) = change(model(idx), idx)."""
+
+    def __init__(self, change, model=None):
+        super().__init__()
+        self.model = model or Toy()
+        self.change = change
+
+    def forward(self, idx):
+        return self.change(self.model(idx), idx)
+
+
+def evaluate(judge, model, batch_size=16):
+    return judge.evaluate_bpb(model, judge.Tokenizer.from_directory(), batch_size)
+
+
+def make_loader(judge, split="train", B=2):
+    return judge.make_dataloader(judge.Tokenizer.from_directory(), B, T, split, device="cpu")
+
+
+def start_clock(judge, split="train"):
+    loader = make_loader(judge, split)
+    next(loader)
+    loader.close()
+
+
+def rows_of(judge, split="val"):
+    return judge._open_split(split, T).take(judge._manifest()["metric"]["rows"][split])
