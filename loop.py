@@ -470,11 +470,11 @@ class Ratchet:
             return "keep"
         scores = experiment.scores(experiment.commit)
         base_score = self.store.estimate(experiment.base)
+        if self.is_simpler(experiment, base_score, scores[0]):
+            return "keep"
         if self.limits.confirm:
             return self.judge_confirmed(experiment, scores)
-        if ledger.is_gain(base_score, scores[0], DOMAIN) or self.is_simpler(experiment, base_score, scores[0]):
-            return "keep"
-        return "discard"
+        return "keep" if ledger.is_gain(base_score, scores[0], DOMAIN) else "discard"
 
     def judge_confirmed(self, experiment: Experiment, scores: list[float]) -> str:
         """With --confirm the first score only buys a second look; fresh seeds of both decide."""

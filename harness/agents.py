@@ -17,6 +17,8 @@ from pathlib import Path
 
 from harness.screen import UserError
 
+CHECK_SECONDS = 20  # that the check of the log-in may take
+
 
 @dataclass(frozen=True)
 class Agent:
@@ -24,64 +26,99 @@ class Agent:
     install: str = ""  # the remedy where it is missing
     check: str = ""  # arguments of a quick command that tells, without network, whether it is logged in
     refused: str = ""  # the pattern in the check's output that says no; anything else passes
-    login: str = ""  # the remedy
+    login: str = ""  # the remedy where it is not logged in
 
 
 AGENTS = {
     "claude": Agent(
-        ["claude", "-p", "--dangerously-skip-permissions"], "npm install -g @anthropic-ai/claude-code",
-        "auth status", r'"loggedIn": *false', "claude auth login, or export ANTHROPIC_API_KEY",
+        command=["claude", "-p", "--dangerously-skip-permissions"],
+        install="npm install -g @anthropic-ai/claude-code",
+        check="auth status",
+        refused=r'"loggedIn": *false',
+        login="claude auth login, or export ANTHROPIC_API_KEY",
     ),
     "codex": Agent(
-        ["codex", "exec", "--dangerously-bypass-approvals-and-sandbox", "-"], "npm install -g @openai/codex",
-        "login status", "Not logged in", "codex login, or export CODEX_API_KEY",
+        command=["codex", "exec", "--dangerously-bypass-approvals-and-sandbox", "-"],
+        install="npm install -g @openai/codex",
+        check="login status",
+        refused="Not logged in",
+        login="codex login, or export CODEX_API_KEY",
     ),
     "vibe": Agent(
-        ["vibe", "--auto-approve", "-p"], "uv tool install mistral-vibe",
-        "--auto-approve -p x --resume no-such-session", "Missing .*environment variable",
-        "vibe --setup, or export MISTRAL_API_KEY",
+        command=["vibe", "--auto-approve", "-p"],
+        install="uv tool install mistral-vibe",
+        check="--auto-approve -p x --resume no-such-session",
+        refused="Missing .*environment variable",
+        login="vibe --setup, or export MISTRAL_API_KEY",
     ),
     "gemini": Agent(
-        ["gemini", "-p", "", "--approval-mode", "yolo", "--skip-trust"], "npm install -g @google/gemini-cli",
-        "--list-sessions", "exit code 41", "gemini, or export GEMINI_API_KEY",
+        command=["gemini", "-p", "", "--approval-mode", "yolo", "--skip-trust"],
+        install="npm install -g @google/gemini-cli",
+        check="--list-sessions",
+        refused="exit code 41",
+        login="gemini, or export GEMINI_API_KEY",
     ),
-    "opencode": Agent(["opencode", "run", "--auto"], "npm install -g opencode-ai"),
-    "random": Agent([sys.executable, "-P", str(Path(__file__).with_name("random_search.py"))]),
-}  # fmt: skip
+    "opencode": Agent(command=["opencode", "run", "--auto"], install="npm install -g opencode-ai"),
+    "random": Agent(command=[sys.executable, "-P", str(Path(__file__).with_name("random_search.py"))]),
+}
 
 
 def choose_agent(name: str | None, command: str | None) -> Agent:
-    """The adapter to use. Raises UserError, with the remedy, if it is missing, not allowed here or not logged in."""
+    """The agent to use. Raises UserError, with the remedy, if it is missing, not allowed here or not logged in."""
     if command is not None:
-        try:
-            words = shlex.split(command)
-        except ValueError:
-            words = []
-        if not words or not shutil.which(words[0]):
-            raise UserError(f"--agent-cmd {command!r} starts no program that is installed: give its path", 2)
-        return Agent(words)
-    installed = ", ".join(each for each, agent in AGENTS.items() if shutil.which(agent.command[0]))
+        return _agent_of_command(command)
     if name not in AGENTS:
         asked = f"unknown agent {name!r}" if name else "no agent given"
-        raise UserError(f'{asked}: use --agent NAME (installed here: {installed}) or --agent-cmd "COMMAND"', 2)
+        remedy = f'use --agent NAME (installed here: {_installed()}) or --agent-cmd "COMMAND"'
+        raise UserError(f"{asked}: {remedy}", 2)
     agent = AGENTS[name]
     if not shutil.which(agent.command[0]):
-        raise UserError(f"{name} is not installed: {agent.install} (installed here: {installed})", 2)
-    sandbox = os.environ.get("IS_SANDBOX") == "1" or "CLAUDE_CODE_BUBBLEWRAP" in os.environ
-    if name == "claude" and os.geteuid() == 0 and not sandbox:
+        raise UserError(f"{name} is not installed: {agent.install} (installed here: {_installed()})", 2)
+    if name == "claude" and os.geteuid() == 0 and not _is_sandbox():
         remedy = "run as another user or, in a container, export IS_SANDBOX=1"
         raise UserError(f"claude does not skip permissions as root: {remedy}", 2)
-    if name == "codex":  # its check knows neither an API key nor a provider of the user's own
-        config = Path(os.environ.get("CODEX_HOME", Path.home() / ".codex"), "config.toml")
-        provider = r"(?m)^\s*(model_provider|openai_base_url|profile|oss_provider)\s*="
-        own = config.is_file() and re.search(provider, config.read_text())
-        if own or {"CODEX_API_KEY", "CODEX_ACCESS_TOKEN"} & set(os.environ):
-            return agent
-    if not agent.check:
-        return agent
-    with contextlib.suppress(subprocess.TimeoutExpired):  # in doubt it passes
-        command = [agent.command[0], *agent.check.split()]
-        check = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=20)
-        if re.search(agent.refused, f"{check.stdout!r}{check.stderr!r}exit code {check.returncode}"):
-            raise UserError(f"{name} is not logged in: {agent.login}", 2)
+    # The check of codex knows neither an API key nor a provider of the user's own.
+    needs_no_login = name == "codex" and _codex_has_own_access()
+    if agent.check and not needs_no_login and _is_refused(agent):
+        raise UserError(f"{name} is not logged in: {agent.login}", 2)
     return agent
+
+
+def _agent_of_command(command: str) -> Agent:
+    try:
+        words = shlex.split(command)
+    except ValueError:  # an open quote
+        words = []
+    if not words or not shutil.which(words[0]):
+        raise UserError(f"--agent-cmd {command!r} starts no program that is installed: give its path", 2)
+    return Agent(words)
+
+
+def _installed() -> str:
+    return ", ".join(name for name, agent in AGENTS.items() if shutil.which(agent.command[0]))
+
+
+def _is_sandbox() -> bool:
+    """What claude itself asks before it lets root skip permissions."""
+    return os.environ.get("IS_SANDBOX") == "1" or "CLAUDE_CODE_BUBBLEWRAP" in os.environ
+
+
+def _codex_has_own_access() -> bool:
+    if "CODEX_API_KEY" in os.environ or "CODEX_ACCESS_TOKEN" in os.environ:
+        return True
+    home = Path(os.environ.get("CODEX_HOME", Path.home() / ".codex"))
+    config = home / "config.toml"
+    if not config.is_file():
+        return False
+    provider = r"^\s*(model_provider|openai_base_url|profile|oss_provider)\s*="
+    return re.search(provider, config.read_text(errors="replace"), re.MULTILINE) is not None
+
+
+def _is_refused(agent: Agent) -> bool:
+    """Whether the CLI says that nobody is logged in. In doubt it passes: a night's back-off is no great loss."""
+    command = [agent.command[0], *agent.check.split()]
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        check = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=CHECK_SECONDS)
+        said = f"{check.stdout!r}{check.stderr!r}exit code {check.returncode}"
+        return re.search(agent.refused, said) is not None
+    return False

@@ -7,7 +7,7 @@ objects, read from a child's output and from a file; whatever does not fit raise
 import dataclasses
 import types
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 class ContractError(ValueError):
@@ -100,7 +100,6 @@ class Record:
     test_rows: int | None = None
     exported: str | None = None  # audit: the network as data, a file beside the record
     export_problem: str | None = None  # audit: why there is none
-    more: dict = field(default_factory=dict)  # whatever else it says
 
 
 STARTED_SUFFIX = ".started"  # beside the record: the judge makes this empty file when its clock starts,
@@ -114,36 +113,26 @@ def read_description(data: object) -> Description:
 
 def read_record(data: object, domain: Domain) -> Record:
     """A record with the domain's own keys. Raises ContractError for a missing key or a value of another type."""
-    what = "the judge's record"
-    if not isinstance(data, dict):
-        raise ContractError(f"{what} is not a JSON object")
-    renamed = {domain.metric: "score", domain.test_metric: "test_score"}
-    known = {entry.name for entry in dataclasses.fields(Record)} - {"more", "score", "test_score"}
-    values = {}
-    more = {}
-    for key, value in data.items():
-        if key in renamed:
-            values[renamed[key]] = value
-        elif key in known:
-            values[key] = value
-        else:
-            more[key] = value
-    if "score" not in values:
-        raise ContractError(f"{what} has no {domain.metric}")
-    return Record(**_checked(Record, values | {"more": more}, what))
+    keys = {"score": domain.metric, "test_score": domain.test_metric}
+    return Record(**_checked(Record, data, "the judge's record", keys))
 
 
-def _checked(kind: type, data: object, what: str) -> dict:
-    """The values for a dataclass, each of its annotated type."""
+def _checked(kind: type, data: object, what: str, keys: dict[str, str] | None = None) -> dict:
+    """The values for a dataclass, each of its annotated type; other keys are left out.
+
+    keys: field -> the key under which its value stands, where that is another than the field's name.
+    """
     if not isinstance(data, dict):
         raise ContractError(f"{what} is not a JSON object")
+    keys = keys or {}
     hints = typing.get_type_hints(kind)
     values = {}
     for entry in dataclasses.fields(kind):
-        if entry.name in data:
-            values[entry.name] = _converted(hints[entry.name], data[entry.name], f"{what}: {entry.name}")
-        elif entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING:
-            raise ContractError(f"{what} has no {entry.name}")
+        key = keys.get(entry.name, entry.name)
+        if key in data:
+            values[entry.name] = _converted(hints[entry.name], data[key], f"{what}: {key}")
+        elif entry.default is dataclasses.MISSING:
+            raise ContractError(f"{what} has no {key}")
     return values
 
 

@@ -13,6 +13,7 @@ from harness.contract import Domain
 
 STATUSES = ("keep", "discard", "crash")
 SIMPLIFY = "simplify:"  # a description that begins so asks for the other rule: fewer lines at an equal score
+LAYOUT = (tokenize.COMMENT, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING, tokenize.ENDMARKER)
 GIVEN_AWAY_SIGMAS = 2  # what all the simpler keeps together may give away
 
 
@@ -137,18 +138,24 @@ def wants_simpler_rule(description: str) -> bool:
 
 
 def lines_of_code(source: bytes) -> int:
-    """Lines that hold code: no blank lines, no comments, no docstrings or other text that stands alone."""
+    """Lines that hold code: no blank lines, no comments, no docstrings or other text that stands alone.
+
+    In another language than Python: lines that are not blank.
+    """
+    try:
+        tokens = list(tokenize.tokenize(io.BytesIO(source).readline))
+    except (tokenize.TokenError, SyntaxError):
+        return sum(bool(line.strip()) for line in source.splitlines())
     lines: set[int] = set()
-    skipped = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING)
-    at_line_start = True
-    for token in tokenize.tokenize(io.BytesIO(source).readline):
-        if token.type in skipped or token.type == tokenize.ENDMARKER:
-            at_line_start = at_line_start or token.type == tokenize.NEWLINE
-            continue
-        stands_alone = token.type == tokenize.STRING and at_line_start
-        if not stands_alone:
-            lines.update(range(token.start[0], token.end[0] + 1))
-        at_line_start = False
+    begins_statement = True
+    for token in tokens:
+        if token.type == tokenize.NEWLINE:
+            begins_statement = True
+        elif token.type not in LAYOUT:
+            stands_alone = token.type == tokenize.STRING and begins_statement
+            if not stands_alone:
+                lines.update(range(token.start[0], token.end[0] + 1))
+            begins_statement = False
     return len(lines)
 
 
@@ -169,5 +176,7 @@ def given_away(rows: list[Row], domain: Domain) -> float:
 
 def is_simpler_keep(before: float, after: float, sigma: float, spent: float, domain: Domain) -> bool:
     """Whether a candidate with fewer lines may stay: within one sigma of the best, and within what is left to give."""
-    loss = max(0.0, domain.gain(after, before))
+    loss = domain.gain(after, before)
+    if loss <= 0:  # nothing is given away
+        return True
     return loss <= sigma and spent + loss <= GIVEN_AWAY_SIGMAS * sigma

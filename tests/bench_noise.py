@@ -2,11 +2,12 @@
 
     uv run tests/bench_noise.py [LEDGER] [--sigma 0.00037] [--nights 2000]
 
-The decision and the estimate of sigma are loop.py's own. A night is the true effects of a ledger: of each scored row,
-its difference from the champion of its time (crashes left out), in the order of the ledger; without LEDGER a synthetic
-set, stated as such. Each run of a commit measures its true bpb plus Gaussian noise. An effect that is kept lowers the
-champion's true bpb by itself, one that is not leaves it. A false keep is a kept experiment whose true effect is no
-improvement; a gain missed is an improvement that was not kept.
+The decisions are the loop's own (harness/ledger.py): the plain rule, and --confirm with sigma measured as the loop
+measures it. A night is the true effects of a ledger: of each scored row, its difference from the champion of its time
+(crashes left out), in the order of the ledger; without LEDGER an invented set, and it says so. Each run of a commit
+measures its true score plus Gaussian noise. An effect that is kept moves the champion's true score by itself, one that
+is not leaves it. A false keep is a kept experiment whose true effect is no improvement; a gain missed is an improvement
+that was not kept.
 
 The effects were themselves measured once, under a rule of "lower is kept": they hold noise too, so that the spread of
 true effects is somewhat narrower than simulated here. Figures are means over nights, ± their standard error.
@@ -17,79 +18,126 @@ import math
 import random
 import statistics
 import sys
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from ledger import Row, decide, noise, parse_ledger
+from harness import ledger
+from harness.ledger import Row
+from loop import BASELINE_RUNS, DOMAIN
 
-RULES = {  # name -> runs of the baseline; with one, no commit is run twice and the rule is the plain one
-    "plain": 1,
-    "confirm, 2 replicates": 2,
-    "confirm, 3 replicates": 3,
-    "confirm, 5 replicates": 5,
-}
-FIGURES = "kept", "false keeps", "gains missed", "final true bpb", "runs"
+RULES = ("plain", "--confirm")
+FIGURES = ("kept", "false keeps", "gains missed", "final true bpb", "runs")
+
+
+@dataclass
+class Night:
+    """What came of one simulated night: the values of FIGURES."""
+
+    kept: int = 0
+    false_keeps: int = 0
+    gains_missed: int = 0
+    final: float = 0.0
+    runs: int = 0
+
+
+class Simulation:
+    """A night's ledger: true scores, noise, and the rule's decisions."""
+
+    def __init__(self, baseline: float, sigma: float, rule: str, rng: random.Random):
+        self.rows: list[Row] = []
+        self.true_score = baseline
+        self.champion = "baseline"
+        self.true_sigma = sigma
+        self.confirms = rule == "--confirm"
+        self.rng = rng
+        for _ in range(BASELINE_RUNS if self.confirms else 1):
+            self.rows.append(self.run("baseline", baseline, "keep"))
+
+    def run(self, commit: str, true_score: float, status: str) -> Row:
+        return Row(commit, round(self.rng.gauss(true_score, self.true_sigma), 6), 0.0, status, "")
+
+    def experiment(self, commit: str, effect: float) -> bool:
+        """Run one experiment; whether it was kept."""
+        true_score = self.true_score + effect
+        first = self.run(commit, true_score, "discard").score
+        scores = [first]
+        if self.confirms:
+            is_kept = self.confirm(commit, true_score, scores)
+        else:
+            is_kept = ledger.is_gain(ledger.best_estimate(self.rows, self.champion), first, DOMAIN)
+        status = "keep" if is_kept else "discard"
+        self.rows += [Row(commit, score, 0.0, status, "") for score in scores]
+        if is_kept:
+            self.champion = commit
+            self.true_score = true_score
+        return is_kept
+
+    def confirm(self, commit: str, true_score: float, scores: list[float]) -> bool:
+        """The rule of --confirm, as loop.py applies it; fresh scores are appended to `scores`."""
+        of_champion = ledger.fresh_scores(self.rows, self.champion)
+        sigma = ledger.measured_sigma(self.rows)
+        if not ledger.deserves_second_look(of_champion, scores[0], sigma, DOMAIN):
+            return False
+        fresh = [self.run(commit, true_score, "discard").score for _ in range(ledger.FRESH_RUNS)]
+        scores += fresh
+        tried = len({row.commit for row in self.rows})
+        return ledger.is_confirmed(of_champion, fresh, sigma, tried, DOMAIN)
+
+
+def simulate_night(baseline: float, effects: list[float], rule: str, sigma: float, rng: random.Random) -> Night:
+    simulation = Simulation(baseline, sigma, rule, rng)
+    night = Night()
+    for number, effect in enumerate(effects):
+        is_kept = simulation.experiment(str(number), effect)
+        is_better = effect < 0
+        night.kept += is_kept
+        night.false_keeps += is_kept and not is_better
+        night.gains_missed += is_better and not is_kept
+    night.final = simulation.true_score
+    night.runs = len(simulation.rows)
+    return night
 
 
 def effects_of(rows: list[Row]) -> tuple[float, list[float]]:
-    """(The baseline's bpb, each later scored row's difference from the champion of its time; negative is better)."""
-    champion, effects = None, []
-    for row in rows:
-        if row.status == "crash":
-            continue
-        if champion is not None:
-            effects.append(row.val_bpb - champion)
-        if champion is None or row.status == "keep":
-            champion = row.val_bpb
-    first = next(row.val_bpb for row in rows if row.status != "crash")
-    return first, effects
+    """The baseline's score, and each later scored row's difference from the champion of its time (negative: better)."""
+    scored = [row for row in rows if row.status != "crash"]
+    champion = scored[0].score
+    effects = []
+    for row in scored[1:]:
+        effects.append(row.score - champion)
+        if row.status == "keep":
+            champion = row.score
+    return scored[0].score, effects
 
 
-def synthetic_effects() -> tuple[float, list[float]]:
-    """125 effects: a few large gains early, many small losses, some large ones. Invented, not measured."""
+def invented_effects() -> tuple[float, list[float]]:
+    """125 effects: a few large gains, many small losses, some large ones. Invented, not measured."""
     rng = random.Random(0)
     gains = [-0.01 * 0.6**n for n in range(12)]
-    losses = [abs(rng.gauss(0, 0.001)) for _ in range(100)] + [rng.uniform(0.003, 0.01) for _ in range(13)]
-    effects = gains + losses
+    small_losses = [abs(rng.gauss(0, 0.001)) for _ in range(100)]
+    large_losses = [rng.uniform(0.003, 0.01) for _ in range(13)]
+    effects = gains + small_losses + large_losses
     rng.shuffle(effects)
     return 1.0, effects
 
 
-def night(baseline: float, effects: list[float], replicates: int, sigma: float, rng: random.Random) -> list[float]:
-    """One simulated night under a rule: the values of FIGURES."""
-
-    def run(commit: str, true_bpb: float) -> list[float]:
-        found[commit] = [*found.get(commit, []), round(rng.gauss(true_bpb, sigma), 6)]
-        return found[commit]
-
-    def estimate() -> float | None:  # of sigma: the loop's own, from the commits that were run more than once
-        again = {commit: scores for commit, scores in found.items() if len(scores) > 1}
-        return noise([Row(commit, score, 0, "keep", "") for commit in again for score in again[commit]])
-
-    found: dict[str, list[float]] = {}  # commit -> its scores
-    champion, true_bpb, kept, false, missed = "baseline", baseline, 0, 0, 0
-    for _ in range(replicates):
-        run(champion, true_bpb)
-    estimated = estimate()
-    for number, effect in enumerate(effects):
-        commit, verdict = str(number), "again"
-        while verdict == "again":  # as Ratchet.experiment
-            verdict = decide(found[champion], run(commit, true_bpb + effect), estimated)
-            if len(found[commit]) > 1:
-                estimated = estimate()
-        if verdict == "keep":
-            champion, true_bpb = commit, true_bpb + effect
-        kept += verdict == "keep"
-        false += verdict == "keep" and effect >= 0
-        missed += verdict != "keep" and effect < 0
-    return [kept, false, missed, true_bpb, sum(map(len, found.values()))]
-
-
-def simulate(baseline: float, effects: list[float], replicates: int, sigma: float, nights: int) -> list[list[float]]:
-    """The figures of many nights, a column each; the same nights' seeds for every rule."""
-    return [list(column) for column in zip(*(
-        night(baseline, effects, replicates, sigma, random.Random(seed)) for seed in range(nights)
-    ), strict=True)]  # fmt: skip
+def print_rule(rule: str, nights: list[Night], plain_means: list[float]) -> list[float]:
+    """One line of the table; the means of its figures."""
+    means = []
+    cells = []
+    columns = zip(*map(astuple, nights), strict=True)
+    for index, (figure, column) in enumerate(zip(FIGURES, columns, strict=True)):
+        mean = statistics.fmean(column)
+        error = statistics.stdev(column) / math.sqrt(len(column))
+        means.append(mean)
+        if figure == "final true bpb":
+            cells.append(f"{mean:.6f} ± {error:.6f}")
+            continue
+        of_plain = plain_means[index] if plain_means else mean
+        cells.append(f"{mean:.2f} ± {error:.2f} (x {mean / (of_plain or 1):.2f})")
+    print(f"{rule:12}" + "".join(f"{cell:>26}" for cell in cells))
+    return means
 
 
 def main() -> int:
@@ -98,27 +146,25 @@ def main() -> int:
     parser.add_argument("--sigma", type=float, default=0.00037, help="noise of one run, bpb (default 0.00037)")
     parser.add_argument("--nights", type=int, default=2000, help="simulated nights a rule (default 2000)")
     args = parser.parse_args()
-    rows = parse_ledger(args.ledger.read_text())[0] if args.ledger else None
-    baseline, effects = effects_of(rows) if rows else synthetic_effects()
-    source = "of the ledger" if rows else "invented (no LEDGER was given)"
-    better = sum(effect < 0 for effect in effects)
-    ideal = baseline + sum(effect for effect in effects if effect < 0)
-    print(f"{len(effects)} effects {source}, {better} of them improvements: {baseline:.6f} -> {ideal:.6f} if those")
+    if args.ledger:
+        rows, _ = ledger.parse_ledger(args.ledger.read_text())
+        baseline, effects = effects_of(rows)
+        source = "of the ledger"
+    else:
+        baseline, effects = invented_effects()
+        source = "invented (no LEDGER was given)"
+    gains = [effect for effect in effects if effect < 0]
+    ideal = baseline + sum(gains)
+    print(f"{len(effects)} effects {source}, {len(gains)} of them improvements: {baseline:.6f} -> {ideal:.6f} if those")
     print(f"were kept; sigma {args.sigma}, {args.nights} nights a rule, mean ± standard error (x: ratio to plain)\n")
-    print(f"{'rule':22}" + "".join(f"{name:>26}" for name in FIGURES))
-    plain: list[float] = []
-    for name, replicates in RULES.items():
-        columns = simulate(baseline, effects, replicates, args.sigma, args.nights)
-        means = [statistics.fmean(column) for column in columns]
-        plain = plain or means
-        cells = []
-        for figure, column, mean, before in zip(FIGURES, columns, means, plain, strict=True):
-            error = statistics.stdev(column) / math.sqrt(len(column))
-            if figure == "final true bpb":
-                cells.append(f"{mean:.6f} ± {error:.6f}")
-            else:
-                cells.append(f"{mean:.2f} ± {error:.2f} (x {mean / (before or 1):.2f})")
-        print(f"{name:22}" + "".join(f"{cell:>26}" for cell in cells))
+    print(f"{'rule':12}" + "".join(f"{name:>26}" for name in FIGURES))
+    plain_means: list[float] = []
+    for rule in RULES:
+        nights = []
+        for seed in range(args.nights):  # the same seeds for every rule
+            nights.append(simulate_night(baseline, effects, rule, args.sigma, random.Random(seed)))
+        means = print_rule(rule, nights, plain_means)
+        plain_means = plain_means or means
     return 0
 
 

@@ -22,7 +22,7 @@ import pytest
 from conftest import Desk
 from model_server import Hang, ModelServer, Run, Say, Status, Turn
 
-from plumbing import processes
+from harness.processes import find_processes
 
 PATH = os.pathsep.join(filter(None, [os.environ.get("AUTORESEARCH_TEST_CLIS"), os.environ["PATH"]]))
 PROGRAM = '# Research\n\nQuote "it", $HOME, `ls`, \\n and ü.\n' + "Read every line of this. " * 4000  # 100 kB
@@ -156,11 +156,10 @@ def test_edit_is_run_and_kept_or_discarded(lab):
     lab.server.play(*edit(8, "raise depth to 8"), *edit(2, "lower depth to 2"))
     lab.run(2)
     assert ledger(lab.desk) == [("keep", "baseline"), ("keep", "raise depth to 8"), ("discard", "lower depth to 2")]
-    prompts = [path.read_text() for path in (lab.desk.path / "runs").glob("*/prompt.md")]
-    assert len(prompts) == 2
-    for prompt in prompts:
-        assert PROGRAM.strip() in prompt
-        assert any(prompt.strip() in request.user_text for request in lab.server.requests)
+    prompt = (lab.desk.home() / "prompt.md").read_text()  # the last one
+    assert PROGRAM.strip() in prompt
+    assert "raise depth to 8" in prompt
+    assert any(prompt.strip() in request.user_text for request in lab.server.requests)
 
 
 @every_cli_some_slow
@@ -184,7 +183,7 @@ def test_hang_is_ended_with_all_that_the_agent_started(lab, tmp_path):
     daemon = Run("setsid sleep 60 >/dev/null 2>&1 & echo $! > ../daemon")
     lab.server.play(daemon, Hang(), *edit(8, "raise depth to 8"))
     assert lab.run(1).count("no proposal: the agent ended with timeout") == 1
-    assert int((tmp_path / "daemon").read_text()) not in processes("cmdline", b"sleep")
+    assert int((tmp_path / "daemon").read_text()) not in find_processes("cmdline", b"sleep")
     assert lab.desk.orphans() == []
     assert ledger(lab.desk) == [("keep", "baseline"), ("keep", "raise depth to 8")]
 

@@ -1,55 +1,110 @@
-"""The house in order: sizes that a reader can hold, documents that name only what exists, files that git ignores."""
+"""The house in order: what stands where, which way imports run, what an agent must read, what documents promise.
+
+    uv run pytest tests/test_house.py
+"""
 
 import ast
-import io
 import re
 import shlex
 import subprocess
 import sys
-import tokenize
 from pathlib import Path
 
 import pytest
 
-import loop
+from harness import commands
 
 ROOT = Path(__file__).resolve().parents[1]
-AGENT_READS = ("README.md", "program.md", "prepare.py", "train.py")
+TOP_LEVEL = {
+    ".ci", ".gitignore", "LICENSE", "README.md", "docs", "harness", "loop.py", "prepare.py", "program.md",
+    "pyproject.toml", "tests", "train.py", "uv.lock",
+}  # fmt: skip
+CHARACTERS_PER_TOKEN = 3.6
+ROOMS = {path.stem: ast.parse(path.read_text()) for path in (ROOT / "harness").glob("*.py") if path.stem != "__init__"}
 
 
-def count_code_lines(path: Path) -> int:
-    """Lines with code on them: no blank lines, comments or docstrings."""
-    source = path.read_text()
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
-    docstrings = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, documented) and ast.get_docstring(node) is not None:
-            docstrings.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    skipped = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
-    tokens = [t for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type not in skipped]
-    return len({line for t in tokens for line in range(t.start[0], t.end[0] + 1)} - docstrings)
+def tracked_files() -> list[str]:
+    listing = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return listing.stdout.split("\n")[:-1]
 
 
-def test_sizes_stay_within_what_a_reader_can_hold():
-    tokens = {name: len((ROOT / name).read_text()) / 3.6 for name in AGENT_READS}
-    print(*(f"\n{name}: {count:.0f} tokens" for name, count in tokens.items()), f"\nin all: {sum(tokens.values()):.0f}")
-    for name in ("loop.py", "ledger.py", "plumbing.py", "report.py", "agents/clis.py"):
-        print(f"{name}: {count_code_lines(ROOT / name)} lines of code")
-    print(f"train.py: {len((ROOT / 'train.py').read_text().splitlines())} lines")
-    assert sum(tokens.values()) < 24_000
-    assert count_code_lines(ROOT / "loop.py") < 600
-    assert len((ROOT / "train.py").read_text().splitlines()) <= 650
+def test_top_level_holds_exactly_what_it_should():
+    assert {name.split("/")[0] for name in tracked_files()} == TOP_LEVEL
+
+
+def test_what_an_agent_must_read_stays_small():
+    characters = sum(len((ROOT / name).read_text()) for name in ("program.md", "train.py"))
+    print(f"\nprogram.md and train.py: {characters / CHARACTERS_PER_TOKEN:.0f} tokens")
+    assert characters / CHARACTERS_PER_TOKEN < 16_000
+
+
+def imported_modules(tree: ast.AST) -> set[str]:
+    """Every module that a file imports, wherever in the file: "harness.page", "torch"."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports inside harness/ name the package"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return found
+
+
+def test_imports_of_harness_run_one_way():
+    """The rooms can be put in an order in which each imports only those before it."""
+    imported = {}
+    for room, tree in ROOMS.items():
+        modules = imported_modules(tree)
+        assert not {"loop", "train", "prepare"} & {module.split(".")[0] for module in modules}, room
+        imported[room] = {other for other in ROOMS if f"harness.{other}" in modules}
+    placed: set[str] = set()
+    while len(placed) < len(ROOMS):
+        ready = {room for room in ROOMS if room not in placed and imported[room] <= placed}
+        circle = sorted(set(ROOMS) - placed)
+        assert ready, f"a circle among {circle}"
+        placed |= ready
+
+
+FORBIDDEN = {  # room -> what DESIGN has it know nothing of
+    "ledger": {"files", "repository", "processes", "store"},
+    "bench": {"store", "agents", "desk"},
+    "desk": {"bench", "fleet", "ledger"},
+    "repository": {"store", "ledger", "desk", "bench"},
+    "processes": {"repository", "store", "ledger", "desk", "bench"},
+    "page": {"agents", "store", "bench"},
+}
+
+
+@pytest.mark.parametrize("room", sorted(FORBIDDEN))
+def test_room_of_harness_knows_nothing_of_what_is_not_its_own(room):
+    modules = imported_modules(ROOMS[room])
+    assert not {other for other in FORBIDDEN[room] if f"harness.{other}" in modules}
+
+
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_file_of_harness_does_nothing_at_import(room):
+    """At its top level stand imports, definitions and constants; no constant is read from files or the environment."""
+    definitions = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
+    for node in ROOMS[room].body:
+        is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        is_guard = isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
+        if is_docstring or is_guard or isinstance(node, definitions):
+            continue
+        assert isinstance(node, ast.Assign | ast.AnnAssign), ast.unparse(node)
+        called = {ast.unparse(call.func) for call in ast.walk(node) if isinstance(call, ast.Call)}
+        harmless = {"Agent", "Path", "str", "re.compile", "frozenset"}
+        assert {name for name in called if not name.endswith("with_name")} <= harmless, ast.unparse(node)
 
 
 def test_loop_imports_neither_torch_nor_the_judge():
     """It would take seconds, and memory of the GPU; what it must know it asks in a child process."""
-    code = "import sys, loop, report; print({'torch', 'numpy', 'prepare', 'train'} & set(sys.modules))"
+    code = "import sys, loop; print({'torch', 'numpy', 'matplotlib', 'prepare', 'train'} & set(sys.modules))"
     child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert child.stdout == "set()\n"
 
 
 def documented_commands() -> list[str]:
-    texts = [(ROOT / name).read_text() for name in ("README.md", "program.md")]
+    texts = [(ROOT / name).read_text() for name in ("README.md", "program.md", "docs/fork.md")]
     return [line for text in texts for line in re.findall(r"uv run loop\.py[^\n`'#]*(?:\"[^\"]*\")?", text)]
 
 
@@ -58,7 +113,7 @@ def test_documented_loop_command_is_accepted(command):
     words = shlex.split(command)[3:]
     if words == ["try"]:  # named in passing, without its description
         words.append("an idea")
-    loop.parse_arguments(words)  # argparse ends the test with SystemExit where it is not
+    commands.parse_arguments(words)  # argparse ends the test with SystemExit where it is not
 
 
 @pytest.mark.parametrize("name", ["results.tsv", "run.log", "runs", "experiment.txt", "STOP", "progress.png"])
@@ -67,7 +122,12 @@ def test_what_a_run_leaves_is_ignored_by_git(name):
 
 
 def test_no_file_names_a_registry_or_a_machine():
-    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     pattern = re.compile("pypi" + r"\.org|registry\.npm" + "js|/ro" + "ot/|/wo" + "rk/")
-    found = [n for n in names if n != "uv.lock" and not n.endswith(".png") and pattern.search((ROOT / n).read_text())]
-    assert not found
+    names = [name for name in tracked_files() if name != "uv.lock" and not name.endswith(".png")]
+    assert not [name for name in names if pattern.search((ROOT / name).read_text())]
+
+
+def test_no_file_cites_what_a_clone_does_not_have():
+    pattern = re.compile("MODEL" + r"\.md|DESIGN" + r"\.md|STYLE" + r"\.md|\bissue " + r"#?\d")
+    names = [name for name in tracked_files() if name.endswith((".py", ".md")) and not name.startswith("tests/")]
+    assert not [name for name in names if pattern.search((ROOT / name).read_text())]

@@ -3,16 +3,26 @@
     uv run pytest tests/test_report.py
 """
 
+import copy
+import dataclasses
+import json
 import re
+import shutil
 import statistics
+import subprocess
+import sys
+import time
 
 import pytest
-from conftest import Desk
+from conftest import Desk, ended
 
-from ledger import Row
-from report import pace
+import loop
+from harness.ledger import Row
+from harness.page import plot
+from harness.report import Audited, _pace, print_audit
 
-HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
+HEADER = loop.DOMAIN.columns
+PNG = b"\x89PNG"
 
 
 @pytest.fixture(scope="module")
@@ -46,93 +56,139 @@ def test_report_tells_what_was_kept_and_what_it_gained(night):
     lines = night.loop("report").stdout.splitlines()
     rows = night.rows()
     assert lines[0] == "5 rows: 3 keep (60%), 1 discard (20%), 1 crash (20%)"
-    assert re.fullmatch(r"[\d.]+ runs an hour, training or evaluating [\d.]+% of the time", lines[1])
+    assert re.fullmatch(r"[\d.]+ runs an hour, 0\.\d\d devices busy on average", lines[1])
     assert lines[2] == f"best 1.069900 ({rows[3][0]}), baseline 1.080000, gain 0.010100 bpb (0.94%)"
     table = [line.split(maxsplit=3) for line in lines[5:8]]
     assert [words[0] for words in table] == [rows[0][0], rows[1][0], rows[3][0]]
     assert table[1][1:] == ["1.070000", "0.010000", "resolved     idea 1"]
     assert table[2][1:] == ["1.069900", "0.000100", "within noise idea 3"]
-    assert lines[9].startswith("noise of one run: 0.000400 bpb (assumed, as measured for climbmix; --replicates 3 ")
+    assert lines[9] == "noise of one run: 0.000400 bpb (assumed; --confirm measures it here)"
+    assert not [line for line in lines if line.startswith(("mark:", "given away"))]
+    assert (night.path / "progress.png").read_bytes().startswith(PNG)
+    assert night.git("status", "--porcelain") == ""
 
 
-def test_report_assumes_the_noise_of_its_profile(desk):
-    desk.set_constant("ledger.py", "ASSUMED_SIGMA", '{"climbmix": 0.0004, "fake": 0.02}')
+def test_report_and_status_work_from_another_worktree_and_branch(night):
+    from_the_desk = night.loop("report").stdout
+    other = night.outside / "other"
+    night.git("worktree", "add", "-q", "-b", "another", str(other), "main")
+    try:
+        for command in (["report", "--tag", "t"], ["status", "--tag", "t"]):
+            process = subprocess.Popen(
+                [sys.executable, str(other / "loop.py"), *command],
+                cwd=other,
+                env=night.env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            out = ended(process).stdout
+            if command[0] == "report":
+                without_picture = [line for line in out.splitlines() if "progress.png" not in line]
+                assert without_picture == [line for line in from_the_desk.splitlines() if "progress.png" not in line]
+                assert (other / "progress.png").read_bytes().startswith(PNG)
+            else:
+                assert out == night.loop("status").stdout
+    finally:
+        night.git("worktree", "remove", "--force", str(other))
+
+
+def test_report_marks_rows_that_their_records_do_not_bear_out_and_marks_of_kept_runs(night, tmp_path):
+    desk = copy.copy(night)
+    desk.path = tmp_path / "copy"
+    shutil.copytree(night.path, desk.path, symlinks=True)
+    home = desk.home()
+    rows = desk.rows()
+    lines = (home / "results.tsv").read_text().splitlines(keepends=True)
+    lines[2] = lines[2].replace("1.070000", "0.123000")  # kept, and its record says something else
+    lines[3] = lines[3].replace(rows[2][0], "abcdef0")  # no run of it is known
+    (home / "results.tsv").write_text("".join(lines))
+    path = home / "runs" / "0004" / "run.json"
+    facts = json.loads(path.read_text())
+    path.write_text(json.dumps(facts | {"marks": ["others used 30% of the machine: this score is weak"]}))
+    marks = [line for line in desk.loop("report").stdout.splitlines() if line.startswith("mark: ")]
+    assert marks == [
+        f"mark: row {rows[1][0]} says 0.123000, the record of its run says 1.070000",
+        "mark: row abcdef0 says 1.075000, and no run of it left a record",
+        "mark: run 0004: others used 30% of the machine: this score is weak",
+    ]
+
+
+def test_report_assumes_the_noise_of_its_profile_and_measures_it_where_commits_ran_twice(desk):
+    desk.replace("loop.py", 'assumed_sigma={"climbmix": 0.0004,', 'assumed_sigma={"fake": 0.02,')
     desk.commit("a noisy profile")
     desk.loop("--agent-cmd", desk.agent('knob("DEPTH", 5)'), "--tag", "t", "--max-experiments", "1")
     out = desk.loop("report").stdout
     assert re.search(r"1\.070000  0\.010000  within noise ", out)
-    assert "noise of one run: 0.020000 bpb (assumed, as measured for fake;" in out
+    assert "noise of one run: 0.020000 bpb (assumed, as measured for fake; --confirm measures it here)" in out
 
-
-def test_report_draws_a_picture_that_git_ignores(night):
-    night.loop("report")
-    assert (night.path / "progress.png").read_bytes().startswith(b"\x89PNG")
-    assert night.git("status", "--porcelain") == ""
-
-
-def test_report_measures_the_noise_from_commits_that_ran_twice(desk):
-    text = HEADER + "a\t1.000\t1\tkeep\tx\na\t1.002\t1\tkeep\tx\nb\t0.990\t1\tdiscard\ty\nb\t0.990\t1\tkeep\ty\n"
+    text = HEADER + "a\t1.000\t1\tkeep\tx\na\t1.002\t1\tkeep\tx\nb\t0.980\t1\tkeep\ty\nb\t0.990\t1\tkeep\ty\n"
     out = report_of(desk, text).stdout
-    assert "noise of one run: 0.001000 bpb (from commits that were run more than once)" in out
-    assert re.search(r"(?m)^b +0\.990000 +0\.011000  resolved +y$", out)  # means, not the first runs
+    assert "noise of one run: 0.005099 bpb (from commits that were run more than once)" in out
+    assert re.search(r"(?m)^b +0\.990000 +0\.011000  within noise +y$", out)  # its first score chose it
 
 
-HAND_WRITTEN = """
-commit val_bpb memory_gb status description
-a1b2c3d 0.99 44.0 keep spaces instead of tabs
-# tried a few things here
-b1b2c3d\t0.98\t44.0\tKEEP\tcapitals, and $math^ & 'quotes' in \\text
-c1b2c3d\tOOM\t-\tcrash\tno number
-d1b2c3d\t0\t0\tcrash\tOOM
-e1b2c3d\t0.97
-f1b2c3d\tnan\t44\tkeep\tnot a number
-"""
+def test_report_of_hand_written_or_damaged_ledgers_tells_what_it_left_out(desk):
+    text = "a1b2c3d 0.99 44.0 keep spaces\n# tried things\nb1b2c3d\t0.98\t44.0\tKEEP\tcapitals\ne1b2c3d\t0.97\n"
+    process = report_of(desk, text)
+    assert process.stdout.startswith("2 rows: 2 keep (100%), 0 discard (0%), 0 crash (0%)\nbest 0.980000 (b1b2c3d)")
+    assert re.search(r"^warning: 2 lines of .* are no rows and were left out$", process.stderr, re.MULTILINE)
+
+    path = desk.outside / "ledger.tsv"
+    path.write_bytes(b"a\t1.0\t1\tkeep\t\xff\xfe torn\x00\nb\t0.9")
+    assert desk.loop("report", str(path)).stdout.startswith("1 rows: 1 keep")
+
+    for empty in ("", HEADER, HEADER + "a\t0\t0\tcrash\tx\n"):
+        process = report_of(desk, empty, code=1)
+        assert re.fullmatch(r"error: .* holds no scored row yet: '.*' tells what is running\n", process.stderr)
+        assert process.stdout == ""
+    for missing in (["--tag", "t"], [str(desk.outside)], ["no/such/file"]):
+        process = desk.loop("report", *missing, code=1)
+        assert process.stderr.startswith("error: no ledger at ")
+        assert len(process.stderr.splitlines()) == 1
+    assert not desk.home().exists()
 
 
-def test_report_copes_with_rows_that_an_agent_wrote_by_hand(desk):
-    process = report_of(desk, HAND_WRITTEN)
-    assert process.stdout.startswith("3 rows: 2 keep (67%), 0 discard (0%), 1 crash (33%)\nbest 0.980000 (b1b2c3d)")
-    assert re.search(r"^warning: 4 lines of .* are no rows and were left out$", process.stderr, re.MULTILINE)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
+@pytest.mark.parametrize("domain", [loop.DOMAIN, dataclasses.replace(loop.DOMAIN, lower_is_better=False)])
+def test_picture_is_drawn_of_any_rows_in_either_direction(tmp_path, domain):
+    cases = [
         "a\t1.0\t1\tkeep\tonly one\n",
         "a\t1.0\t1\tdiscard\tnone kept\nb\t0\t0\tcrash\tx\n",
         "a\t0\t0\tkeep\tzero\nb\t0\t0\tkeep\tzero\n",
         "a\t-1.0\t0\tkeep\tnegative\nb\t-2.0\t0\tkeep\tbetter\n",
         "a\t1.0\t1\tkeep\tx\nb\t1e30\t1\tdiscard\tfar\nc\t0.9\t1\tkeep\t" + "long " * 99 + "\n",
-        "".join(f"{n}\t1.0\t1\tkeep\tthe same point {n}\n" for n in range(60)),
-        "a\t1.0\t1\tkeep\t\u65e5\u672c\u8a9e \x07 $\\frac{$\n",
-    ],
-)
-def test_report_draws_any_ledger_with_a_score(desk, text):
-    report_of(desk, text)
-    assert (desk.path / "progress.png").read_bytes().startswith(b"\x89PNG")
+        "".join(f"{n}\t1.0\t1\tkeep\tthe same point {n}\n" for n in range(40)),
+        "a\t1.0\t1\tkeep\t日本語 \x07 $\\frac{$\n",
+    ]
+    pictures = set()
+    for number, text in enumerate(cases):
+        path = tmp_path / f"{number}.png"
+        plot(loop.ledger.parse_ledger(text)[0], path, domain)
+        assert path.read_bytes().startswith(PNG)
+        pictures.add(path.read_bytes())
+    assert len(pictures) == len(cases)
 
 
-@pytest.mark.parametrize("text", ["", HEADER, HEADER + "a\t0\t0\tcrash\tx\n"])
-def test_report_without_a_score_is_one_error_line(desk, text):
-    process = report_of(desk, text, code=1)
-    assert process.stderr.splitlines()[-1].startswith("error: ") and "no scored row" in process.stderr
-    assert process.stdout == ""
+def test_picture_of_a_higher_metric_turns_the_axis_around(tmp_path):
+    rows = [Row("a", 1.0, 1.0, "keep", "x"), Row("b", 2.0, 1.0, "keep", "y"), Row("c", 0.0, 0.0, "crash", "z")]
+    for domain in (loop.DOMAIN, dataclasses.replace(loop.DOMAIN, lower_is_better=False)):
+        plot(rows, tmp_path / f"{domain.lower_is_better}.png", domain)
+    assert (tmp_path / "True.png").read_bytes() != (tmp_path / "False.png").read_bytes()
 
 
-def test_report_without_a_ledger_is_one_error_line(desk):
-    process = desk.loop("report", "--tag", "t", code=1)
-    assert process.stderr.startswith("error: no ledger at ") and len(process.stderr.splitlines()) == 1
-
-
-def test_report_of_15000_rows_counts_every_row(desk):
-    rows, best = [], 1.0
+def test_report_of_15000_rows_takes_seconds(desk):
+    rows = []
+    best = 1.0
     for n in range(15000):
         status = "keep" if n % 20 == 0 else "crash" if n % 20 == 1 else "discard"
-        best -= 1e-5 * (status == "keep")
+        if status == "keep":
+            best -= 1e-5
         score = {"keep": best, "crash": 0.0, "discard": best + 1e-4 * (n % 7)}[status]
         rows.append(Row(f"{n:07x}", score, 44.0, status, f"change {n}"))
+    begin = time.monotonic()
     out = report_of(desk, HEADER + "".join(map(str, rows))).stdout
     assert out.startswith("15000 rows: 750 keep (5%), 13500 discard (90%), 750 crash (5%)\n")
+    assert time.monotonic() - begin < 30  # 3 s where nothing else runs
 
 
 # ---- status ----------------------------------------------------------------------------------------------------------
@@ -141,8 +197,13 @@ def test_report_of_15000_rows_counts_every_row(desk):
 def test_status_shows_branch_best_pace_and_the_last_rows(night):
     out = night.loop("status").stdout
     assert out.startswith("autoresearch/t: no loop is running\nBest val_bpb 1.069900")
-    assert "rows: 3 keep, 1 discard, 1 crash." in out and "% of the time" in out
+    assert "rows: 3 keep, 1 discard, 1 crash." in out
+    assert "runs an hour, " in out
     assert [line.split("\t")[4] for line in out.splitlines() if "\t" in line] == [row[4] for row in night.rows()]
+    crash = night.rows()[-1][0]
+    verdict = night.loop("status", "--wait").stdout.splitlines()
+    assert verdict[0].startswith(f"{crash}\t0.000000\t0.0\tcrash\tValueError: boom")
+    assert verdict[-1] == "log runs/0005/run.log"
 
 
 def test_pace_leaves_out_the_time_between_sessions():
@@ -152,8 +213,8 @@ def test_pace_leaves_out_the_time_between_sessions():
         (9000, "session", 0), (9010, "training", 0), (9040, "measured", 20),
     ]  # fmt: skip
     events = [{"at": 1e9 + at, "event": event, "seconds": seconds} for at, event, seconds in timeline]
-    told = "54.0 runs an hour, training or evaluating 50.0% of the time"  # 3 runs and 100 s in 100 + 60 + 40 s
-    assert pace(events) == told
+    # 3 runs and 100 s in 100 + 60 + 40 s
+    assert _pace(events) == "54.0 runs an hour, 0.50 devices busy on average"
 
 
 def test_status_before_any_run_says_so_and_makes_nothing(desk):
@@ -163,7 +224,6 @@ def test_status_before_any_run_says_so_and_makes_nothing(desk):
 
 
 # ---- audit -----------------------------------------------------------------------------------------------------------
-
 
 NOISE = 1e-12  # bpb for each step of the seed, in `noisy`
 
@@ -177,43 +237,95 @@ def noisy(desk) -> Desk:
     return desk
 
 
-def test_audit_runs_baseline_and_champion_on_fresh_seeds_and_on_the_test_split(noisy):
-    before, past = (noisy.home() / "results.tsv").read_text(), len(noisy.events())
+def test_audit_runs_baseline_and_champion_on_fresh_seeds_on_both_splits_and_in_a_clean_process(noisy):
+    before = (noisy.home() / "results.tsv").read_text()
+    past = len(noisy.events())
     process = noisy.loop("audit", "--replicates", "2")
-    baseline, champion, gain = process.stdout.splitlines()[1:]
+    baseline, clean_baseline, champion, clean_champion, gain = process.stdout.splitlines()[1:]
     rows = noisy.rows()
-    assert baseline.split()[:2] == ["baseline", rows[0][0]] and champion.split()[:2] == ["champion", rows[1][0]]
-    means = [[float(x) for x in re.findall(r"(\d\.\d{6}) ±", line)] for line in (baseline, champion)]
-    for validation, test in means:
+    assert baseline.split()[:2] == ["baseline", rows[0][0]]
+    assert champion.split()[:2] == ["champion", rows[1][0]]
+    for own, clean in ((baseline, clean_baseline), (champion, clean_champion)):
+        validation, test = (float(found) for found in re.findall(r"(\d\.\d{6}) ±", own))
         assert test - validation == pytest.approx(0.01, abs=2e-6)
+        assert clean.startswith("  in a clean process ")
+        assert re.findall(r"\d\.\d{6}", own) == re.findall(r"\d\.\d{6}", clean)
     assert float(gain.split()[1]) == pytest.approx(0.02, abs=2e-6)  # the same seeds for both: their noise cancels
-    seeds = re.findall(r"seed (\d+)", process.stderr)
-    assert seeds[0::2] == seeds[1::2] and len(set(seeds)) == 2 and "42" not in seeds
+
+    seeds = re.findall(r"audit of the \w+ \w+, seed (\d+)", process.stderr)
+    assert seeds[0::2] == seeds[1::2]
+    assert len(set(seeds)) == 2
+    assert "42" not in seeds
+    deviation = float(re.search(r"± (\d\.\d{6})", baseline)[1])
+    assert deviation == pytest.approx(NOISE * statistics.stdev([int(seed) for seed in seeds[0::2]]), abs=1e-6)
+
     assert (noisy.home() / "results.tsv").read_text() == before  # an audit is no experiment
     assert noisy.git("rev-parse", "HEAD")[:7] == rows[1][0]
     assert [event["event"] for event in noisy.events()[past:]] == ["session", *["training", "measured"] * 4, "stopped"]
+    records = {path.parent.name: path.read_text() for path in (noisy.home() / "runs").glob("*/result.json")}
+    assert [name for name in sorted(records) if "test_bpb" in records[name]] == ["0003", "0004", "0005", "0006"]
+    assert "mark:" not in noisy.loop("report").stdout  # an audit's scores are not held against the rows
 
 
-def test_audit_deviation_is_that_of_the_seeds(noisy):
-    done = noisy.loop("audit", "--replicates", "3")
-    seeds = [int(seed) for seed in re.findall(r"audit of the baseline .*, seed (\d+)", done.stderr)]
-    deviations = [float(found) for found in re.findall(r"± (\d\.\d{6})", done.stdout)]
-    assert len(seeds) == 3
-    assert deviations == [pytest.approx(NOISE * statistics.stdev(seeds), abs=1e-6)] * 4
+def test_audit_says_loudly_where_the_clean_process_scores_something_else(noisy):
+    other_scores = "print(json.dumps(dict(val_bpb=1.5, test_bpb=1.5)))"
+    noisy.replace("prepare.py", "print(pathlib.Path(sys.argv[2]).read_text())", other_scores)
+    noisy.git("checkout", "-q", "-b", "other")
+    noisy.commit("the exported network scores something else")
+    noisy.loop("--agent-cmd", "true", "--tag", "u", "--max-experiments", "0")
+    done = noisy.loop("audit", "--tag", "u", "--replicates", "1", code=1)
+    assert re.search(r"in a clean process +1\.500000 +1\.500000", done.stdout)
+    telling = r"(?m)^error: (\w+) \w+ scored .* in its own process, 1\.500000 and 1\.500000 in a clean one: believe"
+    assert re.findall(telling, done.stderr) == ["baseline", "champion"]
 
 
-@pytest.mark.parametrize("count", ["0", "-1"])
-def test_audit_of_less_than_one_replicate_is_one_error_line(night, count):
-    done = night.loop("audit", "--replicates", count, code=2)
-    assert done.stderr == f"error: --replicates {count}: audit needs at least 1\n" and done.stdout == ""
+def test_audit_calls_a_network_that_was_not_exported_so_and_ends_with_one_line_at_a_crash(desk):
+    desk.replace("prepare.py", '"result.pt2", "export_problem": None', 'None, "export_problem": "no graph: a loop"')
+    crash = "if (prepare.CACHE / 'crash').exists(): raise ValueError('boom')"
+    desk.replace("train.py", "prepare.start_clock()", f"prepare.start_clock()\n{crash}")
+    desk.commit("no export")
+    desk.loop("--agent-cmd", "true", "--tag", "t", "--max-experiments", "0")
+    done = desk.loop("audit", "--replicates", "2")
+    assert "  not in a clean process    no graph: a loop (2 of 2)\n" in done.stdout
+    assert "\n  in a clean process" not in done.stdout
+
+    (desk.cache / "crash").touch()
+    done = desk.loop("audit", "--replicates", "2", code=1)
+    assert re.search(r"(?m)^error: the audit of the baseline \w+, seed \d+ crashed: ValueError: boom", done.stderr)
+    assert done.stdout == ""
+    assert desk.orphans() == []
 
 
-def test_audit_before_any_run_is_one_error_line(desk):
+def audited(**changes) -> Audited:
+    facts = {"name": "baseline 1234567", "score": 1.0, "test_score": 2.0, "clean_score": 1.0, "clean_test_score": 2.0}
+    return Audited(**(facts | {"problem": "", "device": "cpu"} | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({}, 0),
+        ({"clean_score": 1.0 + 0.9e-5}, 0),
+        ({"clean_score": 1.0 + 1.2e-5}, 1),
+        ({"clean_test_score": 2.0 - 3e-5}, 1),
+        ({"clean_score": float("nan")}, 1),
+        ({"clean_score": 1.001, "device": "cuda"}, 0),
+        ({"clean_score": 1.003, "device": "cuda"}, 1),
+        ({"clean_score": None, "clean_test_score": None, "problem": "no graph"}, 0),
+    ],
+)
+def test_audit_fails_where_the_two_scores_differ_by_more_than_rounding(capsys, changes, code):
+    runs = [audited(), audited(**changes), audited(name="champion 7654321")]
+    assert print_audit(runs, loop.DOMAIN) == code
+    out, err = capsys.readouterr()
+    assert ("error: baseline 1234567 scored 1.000000 and 2.000000 in its own process" in err) == bool(code)
+    assert ("not in a clean process    no graph (1 of 2)" in out) == (changes.get("problem") == "no graph")
+
+
+def test_audit_that_cannot_be_is_one_error_line(night, desk):
+    for count in ("0", "-1"):
+        done = night.loop("audit", "--replicates", count, code=2)
+        assert done.stderr == f"error: --replicates {count}: audit needs at least 1\n"
+        assert done.stdout == ""
     process = desk.loop("audit", "--tag", "t", code=1)
-    assert "error: there are no rows to audit" in process.stderr
-
-
-def test_search_never_sees_the_sealed_test_split(noisy):
-    noisy.loop("audit", "--replicates", "1")
-    records = {path.parent.name: path.read_text() for path in (noisy.home() / "experiments").glob("*/result.json")}
-    assert [name for name in sorted(records) if "test_bpb" in records[name]] == ["0003", "0004"]
+    assert process.stderr == "error: there are no rows to audit: 'uv run loop.py --agent random' starts a run\n"
