@@ -153,7 +153,7 @@ class Ratchet:
         self.same = summary_of_baseline(store)
         self.deadline = time.monotonic() + 3600 * limits.hours
         self.usual_seconds = facts.time_budget  # that a run takes; later the last one's
-        self.said = ""  # what the machine lacked, as it was last told
+        self.waiting_for = ""  # what the machine lacks, as a person was last told
 
     def run(self) -> None:
         """The loop. Raises StopNow at the second Ctrl-C."""
@@ -359,7 +359,7 @@ class Ratchet:
                 return
             seconds = time.monotonic() - planned.started_at
             outcome = Crash(outcome.reason, "", seconds)
-        self.said = ""
+        self.waiting_for = ""
         self.usual_seconds = outcome.seconds
         self.store.note("measured", planned.number, planned.experiment.description, outcome.seconds)
         run = self.finished_run(planned, outcome)
@@ -379,10 +379,10 @@ class Ratchet:
 
     def try_again(self, planned: PlannedRun, reason: str) -> None:
         """The machine's fault: the run is made again, as the same run, when it may have recovered."""
-        if reason != self.said:
+        if reason != self.waiting_for:
             say(f"waiting: {reason}")
             self.store.note("waiting", planned.number, reason)
-        self.said = reason
+        self.waiting_for = reason
         if self.is_stopping():
             self.drop(planned.experiment)
             return
@@ -586,8 +586,10 @@ class Ratchet:
             self.waiting.append(Proposal(source, run.base, run.description, again_of=run.number))
 
     def audit(self, replicates: int) -> list[Audited]:
-        """Baseline and champion, alternating, on fresh seeds."""
-        commits = {"baseline": self.store.baseline, "champion": self.store.champion}
+        """Baseline and champion, alternating, on fresh seeds; the baseline alone where nothing was kept."""
+        commits = {"baseline": self.store.baseline}
+        if self.store.champion != self.store.baseline:
+            commits["champion"] = self.store.champion
         for _ in range(replicates):
             seed = fresh_seed()
             for name, commit in commits.items():
@@ -597,7 +599,7 @@ class Ratchet:
         while self.flying or self.planned:
             self.launch()
             self.settle()
-        if len(self.decided) < 2 * replicates:
+        if len(self.decided) < replicates * len(commits):
             raise StopNow
         return [self.audited(experiment) for experiment in self.decided]
 
@@ -605,6 +607,7 @@ class Ratchet:
         role = "baseline" if experiment.commit == self.store.baseline else "champion"
         measurement = experiment.measurements[0]
         clean_score, clean_test_score = measurement.rescored or (None, None)
+        was_exported = measurement.record.exported is not None
         return Audited(
             name=f"{role} {experiment.commit[:7]}",
             score=measurement.record.score,
@@ -612,6 +615,7 @@ class Ratchet:
             clean_score=clean_score,
             clean_test_score=clean_test_score,
             problem=measurement.rescore_problem,
+            was_refused=was_exported and bool(DOMAIN.score_command) and measurement.rescored is None,
             device=self.facts.device,
         )
 

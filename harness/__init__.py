@@ -4,15 +4,19 @@
     screen            messages, the live line, durations
     files             read without a hang, written whole, locked
     processes         children: started with a mark, watched, ended for certain
+    interrupts        how a person stops a loop: Ctrl-C, SIGTERM, a file STOP
     repository        git
     environment       the machine: variables that a child gets, the installed packages, disk, data, devices
     ledger            rows, noise, the decision: pure functions
     store             one tag's folder: ledger, attempts, run folders, timeline
-    desk              a checkout that one agent edits, and the gate that its edit must pass
+    opening           whatever a killed loop left behind is put right, once a session
+    agents            how each coding agent's CLI is called; random_search is the one without a model
+    desk              a checkout that one agent edits: asked, it gives a proposal or says why there is none
+    prompt            what an agent is told
+    proposers         the desks together, and the gate that an edit must pass
     bench             one run on this machine: measure(Job) -> Measurement, Crash or Unavailable
     fleet             where jobs run: submit(Job) -> Future
-    prompt            what an agent is told
-    agents            how each coding agent's CLI is called; random_search is the one without a model
+    verdict           what stands beside a score: marks, and how it differs from its base
     report, page      status, report and audit as text; the picture
     commands          arguments and exit codes
 """

@@ -289,7 +289,8 @@ def _printed_scores(text: str, domain: Domain) -> tuple[float, float] | None:
     for line in reversed(text.splitlines()):
         with contextlib.suppress(ValueError, TypeError, LookupError):
             said = json.loads(line)
-            return float(said[domain.metric]), float(said[domain.test_metric])
+            scores = (float(said[domain.metric]), float(said[domain.test_metric]))
+            return scores if all(map(math.isfinite, scores)) else None
     return None
 
 

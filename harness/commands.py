@@ -96,6 +96,7 @@ def command_run(domain: Domain, checkout: Path, open_session: Callable, args: ar
         agent_timeout=args.agent_timeout,
     )
     with store.locked(), Interrupts(checkout / "STOP") as interrupts:
+        (store.home / "try.log").unlink(missing_ok=True)  # the refusal of an earlier `try` is no news any more
         ratchet = open_session(store, limits, interrupts, agent)
         try:
             ratchet.run()

@@ -31,7 +31,7 @@ class Domain:
     same_in_every_run: tuple[str, ...]  # keys of the summary that must say what they said in the baseline's run
     explanations: tuple[tuple[str, str], ...]  # counts in the summary that may explain a score: (key, name for people)
     describe_command: tuple[str, ...]  # prints a Description as JSON
-    prepare_command: tuple[str, ...]  # makes the data, where the description says that it is missing
+    prepare_command: tuple[str, ...]  # makes the data, where the description says that it is missing; () for none
     train_command: tuple[str, ...]  # one run: prints a summary, leaves a Record
     verify_hint: str  # what a person runs to look at data that is not as it was prepared
     score_command: tuple[str, ...]  # scores the network that an audit exported, its file's name appended; () for none

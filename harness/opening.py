@@ -92,7 +92,7 @@ def _describe(store: Store, is_stopped: Callable[[], bool]) -> Description:
     facts = environment.ask_judge(store.domain, place, variables)
     if store.attempts:
         _check_trailer(store, PROFILE_TRAILER, facts.profile)
-    if not facts.prepared and not is_stopped():
+    if not facts.prepared and store.domain.prepare_command and not is_stopped():
         say(f"profile {facts.profile} ({facts.reason}) has no data yet: preparing it in {facts.cache}")
         environment.prepare_data(store.domain, place, variables, is_stopped)
         facts = environment.ask_judge(store.domain, place, variables)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import warnings
 from pathlib import Path
 
 from harness.contract import Domain
@@ -49,7 +50,9 @@ def plot(rows: list[Row], path: Path, domain: Domain) -> None:
     axes.set_title(f"{len(rows)} runs, {len(kept)} kept: {points[0][1]:.4f} to {points[-1][1]:.4f}")
     axes.grid(alpha=0.25)
     axes.legend(loc="upper right" if domain.lower_is_better else "lower right")
-    FigureCanvasAgg(figure).print_png(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a character that the font lacks is drawn as a box
+        FigureCanvasAgg(figure).print_png(path)
 
 
 def _columns(points: list[tuple[int, float]]) -> tuple[list[int], list[float]]:

@@ -300,6 +300,7 @@ class Audited:
     clean_score: float | None  # of the exported network, by the judge in a process of its own
     clean_test_score: float | None
     problem: str  # why there are no clean scores
+    was_refused: bool  # there is an exported network, and the clean process gave it no scores
     device: str
 
 
@@ -322,11 +323,16 @@ def print_audit(audited: list[Audited], domain: Domain) -> int:
         for problem in dict.fromkeys(run.problem for run in runs if run.problem):
             count = sum(run.problem == problem for run in runs)
             print(f"{'  not in a clean process':27} {problem} ({count} of {len(runs)})")
-    before = means[names[0]]
-    after = means[names[-1]]
-    gains = [domain.gain(old, new) for old, new in zip(before, after, strict=True)]
-    print(f"{'gain':27} {gains[0]:>21.6f} {gains[1]:>21.6f}")
-    return 1 if _tell_differences(audited, domain) else 0
+    if len(names) > 1:
+        before, after = means.values()
+        gains = [domain.gain(old, new) for old, new in zip(before, after, strict=True)]
+        print(f"{'gain':27} {gains[0]:>21.6f} {gains[1]:>21.6f}")
+    else:
+        print("nothing was kept: the baseline is the champion")
+    doubts = _find_doubts(audited)
+    for doubt in doubts:
+        say(f"error: {doubt}")
+    return 1 if doubts else 0
 
 
 def _cell(scores: list[float]) -> str:
@@ -336,18 +342,19 @@ def _cell(scores: list[float]) -> str:
     return f"{text:>21}"
 
 
-def _tell_differences(audited: list[Audited], domain: Domain) -> bool:
-    """Say where the clean process did not bear out a run's own score; whether there was such a run."""
-    found = False
+def _find_doubts(audited: list[Audited]) -> list[str]:
+    """The runs whose own score the clean process did not bear out, a line each."""
+    doubts = []
     for run in audited:
+        if run.was_refused:
+            why = f"the clean process refused its network ({run.problem})"
+            doubts.append(f"{run.name}: {why}: do not believe its score")
         if run.clean_score is None:
             continue
         tolerance = ROUNDING.get(run.device, ROUNDING_ELSEWHERE)
         pairs = ((run.score, run.clean_score), (run.test_score, run.clean_test_score))
-        agree = all(abs(own - clean) <= tolerance * abs(clean) for own, clean in pairs)  # False for NaN
-        if not agree:
-            found = True
-            own_text = f"{run.score:.6f} and {run.test_score:.6f}"
-            clean_text = f"{run.clean_score:.6f} and {run.clean_test_score:.6f}"
-            say(f"error: {run.name} scored {own_text} in its own process, {clean_text} in a clean one: believe neither")
-    return found
+        if any(abs(of_run - of_network) > tolerance * abs(of_network) for of_run, of_network in pairs):
+            own = f"{run.score:.6f} and {run.test_score:.6f} in its own process"
+            clean = f"{run.clean_score:.6f} and {run.clean_test_score:.6f} in a clean one"
+            doubts.append(f"{run.name} scored {own}, {clean}: believe neither")
+    return doubts

@@ -200,7 +200,7 @@ def test_simpler_keep_is_bounded_by_one_sigma_and_all_of_them_by_two(domain, bet
 
 
 def test_session_with_confirm_decides_on_fresh_seeds_alone(desk):
-    """The first score of every candidate lies by 0.5, as a lucky seed would: only a real gain is kept."""
+    """The first score of every candidate is 0.5 too low, as a lucky seed's would be: only a real gain is kept."""
     desk.replace("train.py", "NOISE * (seed - 42)", "(seed % 10 - 4.5) / 1e5 - LUCK * (seed == 42)")
     desk.replace("train.py", "NOISE = 0.0", "LUCK = 0.0")
     desk.commit("noise of about 0.00003, and a lucky first seed")
@@ -208,7 +208,7 @@ def test_session_with_confirm_decides_on_fresh_seeds_alone(desk):
         """
         n = count()
         if n < 4:
-            knob("LUCK", 0.5 + n)  # the first score says that this is a great gain
+            knob("LUCK", 0.5 + n / 100)  # the first score says that this is a great gain
             knob("DEPTH", {1: 4, 2: 6, 3: 5}[n])  # nothing, a gain, a loss
         else:
             knob("DEPTH", 3)  # a loss by its first score: no second look
@@ -249,8 +249,10 @@ def test_session_with_confirm_measures_a_champion_again_that_was_kept_by_the_pla
     desk.commit("noise")
     desk.loop("--agent-cmd", desk.agent('knob("DEPTH", 6)'), "--tag", "t", "--max-experiments", "1")
     agent = desk.agent('knob("DEPTH", 8); say("deeper")')
+    (desk.home() / "try.log").write_text("error: refused: an earlier try\n")
     desk.loop("--agent-cmd", agent, "--tag", "t", "--max-experiments", "1", "--confirm")
     rows = desk.rows()
+    assert desk.loop("status", "--wait").stdout.splitlines()[0].split("\t") == rows[-1]
     champion = rows[1][0]
     again = [cells for cells in rows[2:] if cells[0] == champion]
     assert [cells[4] for cells in again] == ["champion once more, beside: deeper"] * 2

@@ -14,7 +14,7 @@ import sys
 import time
 
 import pytest
-from conftest import Desk, ended
+from conftest import Desk, ended, errors
 
 import loop
 from harness.ledger import Row
@@ -267,16 +267,22 @@ def test_audit_runs_baseline_and_champion_on_fresh_seeds_on_both_splits_and_in_a
     assert "mark:" not in noisy.loop("report").stdout  # an audit's scores are not held against the rows
 
 
-def test_audit_says_loudly_where_the_clean_process_scores_something_else(noisy):
-    other_scores = "print(json.dumps(dict(val_bpb=1.5, test_bpb=1.5)))"
-    noisy.replace("prepare.py", "print(pathlib.Path(sys.argv[2]).read_text())", other_scores)
-    noisy.git("checkout", "-q", "-b", "other")
-    noisy.commit("the exported network scores something else")
-    noisy.loop("--agent-cmd", "true", "--tag", "u", "--max-experiments", "0")
-    done = noisy.loop("audit", "--tag", "u", "--replicates", "1", code=1)
-    assert re.search(r"in a clean process +1\.500000 +1\.500000", done.stdout)
-    telling = r"(?m)^error: (\w+) \w+ scored .* in its own process, 1\.500000 and 1\.500000 in a clean one: believe"
-    assert re.findall(telling, done.stderr) == ["baseline", "champion"]
+def test_audit_says_loudly_where_the_clean_process_scores_something_else_or_refuses(desk):
+    counted = 'n = len(list(CACHE.glob("audit*"))); (CACHE / f"audit{n}").touch()'
+    answer = '''print('{"val_bpb": %s, "test_bpb": 1.5}' % ("1.5", "NaN")[n]) if n < 2 else sys.exit("error: no")'''
+    desk.replace("prepare.py", "print(pathlib.Path(sys.argv[2]).read_text())", f"{counted}; {answer}")
+    desk.commit("the exported network scores something else")
+    desk.loop("--agent-cmd", "true", "--tag", "t", "--max-experiments", "0")
+    done = desk.loop("audit", "--replicates", "3", code=1)
+    own = r"error: baseline \w+ scored (\S+) and (\S+) in its own process, 1\.500000 and 1\.500000 in a clean one: "
+    refused = r"error: baseline \w+: the clean process refused its network \((.*)\): do not believe its score"
+    first, second, third = errors(done)
+    assert re.fullmatch(own + "believe neither", first).groups() == ("1.080000", "1.090000")
+    assert re.fullmatch(refused, second)[1] == "the score command printed no scores"
+    assert re.fullmatch(refused, third)[1] == "error: no (exit code 1)"
+    assert "  in a clean process                       1.500000              1.500000\n" in done.stdout
+    assert "  not in a clean process    error: no (exit code 1) (1 of 3)\n" in done.stdout
+    assert done.stdout.splitlines()[-1] == "nothing was kept: the baseline is the champion"
 
 
 def test_audit_calls_a_network_that_was_not_exported_so_and_ends_with_one_line_at_a_crash(desk):
@@ -298,7 +304,7 @@ def test_audit_calls_a_network_that_was_not_exported_so_and_ends_with_one_line_a
 
 def audited(**changes) -> Audited:
     facts = {"name": "baseline 1234567", "score": 1.0, "test_score": 2.0, "clean_score": 1.0, "clean_test_score": 2.0}
-    return Audited(**(facts | {"problem": "", "device": "cpu"} | changes))
+    return Audited(**(facts | {"problem": "", "was_refused": False, "device": "cpu"} | changes))
 
 
 @pytest.mark.parametrize(
@@ -308,7 +314,6 @@ def audited(**changes) -> Audited:
         ({"clean_score": 1.0 + 0.9e-5}, 0),
         ({"clean_score": 1.0 + 1.2e-5}, 1),
         ({"clean_test_score": 2.0 - 3e-5}, 1),
-        ({"clean_score": float("nan")}, 1),
         ({"clean_score": 1.001, "device": "cuda"}, 0),
         ({"clean_score": 1.003, "device": "cuda"}, 1),
         ({"clean_score": None, "clean_test_score": None, "problem": "no graph"}, 0),
