@@ -124,9 +124,19 @@ def fresh_scores(rows: list[Row], commit: str) -> list[float]:
     return scores if is_baseline else scores[1:]
 
 
+def believed_scores(rows: list[Row]) -> dict[str, list[float]]:
+    """Commit -> its fresh scores; of a commit that ran once, the only one."""
+    found = scores_by_commit(rows)
+    for commit, scores in found.items():
+        is_baseline = rows[0].commit == commit
+        if not is_baseline and len(scores) > 1:
+            found[commit] = scores[1:]
+    return found
+
+
 def best_estimate(rows: list[Row], commit: str) -> float | None:
-    """The mean of the fresh scores, where there are any; else of the only one."""
-    scores = fresh_scores(rows, commit) or scores_by_commit(rows).get(commit, [])
+    """The mean of the scores that are believed."""
+    scores = believed_scores([row for row in rows if row.commit in (commit, rows[0].commit)]).get(commit)
     return statistics.fmean(scores) if scores else None
 
 

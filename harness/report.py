@@ -17,8 +17,7 @@ from harness.files import read_tail
 from harness.ledger import (
     GIVEN_AWAY_SIGMAS,
     Row,
-    best_estimate,
-    fresh_scores,
+    believed_scores,
     given_away,
     is_resolved,
     measured_sigma,
@@ -227,18 +226,15 @@ def _kept_changes(rows: list[Row], sigma: float, domain: Domain) -> list[Kept]:
         descriptions[first.commit] = "none kept"
     kept = []
     before = None
+    believed = believed_scores(rows)
     for commit, description in descriptions.items():
-        score = best_estimate(rows, commit)
-        scores = _believed_scores(rows, commit)
+        scores = believed[commit]
+        score = statistics.fmean(scores)
         gain = 0.0 if before is None else domain.gain(kept[-1].score, score)
         resolved = before is not None and is_resolved(before, scores, sigma, domain)
         kept.append(Kept(commit, score, gain, resolved, description))
         before = scores
     return kept
-
-
-def _believed_scores(rows: list[Row], commit: str) -> list[float]:
-    return fresh_scores(rows, commit) or scores_by_commit(rows)[commit]
 
 
 def _warnings(store: Store | None) -> list[str]:

@@ -200,16 +200,16 @@ def test_simpler_keep_is_bounded_by_one_sigma_and_all_of_them_by_two(domain, bet
 
 
 def test_session_with_confirm_decides_on_fresh_seeds_alone(desk):
-    """The first score of every candidate is 0.5 too low, as a lucky seed's would be: only a real gain is kept."""
-    desk.replace("train.py", "NOISE * (seed - 42)", "(seed % 10 - 4.5) / 1e5 - LUCK * (seed == 42)")
+    """The first score of every candidate is too low, as a lucky seed's would be: only a real gain is kept."""
+    desk.replace("train.py", "+ NOISE * (seed - 42)", "- LUCK * (seed == 42)")
     desk.replace("train.py", "NOISE = 0.0", "LUCK = 0.0")
-    desk.commit("noise of about 0.00003, and a lucky first seed")
+    desk.commit("a lucky first seed")
     agent = desk.agent(
         """
         n = count()
         if n < 4:
-            knob("LUCK", 0.5 + n / 100)  # the first score says that this is a great gain
-            knob("DEPTH", {1: 4, 2: 6, 3: 5}[n])  # nothing, a gain, a loss
+            knob("DEPTH", {1: 4, 2: 6, 3: 5}[n])  # nothing, a gain, a loss of 0.01
+            knob("LUCK", {1: 0.001, 2: 0.001, 3: 0.02}[n])  # the first score says that it is a gain
         else:
             knob("DEPTH", 3)  # a loss by its first score: no second look
         say(f"idea {n}")

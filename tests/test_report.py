@@ -188,7 +188,7 @@ def test_report_of_15000_rows_takes_seconds(desk):
     begin = time.monotonic()
     out = report_of(desk, HEADER + "".join(map(str, rows))).stdout
     assert out.startswith("15000 rows: 750 keep (5%), 13500 discard (90%), 750 crash (5%)\n")
-    assert time.monotonic() - begin < 30  # 3 s where nothing else runs
+    assert time.monotonic() - begin < 30  # a few seconds where nothing else runs
 
 
 # ---- status ----------------------------------------------------------------------------------------------------------
@@ -280,7 +280,7 @@ def test_audit_says_loudly_where_the_clean_process_scores_something_else_or_refu
     assert re.fullmatch(own + "believe neither", first).groups() == ("1.080000", "1.090000")
     assert re.fullmatch(refused, second)[1] == "the score command printed no scores"
     assert re.fullmatch(refused, third)[1] == "error: no (exit code 1)"
-    assert "  in a clean process                       1.500000              1.500000\n" in done.stdout
+    assert re.search(r"\n  in a clean process +1\.500000 +1\.500000\n", done.stdout)
     assert "  not in a clean process    error: no (exit code 1) (1 of 3)\n" in done.stdout
     assert done.stdout.splitlines()[-1] == "nothing was kept: the baseline is the champion"
 
