@@ -10,7 +10,6 @@ import dataclasses
 import json
 import math
 import re
-import shutil
 import subprocess
 import tempfile
 import threading
@@ -20,7 +19,7 @@ from pathlib import Path
 
 from harness import environment
 from harness.contract import STARTED_SUFFIX, STOPPED_SUFFIX, ContractError, Description, Domain, Record, read_record
-from harness.files import open_regular, read_text
+from harness.files import open_regular, read_text, remove_folder
 from harness.processes import Ending, run_child
 from harness.repository import Blob
 from harness.screen import UserError, one_line
@@ -118,7 +117,7 @@ def measure(job: Job, place: Place, stop: threading.Event) -> Outcome:
             _keep_record(bench, place)
             return outcome
         finally:
-            shutil.rmtree(bench, ignore_errors=True)
+            remove_folder(bench)
     except (OSError, subprocess.SubprocessError) as error:
         return Unavailable(f"the run could not be made: {one_line(str(error))}")
 
@@ -162,7 +161,7 @@ def _measure_on(bench: Path, job: Job, place: Place, stop: threading.Event) -> O
         measurement = _believe(job, bench, text, ending)
     except _Crashed as crash:
         _keep_record(bench, place)
-        shutil.rmtree(bench, ignore_errors=True)  # a disk that the run itself filled is its own fault
+        remove_folder(bench)  # a disk that the run itself filled is its own fault
         last_lines = [line[:300] for line in text.splitlines()[-LOG_END_LINES:]]
         return _missing_after(job, place) or Crash(str(crash), "\n".join(last_lines), ending.seconds)
     if problem := _differs_from_baseline(job, measurement):
@@ -211,7 +210,8 @@ def _result(bench: Path) -> Path:
 
 
 def _keep_record(bench: Path, place: Place) -> None:
-    """Copy the record to the run's folder, as far as a believable one may reach."""
+    """Copy the record to the run's folder, as far as a believable one may reach; an earlier try's goes."""
+    (place.output / "result.json").unlink(missing_ok=True)
     with contextlib.suppress(OSError), open_regular(_result(bench)) as file:
         (place.output / "result.json").write_bytes(file.read(MAX_RECORD_BYTES))
 
@@ -340,7 +340,7 @@ def printed_number(log: str, key: str) -> float:
 
 def parse_summary(log: str) -> dict[str, str]:
     """The `key: value` lines after the last line `---`."""
-    _, line, summary = log.rpartition("\n---\n")
+    _, line, summary = f"\n{log}".rpartition("\n---\n")
     if not line:
         return {}
     return dict(re.findall(r"^(\w+):[ \t]*(.*)$", summary, re.MULTILINE))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.agents import Agent
-from harness.files import open_regular, read_tail
+from harness.files import open_regular, read_tail, write_atomically
 from harness.processes import run_child
 from harness.repository import Repository
 from harness.screen import one_line
@@ -75,7 +75,7 @@ class Desk:
         """Make the desk ready for the next proposal."""
         self.clear(champion)
         self.editable.write_bytes(assignment.start)
-        (self.notes / "prompt.md").write_text(prompt)
+        write_atomically(self.notes / "prompt.md", prompt)
         with contextlib.suppress(OSError):
             (self.place / DESCRIPTION_FILE).unlink()
 

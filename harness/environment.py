@@ -11,7 +11,7 @@ import sysconfig
 from pathlib import Path
 
 from harness.contract import ContractError, Description, Domain, read_description
-from harness.files import is_locked
+from harness.files import is_locked, write_atomically
 from harness.processes import watch
 from harness.screen import UserError, one_line
 
@@ -121,9 +121,7 @@ class Packages:
         return None
 
     def save(self, path: Path) -> None:
-        part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(self.files))
-        os.replace(part, path)
+        write_atomically(path, json.dumps(self.files))
 
     def difference(self, now: "Packages") -> str:
         """The names of the files that were added, removed or changed, "" if none."""

@@ -5,7 +5,11 @@ import fcntl
 import os
 import re
 import stat
+import subprocess
+import sys
 from pathlib import Path
+
+STAY_ON_THIS_DISK = "--one-file-system" if sys.platform == "linux" else "-x"  # for rm: a run may have mounted something
 
 
 def open_regular(path: Path):
@@ -35,14 +39,38 @@ def read_tail(path: Path, lines: int) -> str:
     return ""
 
 
+def new_file(path: Path, buffering: int = -1):
+    """Open a new file to write bytes, in place of whatever stands there: opening a pipe would hang."""
+    with contextlib.suppress(FileNotFoundError):
+        if path.is_dir() and not path.is_symlink():
+            remove_folder(path)
+        else:
+            path.unlink()
+    return open(path, "xb", buffering=buffering)
+
+
+def open_to_append(path: Path):
+    """Open a file to append text, made where it is missing. OSError for a pipe that nobody reads."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
+    return os.fdopen(os.open(path, flags, 0o666), "a")
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Put a text into a file so that a reader, or a power cut, meets the old one or the new one whole."""
     temporary = path.with_name(f".{path.name}")
-    with open(temporary, "w") as file:
-        file.write(text)
+    with new_file(temporary) as file:
+        file.write(text.encode())
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder as far as that is possible; what cannot be removed stays.
+
+    By rm, since Python's own rmtree ends with a RecursionError at a thousand folders in one another.
+    """
+    subprocess.run(["rm", "-rf", STAY_ON_THIS_DISK, "--", str(path)], stdin=subprocess.DEVNULL, capture_output=True)
 
 
 def take_lock(file) -> bool:
@@ -55,6 +83,6 @@ def take_lock(file) -> bool:
 
 def is_locked(path: Path) -> bool:
     """Whether somebody holds the flock on a file; never waits."""
-    with contextlib.suppress(OSError), open(path) as file:
+    with contextlib.suppress(OSError), open_regular(path) as file:
         return not take_lock(file)
     return False

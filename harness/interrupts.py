@@ -41,7 +41,7 @@ class Interrupts:
 
     def heed(self) -> None:
         """Act on what was sent. Raises StopNow where everything is to end at once."""
-        if self._stop_file.exists():
+        if self._stop_file.is_file():
             with contextlib.suppress(OSError):
                 self._stop_file.unlink()
             self._ask_to_stop()

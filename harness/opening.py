@@ -4,7 +4,7 @@ Called under the store's lock, before anything runs. UserError for what only a p
 """
 
 import json
-import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from harness import environment
 from harness.bench import unpack
 from harness.contract import Description, Domain
 from harness.environment import Packages
-from harness.files import read_text
+from harness.files import read_text, remove_folder
 from harness.processes import sweep
 from harness.screen import UserError, say
 from harness.store import DIGEST_TRAILER, PROFILE_TRAILER, Run, Store
@@ -29,7 +29,7 @@ def open_tag(store: Store, keep_edit: bool, in_checkout: bool, is_stopped: Calla
         sweep(mark(store, role))
     store.check()
     _check_checkout(store, keep_edit, in_checkout)
-    shutil.rmtree(store.bench, ignore_errors=True)  # what cannot be removed stands in nobody's way
+    remove_folder(store.bench)  # what cannot be removed stands in nobody's way
     facts = _describe(store, is_stopped)
     if not store.attempts:
         number = store.new_folder()
@@ -86,7 +86,8 @@ def _check_checkout(store: Store, keep_edit: bool, in_checkout: bool) -> None:
 
 def _describe(store: Store, is_stopped: Callable[[], bool]) -> Description:
     """What the champion's judge says of profile, budget, data and devices. Missing data is prepared first."""
-    place = store.bench / "describe"
+    store.bench.mkdir(parents=True, exist_ok=True)
+    place = Path(tempfile.mkdtemp(dir=store.bench, prefix="describe-")) / "tree"
     unpack(store.repository.tree(store.champion), place)
     variables = environment.variables_for_training()
     facts = environment.ask_judge(store.domain, place, variables)
@@ -96,7 +97,7 @@ def _describe(store: Store, is_stopped: Callable[[], bool]) -> Description:
         say(f"profile {facts.profile} ({facts.reason}) has no data yet: preparing it in {facts.cache}")
         environment.prepare_data(store.domain, place, variables, is_stopped)
         facts = environment.ask_judge(store.domain, place, variables)
-    shutil.rmtree(place, ignore_errors=True)
+    remove_folder(place.parent)
     if is_stopped():
         raise KeyboardInterrupt
     if not facts.prepared:

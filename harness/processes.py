@@ -15,6 +15,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from harness.files import new_file, open_regular
+
 MARK = "AUTORESEARCH_MARK"  # the variable that holds a child's mark
 POLL_SECONDS = 0.2  # between looks at a child
 KILL_GRACE = 2  # seconds from TERM to KILL
@@ -40,7 +42,8 @@ def run_child(command, *, cwd: Path, env: dict, mark: str, log: Path, limit: flo
     """
     began_at = time.time()
     begin = time.monotonic()
-    with open(stdin, "rb") as source:
+    output = new_file(log, buffering=0)
+    with _open_input(stdin) as source:
         process = subprocess.Popen(
             command,
             cwd=cwd,
@@ -50,7 +53,7 @@ def run_child(command, *, cwd: Path, env: dict, mark: str, log: Path, limit: flo
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    reader = threading.Thread(target=_drain, args=(process.stdout, log), daemon=True)
+    reader = threading.Thread(target=_drain, args=(process.stdout, output), daemon=True)
     reader.start()
     ended = threading.Event()
     threading.Thread(target=_wait_for, args=(process, ended), daemon=True).start()
@@ -74,6 +77,10 @@ def run_child(command, *, cwd: Path, env: dict, mark: str, log: Path, limit: flo
     return Ending(problem, began_at, time.monotonic() - begin, clock.paused_seconds)
 
 
+def _open_input(path):
+    return open(path, "rb") if str(path) == os.devnull else open_regular(path)
+
+
 def _wait_for(process: subprocess.Popen, ended: threading.Event) -> None:
     process.wait()
     ended.set()
@@ -87,12 +94,12 @@ def _end_group(group: int, ended: threading.Event) -> None:
         ended.wait(KILL_GRACE)
 
 
-def _drain(stream, path: Path) -> None:
-    """Copy a child's output to a file: its first LOG_CAP bytes as they come, of the rest the last TAIL_CAP."""
+def _drain(stream, log) -> None:
+    """Copy a child's output to an open file: its first LOG_CAP bytes as they come, of the rest the last TAIL_CAP."""
     written = 0
     rest = b""
     rest_bytes = 0
-    with open(path, "wb", buffering=0) as log:
+    with log:
         while chunk := stream.read1(65536):
             if written >= LOG_CAP:
                 rest = (rest + chunk)[-TAIL_CAP:]

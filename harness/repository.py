@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from harness.files import remove_folder
 from harness.processes import find_processes
 from harness.screen import UserError, say
 
@@ -221,7 +222,7 @@ class Repository:
         files stay as they are."""
         path = place / self.editable
         if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+            remove_folder(path)
         if branch:
             self("symbolic-ref", "HEAD", f"refs/heads/{branch}", cwd=place)
             self("update-ref", f"refs/heads/{branch}", commit, cwd=place)
@@ -242,11 +243,11 @@ class Repository:
 
     def add_worktree(self, place: Path, commit: str) -> None:
         """A worktree with a detached HEAD, made anew."""
-        shutil.rmtree(place, ignore_errors=True)
+        remove_folder(place)
         for path in (self.common / "worktrees").glob("*/gitdir"):  # a half-made one would stop every git worktree
             with contextlib.suppress(OSError):  # another tag's loop may be at the same
                 if path.read_text().strip() == f"{place}/.git":
-                    shutil.rmtree(path.parent)
+                    remove_folder(path.parent)
         place.parent.mkdir(parents=True, exist_ok=True)
         # Twice --force: though the folder of that name is missing, and though its entry is locked.
         self("worktree", "add", "--force", "--force", "--detach", "--quiet", str(place), commit)

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness.contract import Domain
-from harness.files import is_locked, read_text, take_lock, write_atomically
+from harness.files import is_locked, open_regular, open_to_append, read_text, take_lock, write_atomically
 from harness.ledger import Row, best_estimate, fresh_scores, parse_ledger, scores_by_commit
 from harness.repository import Repository
 from harness.screen import UserError, say
@@ -77,8 +77,11 @@ class Store:
     # Loading
 
     def load(self) -> None:
-        """Rows and attempts as they stand; a torn last line is no row."""
-        text = read_text(self.ledger)
+        """Rows and attempts as they stand; a torn last line is no row. OSError for a ledger that cannot be read."""
+        text = ""
+        if self.ledger.exists():
+            with open_regular(self.ledger) as file:
+                text = file.read().decode(errors="replace")
         whole_lines = text[: text.rfind("\n") + 1]
         self.rows, _ = parse_ledger(whole_lines)
         self.attempts = {}
@@ -93,11 +96,15 @@ class Store:
         if 0 in self.attempts:
             remedy = "choose another --tag; 'uv run loop.py report LEDGER' still reads its results.tsv"
             raise UserError(f"tag {self.tag} was begun by an older loop.py: {remedy}", 2)
-        kept = self._last_kept()
-        if kept and kept not in self._commits:
-            found = self.repository("rev-parse", "--verify", "--quiet", f"{kept}^{{commit}}", default="")
-            remedy = f"'git update-ref {self.refs}{self.next_number()} {found}'" if found else "choose another --tag"
-            raise UserError(f"the ref of the ledger's last kept commit {kept} is gone from {self.refs}: {remedy}")
+        first = self.rows[0].commit if self.rows else ""
+        for commit, what in ((self._last_kept(), "last kept commit"), (first, "baseline")):
+            if not commit or commit in self._commits:
+                continue
+            runs = [run for run in self.read_runs() if run.commit.startswith(commit)]
+            remedy = "choose another --tag"
+            if runs:
+                remedy = f"'git update-ref {self.refs}{runs[0].number} {runs[0].commit}' brings it back"
+            raise UserError(f"the ref of the ledger's {what} {commit} is gone from {self.refs}: {remedy}")
 
     def _last_kept(self) -> str:
         for row in reversed(self.rows):
@@ -160,7 +167,7 @@ class Store:
     def locked(self) -> Iterator[None]:
         """Hold the tag's lock: one loop at a time. The state is read again, another loop may have written it."""
         self.home.mkdir(parents=True, exist_ok=True)
-        with open(self.home / "lock", "a") as lock:
+        with open_to_append(self.home / "lock") as lock:
             if not take_lock(lock):
                 raise UserError(f"tag {self.tag} is busy: 'uv run loop.py status --wait' waits for the verdict", 2)
             self.load()
@@ -203,7 +210,7 @@ class Store:
 
     def append(self, rows: list[Row]) -> None:
         """Append the rows of one experiment, durably, in one write."""
-        with open(self.ledger, "a") as file:
+        with open_to_append(self.ledger) as file:
             file.write("".join(map(str, rows)))
             file.flush()
             os.fsync(file.fileno())
@@ -228,7 +235,7 @@ class Store:
     def note(self, event: str, run: int = 0, description: str = "", seconds: float = 0.0) -> None:
         """A line of the timeline."""
         entry = {"at": time.time(), "event": event, "run": run, "description": description, "seconds": seconds}
-        with contextlib.suppress(OSError), open(self.timeline, "a") as file:
+        with contextlib.suppress(OSError), open_to_append(self.timeline) as file:
             file.write(json.dumps(entry) + "\n")
 
     def read_timeline(self) -> list[dict]:
