@@ -53,7 +53,9 @@ from harness.verdict import compare, find_marks
 # ---------------------------------------------------------------------------------------------------------------------
 # What a fork for another domain changes: this block, the judge and the file that is edited
 
-PYTHON = (sys.executable, "-P")  # no folder of the candidate stands before the standard library
+# -P: no folder of the candidate stands before the standard library. -u: what a run printed before it died is in its
+# log, and in order.
+PYTHON = (sys.executable, "-P", "-u")
 RUN_TRAIN = "import os, runpy, sys; sys.path.append(os.getcwd()); runpy.run_path('train.py', run_name='__main__')"
 DESCRIBE = "import json, os, sys; sys.path.append(os.getcwd()); import prepare; print(json.dumps(prepare.describe()))"
 

@@ -65,10 +65,18 @@ class Repository:
         self._check_checkout()
         self.common = Path(self("rev-parse", "--path-format=absolute", "--git-common-dir"))
 
-    def _check_checkout(self) -> None:
-        if elsewhere := self("config", "--get", "core.worktree", default=""):
+    def _check_worktree(self) -> None:
+        """Raises UserError where a setting that an agent made sends git to the files of another folder."""
+        listing = self("config", "--get-regexp", r"^core\.(worktree|bare)$", default="")
+        settings = dict(line.split(" ", 1) for line in listing.splitlines() if " " in line)
+        if elsewhere := settings.get("core.worktree"):
             remedy = "run 'git config --unset core.worktree'"
             raise UserError(f"core.worktree is {elsewhere!r}, so git works on another folder: {remedy}")
+        if settings.get("core.bare") == "true":
+            raise UserError("core.bare is true, so git knows no checkout: run 'git config core.bare false'")
+
+    def _check_checkout(self) -> None:
+        self._check_worktree()
         top = self("rev-parse", "--show-toplevel", default="")
         if not top or Path(top).resolve() != self.checkout:
             remedy = "clone the project, or run 'git init'"
@@ -220,6 +228,7 @@ class Repository:
     def reset(self, place: Path, commit: str, branch: str = "") -> None:
         """Index and tracked files at the commit; HEAD on the branch, or detached. The instructions and untracked
         files stay as they are."""
+        self._check_worktree()
         path = place / self.editable
         if path.is_dir() and not path.is_symlink():
             remove_folder(path)

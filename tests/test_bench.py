@@ -129,7 +129,7 @@ CRASHES = [
     # Ended otherwise than well
     (f"{GOOD}; raise SystemExit(3)", "attention: sdpa (exit code 3)"),
     (f"{GOOD}; raise ValueError('late')", "ValueError: late (exit code 1)"),
-    (f"{GOOD}; os.kill(os.getpid(), 11)", "no output (killed by SIGSEGV)"),  # it was in the buffer still
+    (f"{GOOD}; os.kill(os.getpid(), 11)", "attention: sdpa (killed by SIGSEGV)"),
     ("raise FloatingPointError('loss is nan at step 3')", "FloatingPointError: loss is nan at step 3 (exit code 1)"),
     # The two clocks
     ("prepare.finish(0.5, training_seconds=1.6)", "trained for 1.6 s, the budget is 1 s"),
@@ -137,7 +137,7 @@ CRASHES = [
     (f"{GOOD}; os.unlink(str({RESULT}) + '.started')", "the judge's clock left no mark result.json.started"),
     (f"{GOOD}; os.unlink(str({RESULT}) + '.stopped')", "the judge's clock left no mark result.json.stopped"),
     (
-        "os.utime(str(%s) + '.started', (time.time() - 9,) * 2); %s" % (RESULT, GOOD),
+        f"os.utime(str({RESULT}) + '.started', (time.time() - 9,) * 2); {GOOD}",
         "trained longer than the judge's clock says: 9.0 s went by, it says 0.5 s",
     ),
     # Something else than a file, where a reader would wait for ever
@@ -319,7 +319,8 @@ def test_run_that_stood_still_is_made_again_and_not_even_its_good_end_counts(run
     done: list[bench.Outcome] = []
     thread = threading.Thread(target=lambda: done.append(runs.measure(FAKE_TRAIN, time_limit=1.5)))
     thread.start()
-    pid = wait_for(lambda: find_processes("cmdline", b"runpy")  & find_processes("environ", str(runs.folder).encode()))
+    of_run = f"AUTORESEARCH_MARK={runs.folder}".encode()
+    pid = wait_for(lambda: find_processes("cmdline", b"run_path") & find_processes("environ", of_run))
     os.kill(*pid, signal.SIGSTOP)
     thread.join(2.2)
     assert thread.is_alive()  # what it stands still is not counted against its limit
@@ -344,14 +345,14 @@ def test_record_of_an_earlier_try_is_not_the_next_ones(runs):
 def test_bench_that_cannot_be_removed_stands_in_nobodys_way(runs):
     """Folders in one another, deeper than Python's own rmtree goes; and, where the test may, a mount."""
     deep = "import os\nfor _ in range(3000): os.mkdir('d'); os.chdir('d')\n"
-    mount = "import subprocess\nsubprocess.run(['mount', '-t', 'tmpfs', 'tmpfs', '.'], capture_output=True)\n"
+    mount = "import subprocess\nsubprocess.run(['mount', '-t', 'tmpfs', 'tmpfs', '../tmp'], capture_output=True)\n"
     try:
         for train in (deep + FAKE_TRAIN, mount + FAKE_TRAIN, FAKE_TRAIN):
             job = dataclasses.replace(runs.job(train), number=1)
             outcome = measure(job, runs.place(job), runs.stop)
             assert isinstance(outcome, Measurement), outcome
     finally:
-        for folder in (runs.folder / "bench").glob("*/tree"):
+        for folder in (runs.folder / "bench").glob("*/tmp"):
             subprocess.run(["umount", "-l", str(folder)], capture_output=True)
             subprocess.run(["rm", "-rf", str(folder.parent)], check=True)
 

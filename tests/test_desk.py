@@ -1,18 +1,20 @@
 """What an agent does on the desk, and what of it counts: one blob, train.py's. Judge, ledger and champion stay whole.
 
-    uv run pytest tests/test_loop_desk.py
+    uv run pytest tests/test_desk.py
 
 Every agent here is a real process on a real checkout; most do some harm, then edit train.py as they were asked to.
 """
 
 import json
+import os
 import re
 from textwrap import dedent
 
 import pytest
 from conftest import ended, errors, hear
 
-from plumbing import processes
+from harness.desk import describe_edit
+from harness.processes import find_processes
 
 EDIT = 'knob("DEPTH", 4 + count())\n'  # better than the champion, whatever the harm before did to train.py
 COMMIT = 'subprocess.run("git -c user.name=a -c user.email=a@a commit -qam mine", shell=True, check=True)\n'
@@ -61,23 +63,39 @@ HARM = {
     "writes_keep_rows": 'open("results.tsv", "a").write("fffffff\\t0.1\\t1.0\\tkeep\\tmine\\n" * 3)',
     "removes_the_ledgers_copy": 'os.remove("results.tsv"); os.remove("runs")',
     "turns_files_into_folders": 'os.remove("prepare.py"); os.makedirs("prepare.py/x"); '
-    'os.rename("agents", OUTSIDE / f"agents{os.getpid()}"); os.symlink(OUTSIDE, "agents")',
+    'os.rename("harness", OUTSIDE / f"harness{os.getpid()}"); os.symlink(OUTSIDE, "harness")',
     "hides_a_change_from_git": 'pathlib.Path("prepare.py").write_text("1 / 0"); '
     'subprocess.run("git update-index --assume-unchanged train.py; '
     'git update-index --skip-worktree prepare.py", shell=True)',
     "makes_train_executable": 'os.chmod("train.py", 0o755)',
     "spoils_the_index": 'pathlib.Path(".git/index").write_bytes(b"junk")',
     "makes_a_file_of_the_runs_link": 'os.remove("runs"); pathlib.Path("runs").write_text("mine")',
-    "makes_a_folder_of_the_description": 'os.mkdir("experiment.txt")',
-    "makes_no_more_harm": "",
+    "checks_out_next_to_nothing": 'subprocess.run("git sparse-checkout set --no-cone nothing; '
+    'git show HEAD:train.py > train.py", shell=True, check=True)',
+    "deletes_the_ref_under_head": 'subprocess.run("git update-ref -d refs/heads/autoresearch/t", shell=True)',
+    "leaves_pipes_at_the_top": '[replace_by_fifo(n) for n in ("results.tsv", ".results.tsv")]',
+    "leaves_pipes_in_the_loops_folder": '[replace_by_fifo(f".git/autoresearch/t/{n}") for n in '
+    '("prompt.md", ".prompt.md", "agent.log", "timeline.jsonl", "runs/0002/run.log")]',
+    "puts_a_pipe_for_its_instructions": 'replace_by_fifo("program.md")',
+    "makes_a_folder_of_its_instructions": 'os.remove("program.md"); os.mkdir("program.md")',
+    "makes_a_pipe_of_the_description": 'os.mkfifo("experiment.txt"); say = print',
+    "makes_a_folder_of_the_description": 'os.mkdir("experiment.txt"); say = print',
+    "cannot_describe_beside_a_folder": "say = print",
 }
+UNDESCRIBED = [*HARM][-3:]
 
 
 HARMFUL_AGENT = """
 import json
+def replace_by_fifo(name):
+    pathlib.Path(name).unlink(missing_ok=True)
+    os.mkfifo(name)
 n = count()
-name, code = list(json.loads((OUTSIDE / "harm").read_text()).items())[n - 1]
-seen = "git status --porcelain -uno; git symbolic-ref HEAD; git log -1 --format=%s"
+harms = json.loads((OUTSIDE / "harm").read_text())
+if n > len(harms):  # one of them cost its proposal
+    pathlib.Path("STOP").write_text("")
+name, code = list(harms.items())[n - 1]
+seen = "git status --porcelain -uno -- . :!program.md; git symbolic-ref HEAD; git log -1 --format=%s"
 (OUTSIDE / f"desk of {name}").write_text(subprocess.getoutput(seen))
 exec(code)
 knob("DEPTH", 4 + n / 4)  # better than the champion, whatever the harm before did to train.py
@@ -92,13 +110,17 @@ def test_candidate_is_the_champion_with_one_blob_replaced_whatever_the_agent_doe
     (desk.path / "notes" / "mine.txt").write_text("a person's, untracked")
     (desk.outside / "harm").write_text(json.dumps(HARM))
     run(desk, desk.agent(HARMFUL_AGENT), experiments=len(HARM))
-    described = [*[*HARM][:-2], "DEPTH 8.25 -> 8.5", "DEPTH 8.5 -> 8.75"]
+    described = []
+    for n, name in enumerate(HARM, 1):
+        described.append(f"DEPTH {4 + (n - 1) / 4} -> {4 + n / 4}" if name in UNDESCRIBED else name)
     assert [(row[1], row[3], row[4]) for row in desk.rows()[1:]] == [
         (f"{1.08 - n / 400:.6f}", "keep", words) for n, words in enumerate(described, 1)
     ]
     for n, (name, champion) in enumerate(zip(HARM, ["baseline", *described], strict=False)):
-        expected = f"refs/heads/autoresearch/t\nexperiment {n + bool(n)}: {champion}"
+        expected = f"refs/heads/autoresearch/t\nrun {n + 1:04d}: {champion}"
         assert (desk.outside / f"desk of {name}").read_text() == expected  # clean again after the harm before
+    os.rmdir(desk.path / "program.md")  # nothing touches the person's file
+    desk.git("checkout", "program.md")
     assert_unharmed(desk)
     assert desk.git("rev-parse", "main") == main
     assert (desk.path / "notes" / "mine.txt").read_text() == "a person's, untracked"
@@ -158,10 +180,10 @@ def test_state_left_on_the_bench_does_not_reach_the_next_run(desk):
         if "ckpt" not in text:
             text = text.replace("prepare.finish(", (OUTSIDE / "cheat").read_text() + "prepare.finish(")
             pathlib.Path("train.py").write_text(text)
-        bench = pathlib.Path(".git/autoresearch/t/bench")
-        for name in ("json.py", "ckpt", "sitecustomize.py"):
-            (bench / name).write_text("1 / 0")
-        (bench / "prepare.py").write_text("1 / 0")
+        for folder in (pathlib.Path(".git/autoresearch/t/bench"), pathlib.Path(".git/autoresearch/t/bench/tree")):
+            folder.mkdir(exist_ok=True)
+            for name in ("json.py", "ckpt", "sitecustomize.py", "prepare.py"):
+                (folder / name).write_text("1 / 0")
     """
     (desk.outside / "cheat").write_text(CHEAT)
     run(desk, desk.agent(dedent(leak) + EDIT), experiments=3)
@@ -180,7 +202,7 @@ def test_processes_that_an_agent_leaves_behind_are_ended(desk):
     """
     run(desk, desk.agent(dedent(leave) + EDIT), experiments=1)
     pids = (desk.outside / "pids").read_text().split()
-    assert len(pids) == 2 and not set(map(int, pids)) & processes("cmdline", b".")
+    assert len(pids) == 2 and not set(map(int, pids)) & find_processes("cmdline", b".")
     assert_unharmed(desk)
 
 
@@ -204,16 +226,23 @@ def test_hooks_that_an_agent_planted_do_not_run(desk):
     assert desk.statuses() == ["keep"] * 3
 
 
-@pytest.mark.parametrize("pattern", ["prepare.py", "train.py"])
-def test_smudge_filter_that_an_agent_planted_ends_the_run_with_an_error(desk, pattern):
-    plant = f"""
-        subprocess.run("git config filter.evil.smudge 'sed s/1.0/0.1/'", shell=True, check=True)
-        subprocess.run("git config filter.evil.clean cat", shell=True, check=True)
-        pathlib.Path(".git/info/attributes").write_text("{pattern} filter=evil\\n")
-    """
-    process = run(desk, desk.agent(dedent(plant) + EDIT), code=1)
-    assert re.search(rf"(?m)^error: .*{pattern} .*a git filter or .* changes it$", process.stderr)
-    assert [row[1] for row in desk.rows()] == ["1.080000"]
+SMUDGE = """
+subprocess.run("git config filter.evil.smudge 'sed s/1.0/0.1/'", shell=True, check=True)
+subprocess.run("git config filter.evil.clean cat", shell=True, check=True)
+pathlib.Path(".git/info/attributes").write_text("FILE filter=evil\\n")
+"""
+
+
+def test_smudge_filter_on_the_judge_does_not_reach_the_bench_and_on_train_ends_the_run_with_one_line(desk):
+    run(desk, desk.agent(SMUDGE.replace("FILE", "prepare.py") + EDIT), experiments=1)
+    assert [row[1] for row in desk.rows()] == ["1.080000", "1.070000"]
+    process = run(desk, desk.agent(SMUDGE.replace("FILE", "train.py") + EDIT), code=1)
+    told = r"error: .*/train.py cannot be set to .*: a git filter or an index flag changes it"
+    assert re.match(told, errors(process)[0])
+    assert len(desk.rows()) == 2
+    (desk.path / ".git" / "info" / "attributes").unlink()
+    run(desk, desk.agent(EDIT), experiments=1)
+    assert desk.statuses() == ["keep"] * 3
 
 
 def test_replaced_git_objects_do_not_reach_the_bench(desk):
@@ -229,16 +258,37 @@ def test_replaced_git_objects_do_not_reach_the_bench(desk):
     assert [row[1] for row in desk.rows()] == ["1.080000", "1.070000", "1.060000"]
     run(desk, desk.agent(EDIT), experiments=1)  # the next session asks the bench's prepare.py anew
     assert desk.rows()[-1][1] == "1.050000"
-    judges = desk.git("--no-replace-objects", "rev-parse", "main:prepare.py", "HEAD:prepare.py").split()
-    bench = desk.home() / "bench" / "prepare.py"
-    assert {*judges, desk.git("hash-object", "--no-filters", str(bench))} == {judges[0]}
 
 
-def test_git_that_fails_ends_the_run_with_one_error_line(desk):
-    broken = 'subprocess.run("git config core.bare true; git config core.worktree /nonexistent", shell=True)\n'
-    process = run(desk, desk.agent(broken + EDIT), code=1)
-    assert len(errors(process)) == 1
-    assert desk.statuses() == ["keep"]
+@pytest.mark.parametrize("elsewhere", ["/nonexistent", "OUTSIDE"])
+def test_core_worktree_is_named_with_its_remedy_and_no_file_is_written_there(desk, elsewhere):
+    path = elsewhere.replace("OUTSIDE", str(desk.outside / "elsewhere"))
+    (desk.outside / "elsewhere").mkdir()
+    broken = f'subprocess.run("git config core.bare true; git config core.worktree {path}", shell=True)\n'
+    told = f"error: core.worktree is {path!r}, so git works on another folder: run 'git config --unset core.worktree'"
+    assert errors(run(desk, desk.agent(broken + EDIT), code=1)) == [told]
+    assert errors(run(desk, "true", code=1)) == [told]
+    assert desk.statuses() == ["keep"] and list((desk.outside / "elsewhere").iterdir()) == []
+    desk.git("config", "--unset", "core.worktree")
+    desk.git("config", "core.bare", "false")
+    run(desk, desk.agent(EDIT), experiments=1)
+    assert desk.statuses() == ["keep", "keep"]
+
+
+def test_deleted_refs_are_named_with_the_command_that_brings_each_back(desk):
+    delete = """
+        if count("calls") == 2:
+            refs = subprocess.check_output(["git", "for-each-ref", "--format=delete %(refname)", "refs/autoresearch"])
+            subprocess.run(["git", "update-ref", "--stdin"], input=refs, check=True)
+    """
+    run(desk, desk.agent(dedent(delete) + EDIT))
+    assert desk.statuses() == ["keep"] * 3 and attempts(desk) == ["refs/autoresearch/t/3"]
+    done = run(desk, "true", experiments=0, code=1)
+    told = r"the ref of the ledger's baseline .* is gone .*: '(git update-ref .*)' brings it back"
+    remedy = re.search(told, done.stderr)
+    desk.git(*remedy[1].split()[1:])
+    run(desk, desk.agent(EDIT), experiments=1)
+    assert desk.statuses() == ["keep"] * 4
 
 
 # ---- The person's file -----------------------------------------------------------------------------------------------
@@ -277,13 +327,13 @@ def test_prompt_holds_instructions_best_and_the_last_20_rows(desk):
     assert prompt.startswith("# Instructions\n\nLower val_bpb.\n")
     assert "Best val_bpb 1.080000" in prompt and "1 keep, 23 discard, 0 crash" in prompt
     assert re.findall(r"\tdiscard\t(.*)", prompt) == [f"idea {n}" for n in range(4, 24)] and "\tkeep\t" not in prompt
-    assert "edit train.py once" in prompt and "experiment.txt" in prompt and "Running now" not in prompt
+    assert "edit train.py once" in prompt and "experiment.txt" in prompt and "Running or waiting" not in prompt
 
 
 def test_prompt_file_in_the_agents_command_holds_the_prompt_and_stdin_is_empty(desk):
     look = '(OUTSIDE / "seen").write_text(pathlib.Path(sys.argv[1]).read_text() + "stdin: " + prompt)\n'
     run(desk, desk.agent(look + EDIT) + " {prompt_file}", experiments=1)
-    prompt = (desk.path / "runs" / "0002" / "prompt.md").read_text()
+    prompt = (desk.home() / "prompt.md").read_text()
     assert prompt.startswith("# Instructions\n\nLower val_bpb.\n")
     assert (desk.outside / "seen").read_text() == prompt + "stdin: "
 
@@ -299,9 +349,10 @@ def test_prompt_tells_what_is_running_when_the_agent_works_ahead(desk):
         say(f"idea {n}")
         """
     )
-    run(desk, agent, "--ahead")
-    assert "(propose something else): baseline" in (desk.outside / "prompt1").read_text()
-    assert "(propose something else): idea 1" in (desk.outside / "prompt2").read_text()
+    run(desk, agent, "--ahead", "1")
+    told = "Running or waiting now, the verdict unknown (propose something else):\n\n"
+    assert told not in (desk.outside / "prompt1").read_text()
+    assert told + "- idea 1\n" in (desk.outside / "prompt2").read_text()
 
 
 def test_description_is_the_agents_first_line_else_the_changed_knobs(desk):
@@ -319,6 +370,27 @@ def test_description_is_the_agents_first_line_else_the_changed_knobs(desk):
     described = [row[4] for row in desk.rows()]
     assert described[1].startswith("a description in two lines xxx") and len(described[1]) == 200
     assert described[2:] == ["caf\ufffd", "DEPTH 6 -> 7"]
+
+
+KNOBS = b"DEPTH = 8  # layers\nLR = 0.04\nBETAS = (0.8, 0.95)  # of Adam\nif x:\n    DEPTH = 2  # layers\n"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "description"),
+    [
+        (b"DEPTH = 8", b"DEPTH = 10", "DEPTH 8 -> 10"),
+        (b"LR = 0.04", b"LR = 0.05  # new", "LR 0.04 -> 0.05"),
+        (b"(0.8, 0.95)", b"(0.9, 0.95)", "BETAS (0.8, 0.95) -> (0.9, 0.95)"),
+        (b"    DEPTH = 2", b"    DEPTH = 3", "DEPTH 2 -> 3"),
+        (b"DEPTH = 8  # layers\nLR = 0.04", b"DEPTH = 9  # layers\nLR = 0.05", "DEPTH 8 -> 9, LR 0.04 -> 0.05"),
+        (b"LR = 0.04", b"WARMUP = 1\nLR = 0.04", "edit of train.py"),  # a new knob: the lists do not match
+        (b"LR = 0.04\n", b"", "edit of train.py"),
+        (b"if x:", b"if y:", "edit of train.py"),
+        (b"# layers", b"# blocks", "edit of train.py"),
+    ],
+)
+def test_changed_knobs_name_old_and_new_value(old, new, description):
+    assert describe_edit(KNOBS, KNOBS.replace(old, new, 1), "train.py") == description
 
 
 # ---- An agent that fails ---------------------------------------------------------------------------------------------
@@ -349,7 +421,8 @@ def test_agent_that_fails_hangs_or_edits_nothing_costs_no_row(desk):
 
 
 def test_agent_that_keeps_failing_is_asked_at_doubling_intervals(desk):
-    desk.set_constant("loop.py", "BACKOFF", "0.4, 1.4")
+    desk.set_constant("harness/proposers.py", "FIRST_BACKOFF", "0.4")
+    desk.set_constant("harness/proposers.py", "LAST_BACKOFF", "1.4")
     desk.commit("wait shortly")
     agent = desk.agent('with open(OUTSIDE / "asked", "a") as file:\n    print(time.monotonic(), file=file)\n')
     process = desk.popen("--agent-cmd", agent, "--tag", "t")
@@ -376,65 +449,11 @@ def test_repeat_is_refused_without_a_run_and_the_agent_is_told(desk):
     assert measured(desk) == 3
     refusal = f"train.py repeats {desk.rows()[1][0]} (discard: fewer layers)"
     assert refusal in process.stderr
-    assert f"Your last proposal was refused: {refusal}" in (desk.outside / "prompt3").read_text()
+    assert f"The last proposal was refused: {refusal}" in (desk.outside / "prompt3").read_text()
     assert "refused" not in (desk.outside / "prompt2").read_text()
 
 
-# ---- Runs without a believable result --------------------------------------------------------------------------------
-
-GOOD = "prepare.finish(0.5)"
-RECORD = "prepare.pathlib.Path(os.environ['AUTORESEARCH_RESULT'])"
-CRASHES = [
-    ("print('---\\nval_bpb: 0.5\\npeak_vram_mb: 1.0')", "printed val_bpb 0.5, but the evaluator left no record"),
-    ("prepare.finish(0.5, profile='other')", "the evaluator's record has profile 'other', this run was to have 'fake'"),
-    ("prepare.finish(0.5, seed=7)", "the evaluator's record has seed 7, this run was to have 42"),
-    ("prepare.finish(0.5, rows=3)", "the evaluator's record has rows 3, this run was to have 7"),
-    ("prepare.finish(0.5, digest='e')", "the evaluator's record has digest 'e', this run was to have 'ddd"),
-    ("prepare.finish(0.5, split='test')", "the evaluator's record has split 'test', this run was to have 'val'"),
-    ("prepare.finish(0.5, files={})", "the evaluator's record has files {}, this run was to have {'val.bin'"),
-    ("prepare.finish(0.5, prepare_sha256=None)", "the evaluator's record has prepare_sha256 None"),
-    ("prepare.finish(0.5, val_bpb=0.6)", "printed val_bpb 0.5 is not the evaluator's 0.6"),
-    ("prepare.finish(0.5, val_bpb=True)", "printed val_bpb 0.5 is not the evaluator's True"),
-    (f"{GOOD}; print('val_bpb: 0.4')", "val_bpb printed 2 times"),
-    (f"{GOOD}; print('peak_vram_mb: 0.4')", "peak_vram_mb printed 2 times"),
-    ("prepare.finish(float('nan'))", "val_bpb is 'nan', not a finite number"),
-    ("prepare.finish(0.5, float('inf'))", "peak_vram_mb is 'inf', not a finite number"),
-    (f"{GOOD}; raise SystemExit(3)", "peak_vram_mb: 512.0 (exit code 3)"),
-    (f"{GOOD}; raise ValueError('late')", "ValueError: late (exit code 1)"),
-    (f"{GOOD}; os.kill(os.getpid(), 11)", "no output (killed by SIGSEGV)"),  # it was in the buffer still
-    ("raise FloatingPointError('loss is nan at step 3')", "FloatingPointError: loss is nan at step 3 (exit code 1)"),
-    ("pass", "no val_bpb printed"),
-    (f"{GOOD}; {RECORD}.write_text('[]')", "the evaluator's record has profile None"),
-    (f"{GOOD}; {RECORD}.write_bytes(b'\\xff')", "printed val_bpb 0.5, but the evaluator left no record"),
-    (f"{GOOD}; {RECORD}.write_text('[' * 99999)", "printed val_bpb 0.5, but the evaluator left no record"),
-]  # fmt: skip
-
-
-def test_run_without_a_believable_result_is_a_crash_row_with_its_reason_first(desk):
-    (desk.outside / "endings").write_text("\n".join(ending for ending, _ in CRASHES))
-    agent = desk.agent(
-        """
-        n = count()
-        ending = (OUTSIDE / "endings").read_text().splitlines()[n - 1]
-        base = subprocess.run("git show HEAD:train.py", shell=True, capture_output=True, text=True, check=True).stdout
-        pathlib.Path("train.py").write_text(base[: base.index("prepare.finish(")] + ending + f"  # {n}\\n")
-        say(f"idea {n}")
-        """
-    )
-    run(desk, agent, experiments=len(CRASHES))
-    rows = desk.rows()[1:]
-    for n, ((_, reason), row) in enumerate(zip(CRASHES, rows, strict=True), 1):
-        assert row[1:4] == ["0.000000", "0.0", "crash"]
-        assert row[4].startswith(reason) and row[4].endswith(f": idea {n}"), row[4]
-    assert_unharmed(desk)
-
-
-def test_run_that_takes_too_long_is_a_crash_row_and_leaves_no_process(desk):
-    desk.set_constant("loop.py", "STARTUP_ALLOWANCE", "-0.5")  # with 2 * TIME_BUDGET: 1.5 s
-    desk.commit("less patience")
-    run(desk, desk.agent('knob("SECONDS", 600)\nsay("sleep")\n'), experiments=1)
-    assert desk.rows()[1][3] == "crash" and desk.rows()[1][4] == "timeout after 2 s: sleep"
-    assert_unharmed(desk)
+# ---- Crashes ---------------------------------------------------------------------------------------------------------
 
 
 def test_crash_is_mended_once_from_the_crashed_file_and_its_log(desk):
@@ -485,109 +504,9 @@ def test_mended_crash_is_an_experiment_of_its_own_and_the_next_starts_from_the_c
     assert_unharmed(desk)
 
 
-# ---- Ahead -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("device", "ahead"), [("cuda", True), ("mps", False), ("cpu", False)])
-def test_agent_works_ahead_by_default_on_cuda_only(desk, device, ahead):
-    desk.replace("prepare.py", '"device": "cpu"', '"device": os.environ["FAKE_DEVICE"]')
-    desk.commit("any device")
-    if ahead:
-        desk.hold.touch()  # the baseline trains until the agent is asked
-    agent = desk.agent('HOLD.unlink(missing_ok=True)\n(OUTSIDE / "prompt").write_text(prompt)\n' + EDIT)
-    run(desk, agent, experiments=1, FAKE_DEVICE=device)
-    assert ("Running now" in (desk.outside / "prompt").read_text()) == ahead
-
-
-def ahead_agent(desk, second: str) -> str:
-    """Its first idea, six layers and a name X, is kept; its second, made meanwhile, starts from the old champion."""
-    return desk.agent(
-        f"""
-        n = count()
-        (OUTSIDE / f"depth{{n}}").write_text(str(knob("DEPTH")))
-        (OUTSIDE / f"prompt{{n}}").write_text(prompt)
-        path = pathlib.Path("train.py")
-        if n == 1:
-            knob("DEPTH", 6)
-            path.write_text("X = 1\\n" + path.read_text())
-        elif n == 2:
-            {second}
-        else:
-            knob("SECONDS", 0.01 * n)
-        """
-    )
-
-
-def test_waiting_edit_is_merged_onto_a_new_champion(desk):
-    desk.set_knob(SECONDS=0.4)
-    desk.commit("slower")
-    run(desk, ahead_agent(desk, 'knob("NOISE", 1.0)'), "--ahead")
-    assert (desk.outside / "depth2").read_text() == "4.0"  # proposed while the first was training
-    merged = desk.git("show", f"{attempts(desk)[-1]}:train.py")
-    assert "DEPTH = 6" in merged and "NOISE = 1.0" in merged
-    assert [row[1] for row in desk.rows()] == ["1.080000", "1.060000", "1.060000"]
-    assert_unharmed(desk)
-
-
-@pytest.mark.parametrize(
-    ("second", "problem"),
-    [
-        ('knob("DEPTH", 7)', "it conflicts with the new champion"),
-        ('path.write_text(path.read_text() + "global X\\n")', "train.py does not compile: name 'X' is assigned"),
-    ],
-    ids=["conflicts", "does not compile"],
-)
-def test_waiting_edit_that_does_not_go_with_a_new_champion_is_proposed_anew(desk, second, problem):
-    desk.set_knob(SECONDS=0.4)
-    desk.commit("slower")
-    done = run(desk, ahead_agent(desk, second), "--ahead")
-    assert f"proposal 0003 dropped: {problem}" in done.stderr
-    assert (desk.outside / "depth3").read_text() == "6.0"
-    assert f"Your last proposal was refused: {problem}" in (desk.outside / "prompt3").read_text()
-    assert [row[1] for row in desk.rows()] == ["1.080000", "1.060000", "1.060000"]
-    assert_unharmed(desk)
-
-
 def test_agent_begins_on_the_champions_commit_after_a_kept_experiment(desk):
     look = '(OUTSIDE / f"base{count()}").write_text(subprocess.getoutput("git show HEAD:train.py"))\n'
     run(desk, desk.agent(look + 'knob("DEPTH", knob("DEPTH") + 1)\n'))
     assert "DEPTH = 5.0" in (desk.outside / "base2").read_text()  # not the champion's before it
 
 
-def test_desk_does_not_move_under_an_agent_that_works_ahead(desk):
-    agent = desk.agent(
-        """
-        n = count()
-        if n == 2:  # the first idea is training: edit, wait for its verdict (a keep), look again
-            knob("LR", 0.05)
-            head = pathlib.Path(".git/refs/heads/autoresearch/t").read_text()
-            while "DEPTH 4 -> 6" not in pathlib.Path(".git/autoresearch/t/results.tsv").read_text():
-                time.sleep(0.01)
-            time.sleep(0.3)
-            moved = pathlib.Path(".git/refs/heads/autoresearch/t").read_text() != head or knob("LR") != 0.05
-            (OUTSIDE / "moved").write_text(f"{moved} {knob('DEPTH')}")
-        else:
-            knob("DEPTH", 4 + 2 * n)
-        """
-    )
-    run(desk, agent, "--ahead", experiments=3)
-    assert (desk.outside / "moved").read_text() == "False 4.0"
-    assert_unharmed(desk)
-
-
-def test_replicates_confirm_a_small_gain_on_a_fresh_seed(desk):
-    desk.set_knob(NOISE=0.01)  # seeds 42, 43, 44: the champion's scores are 1.08, 1.09, 1.10, sigma is 0.01
-    desk.commit("noise")
-    agent = desk.agent('n = count()\nknob("DEPTH", {1: 5, 2: 8}[n])\n')
-    run(desk, agent, "--replicates", "3")
-    described = [(row[1], row[3], row[4]) for row in desk.rows()]
-    assert described == [
-        ("1.080000", "keep", "baseline (seed 42)"),
-        ("1.090000", "keep", "replicate (seed 43)"),
-        ("1.100000", "keep", "replicate (seed 44)"),
-        ("1.070000", "discard", "DEPTH 4 -> 5 (seed 42), within noise: run again"),  # 0.020 < 0.028
-        ("1.080000", "discard", "DEPTH 4 -> 5 (seed 43)"),  # means 1.090 and 1.075: 0.015 < 2 sigma sqrt(1/3 + 1/2)
-        ("1.040000", "keep", "DEPTH 4 -> 8 (seed 42)"),  # 0.050: believed at once
-    ]
-    assert len({row[0] for row in desk.rows()[:3]}) == 1
-    assert_unharmed(desk)
