@@ -13,7 +13,6 @@ import re
 import subprocess
 import tempfile
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -137,19 +136,18 @@ def _measure_on(bench: Path, job: Job, place: Place, stop: threading.Event) -> O
     for name in ("tmp", "record"):
         (bench / name).mkdir()
     log = place.output / "run.log"
-    with ThreadPoolExecutor(1) as beside:
-        change = beside.submit(_changed_packages, place)  # a tenth of a second, while the child starts
-        ending = run_child(
-            job.domain.train_command,
-            cwd=tree,
-            env=_variables(job, place, bench),
-            mark=place.mark,
-            log=log,
-            limit=job.time_limit,
-            stop=stop,
-        )
-    if change.result():
-        reason = f"the installed packages changed: {change.result()}"
+    ending = run_child(
+        job.domain.train_command,
+        cwd=tree,
+        env=_variables(job, place, bench),
+        mark=place.mark,
+        log=log,
+        limit=job.time_limit,
+        stop=stop,
+    )
+    # Looked at after the run: whether the run itself or an agent before it changed them, this score does not count.
+    if change := _changed_packages(place):
+        reason = f"the installed packages changed: {change}"
         return Unavailable(f"{reason}. Scores from now on do not compare with those before", is_permanent=True)
     if ending.problem == "stopped":
         return Unavailable("stopped")

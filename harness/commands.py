@@ -24,7 +24,7 @@ from harness.interrupts import Interrupts, StopNow
 from harness.prompt import summary
 from harness.proposers import find_problem
 from harness.repository import Repository
-from harness.screen import UserError, one_line, say
+from harness.screen import ERROR_CHARS, UserError, one_line, say
 from harness.store import Store
 
 AGENT_TIMEOUT = 1800  # seconds that a proposal may take
@@ -62,7 +62,7 @@ def guarded(command: Callable[[], int]) -> int:
         say("stopped")
         return 0
     except (UserError, OSError, subprocess.SubprocessError) as error:
-        say(f"error: {one_line(str(error), 600)}")
+        say(f"error: {one_line(str(error), ERROR_CHARS - 10)}")
         return getattr(error, "code", 1)
 
 
@@ -150,7 +150,7 @@ def command_try(domain: Domain, checkout: Path, open_session: Callable, args: ar
     say("running; if this command is cut off, it goes on: uv run loop.py status --wait")
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     store.load()
-    last_line = read_tail(log, 1)
+    last_line = read_tail(log, 1, ERROR_CHARS)
     is_refused = last_line.startswith("error: ") or len(store.rows) == rows_before
     print(last_line if is_refused else report.verdict_text(store))
     return code

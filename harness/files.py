@@ -29,13 +29,13 @@ def read_text(path: Path) -> str:
     return ""
 
 
-def read_tail(path: Path, lines: int) -> str:
-    """The last lines of a log, each cut to 300 characters; "" where there is none."""
+def read_tail(path: Path, lines: int, width: int = 300) -> str:
+    """The last lines of a log, each cut to `width` characters; "" where there is none."""
     with contextlib.suppress(OSError), open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        file.seek(max(0, size - 300 * lines))
+        file.seek(max(0, size - 4 * width * lines))  # a character has up to four bytes
         text = file.read().decode(errors="replace").strip()
-        return "\n".join(line[:300] for line in re.split(r"[\r\n]+", text)[-lines:])
+        return "\n".join(line[:width] for line in re.split(r"[\r\n]+", text)[-lines:])
     return ""
 
 

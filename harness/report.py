@@ -27,7 +27,7 @@ from harness.ledger import (
 )
 from harness.opening import false_rows
 from harness.prompt import summary
-from harness.screen import UserError, duration, say
+from harness.screen import ERROR_CHARS, UserError, duration, say
 from harness.store import PROFILE_TRAILER, Run, Store
 from harness.verdict import compare
 
@@ -108,7 +108,7 @@ def _pace(events: list[dict]) -> str:
 
 def verdict_text(store: Store) -> str:
     """The last row and what it means, for an agent that waited for it; or why the newest `try` made none."""
-    refused = read_tail(store.home / "try.log", 1)
+    refused = read_tail(store.home / "try.log", 1, ERROR_CHARS)
     if refused.startswith("error: "):
         return refused
     row = store.rows[-1]

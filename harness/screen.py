@@ -5,6 +5,8 @@ import re
 import shutil
 import sys
 
+ERROR_CHARS = 600  # an error line is cut to this
+
 
 class UserError(Exception):
     """Something that a person can mend; exit code 1, or 2 for usage and refusal."""
