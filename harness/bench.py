@@ -121,11 +121,17 @@ def measure(job: Job, place: Place, stop: threading.Event) -> Outcome:
         return Unavailable(f"the run could not be made: {one_line(str(error))}")
 
 
-def _missing_before(job: Job, place: Place) -> Unavailable | None:
-    """What the machine lacks before a run."""
+def _changed_data(job: Job) -> Unavailable | None:
     if path := environment.changed_data(job.facts):
         remedy = f"look with '{job.domain.verify_hint}'"
         return Unavailable(f"{path} is not as it was prepared: {remedy}", is_permanent=True)
+    return None
+
+
+def _missing_before(job: Job, place: Place) -> Unavailable | None:
+    """What the machine lacks before a run."""
+    if problem := _changed_data(job):
+        return problem
     problem = environment.lacking_disk(place.output) or environment.busy_device(job.facts, place.device)
     return Unavailable(problem) if problem else None
 
@@ -222,6 +228,8 @@ def _changed_packages(place: Place) -> str:
 
 def _missing_after(job: Job, place: Place) -> Unavailable | None:
     """What the machine lacks after a run that crashed: then the crash may be its fault."""
+    if problem := _changed_data(job):
+        return problem
     if problem := environment.lacking_disk(place.output):
         return Unavailable(problem)
     if job.facts.device != "cuda":

@@ -326,7 +326,11 @@ def test_prompt_holds_instructions_best_and_the_last_20_rows(desk):
     prompt = (desk.outside / "prompt").read_text()
     assert prompt.startswith("# Instructions\n\nLower val_bpb.\n")
     assert "Best val_bpb 1.080000" in prompt and "1 keep, 23 discard, 0 crash" in prompt
-    assert re.findall(r"\tdiscard\t(.*)", prompt) == [f"idea {n}" for n in range(4, 24)] and "\tkeep\t" not in prompt
+    last_rows = prompt.partition("The ledger's last rows:\n\n")[2].partition("\n\n")[0]
+    assert re.findall(r"\tdiscard\t(.*)", last_rows) == [f"idea {n}" for n in range(4, 24)]
+    near_misses = prompt.partition("Near misses")[2].partition("\n\n")[2].partition("\n\n")[0]
+    assert re.findall(r"\tdiscard\t(.*)", near_misses) == [f"idea {n}" for n in range(1, 11)]
+    assert "Nothing was kept in the last 23 runs: leave this neighbourhood" in prompt and "\tkeep\t" not in prompt
     assert "edit train.py once" in prompt and "experiment.txt" in prompt and "Running or waiting" not in prompt
 
 

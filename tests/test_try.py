@@ -1,0 +1,231 @@
+"""`loop.py try`: one experiment for an agent that loops by itself, on the ledger that `loop.py run` uses too.
+
+    uv run pytest tests/test_try.py
+"""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import ended, errors, hear, wait_for
+
+
+@pytest.fixture
+def desk(desk):
+    """A desk on the branch of tag t."""
+    desk.git("checkout", "-q", "-b", "autoresearch/t")
+    return desk
+
+
+def attempt(desk, words="deeper", code=0, **knobs):
+    desk.set_knob(**knobs)
+    return desk.loop("try", words, code=code)
+
+
+def is_training(desk, description: str):
+    """True once the last event of the timeline is this experiment's training."""
+    try:
+        last = desk.events()[-1]
+    except (FileNotFoundError, IndexError, ValueError):
+        return False
+    return last["event"] == "training" and last["description"] == description
+
+
+def start_held(desk, description: str) -> subprocess.Popen:
+    """A `try` that waits for its training, which goes on until desk.hold is removed."""
+    desk.hold.touch()
+    waiter = desk.popen("try", description)
+    hear(waiter, "running; ")
+    wait_for(lambda: is_training(desk, description))
+    return waiter
+
+
+def test_try_prints_verdict_best_and_log_in_three_lines(desk):
+    process = attempt(desk, "raise depth to 5", DEPTH=5)
+    row, best, compared, log = process.stdout.splitlines()
+    assert row.split("\t")[1:] == ["1.070000", "0.5", "keep", "raise depth to 5"]
+    assert best.startswith(f"Best val_bpb 1.070000 ({row[:7]}), -0.010000 to the baseline")
+    assert compared.startswith("val_bpb 1.070000 (-0.010000 to its base), 0.5 GB (+0.0), ")
+    assert log == "log runs/0002/run.log" and "val_bpb:" in (desk.path / "runs/0002/run.log").read_text()
+    assert [row[4] for row in desk.rows()] == ["baseline", "raise depth to 5"]  # the baseline came first
+    assert len(process.stderr.splitlines()) == 1
+    assert desk.git("rev-parse", "HEAD")[:7] == row[:7]
+
+
+def test_try_that_is_not_better_puts_the_champion_back(desk):
+    attempt(desk, DEPTH=5)
+    process = attempt(desk, "shallower", DEPTH=3)
+    assert process.stdout.split("\t")[3] == "discard"
+    assert "DEPTH = 5" in (desk.path / "train.py").read_text()
+    assert desk.git("status", "--porcelain", "-uno") == ""
+
+
+def test_try_that_crashes_exits_1_with_the_reason(desk):
+    with open(desk.path / "train.py", "a") as file:
+        file.write("raise ValueError('boom')\n")
+    process = attempt(desk, "a bad idea", code=1)
+    assert process.stdout.splitlines()[0].endswith("\tcrash\tValueError: boom (exit code 1): a bad idea")
+    assert "boom" not in (desk.path / "train.py").read_text()
+
+
+def test_try_with_an_unchanged_file_runs_the_baseline_once(desk):
+    assert attempt(desk, "baseline").stdout.split("\t")[3] == "keep"
+    process = attempt(desk, "nothing new", code=2)
+    assert "train.py is the champion's" in process.stdout + process.stderr
+    assert len(desk.rows()) == 1
+
+
+def test_try_of_a_repeat_is_refused_and_names_the_row(desk):
+    attempt(desk, "fewer layers", DEPTH=3)
+    process = attempt(desk, "fewer layers again", code=2, DEPTH=3)
+    row = desk.rows()[1]
+    assert f"refused: train.py repeats {row[0]} (discard: fewer layers)" in process.stdout + process.stderr
+    assert len(desk.rows()) == 2
+
+
+def test_try_of_a_file_that_does_not_compile_is_refused_and_the_edit_stays(desk):
+    attempt(desk, "baseline")
+    (desk.path / "train.py").write_text("def (:\n")
+    process = attempt(desk, "typo", code=2)
+    assert "refused: train.py does not compile" in process.stdout + process.stderr
+    assert (desk.path / "train.py").read_text() == "def (:\n"  # for the agent to mend
+    assert len(desk.rows()) == 1
+
+
+def test_try_on_a_branch_that_is_no_runs_says_how_to_make_one(desk):
+    desk.git("checkout", "-q", "main")
+    done = desk.loop("try", "x", code=2)
+    assert done.stdout == "" and len(done.stderr.splitlines()) == 1
+    assert "git checkout -b autoresearch/" in errors(done)[0]
+
+
+@pytest.mark.parametrize("make", ["missing", "link", "folder"])
+def test_try_of_what_is_no_regular_file_is_refused(desk, make):
+    path = desk.path / "train.py"
+    path.unlink()
+    if make == "link":
+        path.symlink_to("prepare.py")
+    if make == "folder":
+        path.mkdir()
+    done = desk.loop("try", "x", code=2)
+    assert done.stderr == "error: train.py is not a regular file: 'git checkout -- train.py' restores it\n"
+
+
+@pytest.mark.parametrize("words", ["two\nlines\tand a tab", b"not \xff UTF-8", "-- --dashes", "x" * 500])
+def test_description_of_any_text_is_one_cell(desk, words):
+    desk.set_knob(DEPTH=5)
+    desk.loop("try", *(["--"] if words[:1] == "-" else []), words)
+    assert len(desk.rows()) == 2 and all(len(row) == 5 for row in desk.rows())
+    assert 0 < len(desk.rows()[1][4]) <= 200
+
+
+def test_other_files_that_the_agent_touched_are_put_back(desk):
+    judge = (desk.path / "prepare.py").read_text()
+    attempt(desk, "baseline")
+    (desk.path / "prepare.py").write_text("1 / 0")
+    (desk.path / "harness" / "random_search.py").unlink()
+    (desk.path / "program.md").write_text("a person's new instructions\n")
+    (desk.path / "notes.txt").write_text("untracked")
+    attempt(desk, DEPTH=5)
+    assert (desk.path / "prepare.py").read_text() == judge and (desk.path / "harness" / "random_search.py").exists()
+    assert (desk.path / "program.md").read_text() == "a person's new instructions\n"
+    assert (desk.path / "notes.txt").read_text() == "untracked"
+    assert desk.git("diff", "--name-only", "main", "HEAD") == "train.py"
+
+
+def test_edits_made_while_the_experiment_runs_survive(desk):
+    attempt(desk, "baseline")
+    desk.set_knob(DEPTH=5)
+    waiter = start_held(desk, "deeper")
+    desk.set_knob(DEPTH=6)
+    desk.hold.unlink()
+    ended(waiter)
+    assert desk.rows()[-1][1] == "1.070000"  # what was there when try began
+    assert "DEPTH = 6" in (desk.path / "train.py").read_text()
+    assert attempt(desk, "deeper still").stdout.split("\t")[1] == "1.060000"
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_experiment_survives_its_waiter_and_status_tells_the_verdict(desk, number):
+    attempt(desk, "baseline")
+    desk.set_knob(DEPTH=5)
+    waiter = start_held(desk, "deeper")
+    os.killpg(waiter.pid, number)  # as an agent's shell tool does
+    assert waiter.wait(10) == -number
+    assert "loop.py status --wait" in errors(desk.loop("try", "impatient", code=2))[0]
+    now = desk.loop("status").stdout
+    assert "run 0002 deeper, " in now
+    wait = desk.popen("status", "--wait")
+    with pytest.raises(subprocess.TimeoutExpired):  # it has not begun, or it waits
+        wait.wait(0.7)
+    desk.hold.unlink()
+    row, best, _, log = ended(wait).stdout.splitlines()
+    assert row.split("\t")[3:] == ["keep", "deeper"] and "Best val_bpb 1.070000" in best and log.endswith("run.log")
+    assert (desk.path / log.removeprefix("log ")).exists()
+    wait_for(lambda: "no loop is running" in desk.loop("status").stdout)
+    wait_for(lambda: not desk.orphans())
+    assert desk.git("rev-parse", "HEAD")[:7] == row[:7]
+
+
+def test_status_wait_after_the_experiment_has_ended_tells_the_last_verdict(desk):
+    attempt(desk, "deeper", DEPTH=5)
+    assert desk.loop("status", "--wait").stdout.split("\t")[3] == "keep"
+
+
+def test_run_is_refused_while_an_experiment_of_try_runs(desk):
+    attempt(desk, "baseline")
+    desk.set_knob(DEPTH=5)
+    waiter = start_held(desk, "deeper")
+    done = desk.loop("--agent-cmd", "true", "--max-experiments", "1", code=2)
+    assert "busy" in errors(done)[0]
+    desk.hold.unlink()
+    ended(waiter)
+
+
+def test_run_and_try_continue_each_others_ledger(desk):
+    attempt(desk, "deeper", DEPTH=5)
+    agent = desk.agent('knob("DEPTH", int(knob("DEPTH")) + 1)\n')
+    desk.loop("--agent-cmd", agent, "--max-experiments", "1")
+    attempt(desk, "deeper still", DEPTH=7)
+    desk.loop("--agent-cmd", agent, "--max-experiments", "1")
+    assert [row[1] for row in desk.rows()] == ["1.080000", "1.070000", "1.060000", "1.050000", "1.040000"]
+    assert desk.statuses() == ["keep"] * 5
+    log = desk.git("log", "--format=%s", "main..HEAD").splitlines()
+    assert len(log) == 5 and log[-1] == "run 0001: baseline"
+
+
+def test_try_after_the_agent_moved_head_stays_on_the_runs_branch(desk):
+    attempt(desk, "baseline")
+    desk.set_knob(DEPTH=5)
+    desk.git("commit", "-qam", "an agent's own commit")
+    desk.loop("try", "deeper")
+    assert desk.rows()[-1][1] == "1.070000"
+    assert subprocess.getoutput(f"git -C {desk.path} log --format=%s -2").splitlines()[1].endswith("baseline")
+
+
+def test_try_that_ends_without_a_row_tells_why_and_not_an_old_verdict(desk):
+    attempt(desk, "baseline")
+    (desk.cache / "val.bin").write_bytes(b"spoilt")
+    process = attempt(desk, "deeper", code=1, DEPTH=5)
+    assert process.stdout.startswith("error: ") and "val.bin is not as it was prepared" in process.stdout
+    assert len(process.stdout.splitlines()) == 1
+    assert "DEPTH = 5" in (desk.path / "train.py").read_text()  # the edit is not lost
+
+
+def test_row_written_between_start_and_lock_is_not_lost(desk):
+    attempt(desk, "baseline")
+    second = """
+import loop
+from harness import commands
+store = commands.open_store(loop.Path.cwd(), loop.DOMAIN, "t")  # it has read the ledger
+row = store.rows[0]
+with open(store.ledger, "a") as ledger:  # the loop before it records, and ends
+    ledger.write(str(loop.replace(row, description="again")))
+with store.locked():
+    assert [row.description for row in store.rows] == ["baseline", "again"]
+    store.mend_ledger()
+"""
+    subprocess.run([sys.executable, "-c", second], cwd=desk.path, env=desk.env, check=True)
+    assert [row[4] for row in desk.rows()] == ["baseline", "again"]
