@@ -62,25 +62,25 @@ def keys_of(kind: type) -> set[str]:
 
 @pytest.fixture(scope="module", params=["the real judge", "the stand-in"])
 def judge(request, tmp_path_factory):
-    """(The folder of a prepare.py with its data prepared, the variables of its processes, the code of one run.)"""
+    """(The folder of a prepare.py with its data prepared, its processes' variables, the code of a run, the runs.)"""
     folder = tmp_path_factory.mktemp("judge")
     variables = variables_for_training()
     if request.param == "the real judge":
         path, cache = request.getfixturevalue("tiny")
         variables |= {"AUTORESEARCH_PROFILE": "tiny", "AUTORESEARCH_LOCKS": str(folder / "locks")}
         variables["CUDA_VISIBLE_DEVICES"] = ""
-        yield path.parent, variables | {"AUTORESEARCH_CACHE": str(cache)}, REAL_RUN
+        yield path.parent, variables | {"AUTORESEARCH_CACHE": str(cache)}, REAL_RUN, ["audit"]  # seconds each
         return
     from conftest import FAKE_PREPARE
 
     (folder / "prepare.py").write_text(FAKE_PREPARE)
     variables |= {"AUTORESEARCH_CACHE": str(folder / "cache")}
     subprocess.run([sys.executable, "prepare.py"], cwd=folder, env=variables, check=True)
-    yield folder, variables, STAND_IN_RUN
+    yield folder, variables, STAND_IN_RUN, ["run", "audit"]
 
 
 def test_judge_says_what_the_contract_defines(judge, tmp_path):
-    folder, variables, code = judge
+    folder, variables, code, runs = judge
     command = loop.DOMAIN.describe_command
     child = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=True)
     said = json.loads(child.stdout)
@@ -95,20 +95,20 @@ def test_judge_says_what_the_contract_defines(judge, tmp_path):
     for device in said["devices"].values():
         assert set(device) == keys_of(Device)
 
-    for audit in (False, True):
-        result = tmp_path / f"audit{audit:d}" / "result.json"
+    for run in runs:
+        is_audit = run == "audit"
+        result = tmp_path / run / "result.json"
         result.parent.mkdir()
-        own = {"AUTORESEARCH_RESULT": str(result), "AUTORESEARCH_SEED": "7", "AUTORESEARCH_AUDIT": str(int(audit))}
+        own = {"AUTORESEARCH_RESULT": str(result), "AUTORESEARCH_SEED": "7", "AUTORESEARCH_AUDIT": f"{is_audit:d}"}
         child = subprocess.run([sys.executable, "-c", code], cwd=folder, env=variables | own, capture_output=True)
         assert child.returncode == 0, child.stderr.decode()
         said = json.loads(result.read_text())
         record = read_record(said, loop.DOMAIN)
-        assert set(said) == (keys_of(Record) if audit else keys_of(Record) - OF_AN_AUDIT)
+        assert set(said) == (keys_of(Record) if is_audit else keys_of(Record) - OF_AN_AUDIT)
         agreed = [record.profile, record.digest, record.files, record.prepare_sha256, record.device_name, record.rows]
         facts = description
-        assert agreed == [
-            facts.profile, facts.digest, facts.files, facts.prepare_sha256, facts.device_name, facts.rows["val"],
-        ]  # fmt: skip
+        fixed = [facts.profile, facts.digest, facts.files, facts.prepare_sha256, facts.device_name, facts.rows["val"]]
+        assert agreed == fixed
         assert (record.split, record.seed) == (loop.DOMAIN.split, 7)
         started = result.with_name(result.name + STARTED_SUFFIX)
         stopped = result.with_name(result.name + STOPPED_SUFFIX)
