@@ -43,7 +43,7 @@ from harness.files import read_tail
 from harness.fleet import LocalFleet
 from harness.interrupts import Interrupts, StopNow
 from harness.ledger import Row
-from harness.opening import check_packages, mark, open_tag, stale_gains, summary_of_baseline
+from harness.opening import Use, check_packages, mark, open_tag, stale_gains, summary_of_baseline
 from harness.proposers import Proposers, find_problem
 from harness.report import Audited
 from harness.screen import UserError, duration, one_line, say, show
@@ -670,7 +670,13 @@ def open_session(
 ) -> Ratchet:
     """Put right what an earlier session left, and make the session's rooms. Without an agent nobody is asked."""
     in_checkout = limits.workers == 1
-    facts = open_tag(store, keep_edit, in_checkout, interrupts.were_sent)
+    if keep_edit:
+        use = Use.EDITED
+    elif agent is None:
+        use = Use.UNTOUCHED
+    else:
+        use = Use.DESK if in_checkout else Use.SHOWN
+    facts = open_tag(store, use, interrupts.were_sent)
     devices = list(facts.devices)[: limits.workers]
     if len(devices) < limits.workers:
         say(f"note: {limits.workers} workers, {len(devices)} device here: {len(devices)} run at a time")

@@ -3,6 +3,7 @@
 Called under the store's lock, before anything runs. UserError for what only a person can mend.
 """
 
+import enum
 import json
 import tempfile
 from collections.abc import Callable
@@ -20,15 +21,22 @@ from harness.store import DIGEST_TRAILER, PROFILE_TRAILER, Run, Store
 ROUNDING_OF_ROWS = 1e-6  # a row has six decimals
 
 
-def open_tag(store: Store, keep_edit: bool, in_checkout: bool, is_stopped: Callable[[], bool]) -> Description:
-    """Make ledger, refs, checkout and data as the next run needs them; what the judge says of itself.
+class Use(enum.Enum):
+    """What the checkout, in which the command was started, is to a session."""
 
-    keep_edit: the checkout's edit of the editable file is to be measured. in_checkout: the agent works there.
-    """
+    DESK = "an agent edits it: it is put to the champion"
+    EDITED = "its edit is to be measured: all but the editable file is put to the champion afterwards"
+    SHOWN = "nobody works in it: it shows the branch, unless a person changed files"
+    UNTOUCHED = "it may show anything, and stays as it is"
+
+
+def open_tag(store: Store, use: Use, is_stopped: Callable[[], bool]) -> Description:
+    """Make ledger, refs, checkout and data as the next run needs them; what the judge says of itself."""
     for role in ("agent", "run"):
         sweep(mark(store, role))
     store.check()
-    _check_checkout(store, keep_edit, in_checkout)
+    if use is not Use.UNTOUCHED:
+        _check_checkout(store, use)
     remove_folder(store.bench)  # what cannot be removed stands in nobody's way
     facts = _describe(store, is_stopped)
     if not store.attempts:
@@ -38,11 +46,12 @@ def open_tag(store: Store, keep_edit: bool, in_checkout: bool, is_stopped: Calla
     store.mend_ledger()
     for line in false_rows(store):
         say(f"warning: {line}")
-    if in_checkout and not keep_edit:
+    if use is Use.DESK:
         store.repository.reset(store.repository.checkout, store.champion, store.branch)
-    elif not in_checkout:
+    elif use is Use.SHOWN:
         _show_branch(store)
-    store.publish(store.repository.checkout)
+    if use is not Use.UNTOUCHED:
+        store.publish(store.repository.checkout)
     return facts
 
 
@@ -60,13 +69,13 @@ def mark(store: Store, role: str) -> str:
     return f"{store.home}:{role}"
 
 
-def _check_checkout(store: Store, keep_edit: bool, in_checkout: bool) -> None:
+def _check_checkout(store: Store, use: Use) -> None:
     """A first start needs a clean checkout and a free branch; later what differs is saved before it is put back."""
     repository = store.repository
     champion = store.champion
     tip = repository("rev-parse", "--verify", "--quiet", f"refs/heads/{store.branch}", default=champion)
     changed = repository.changed_files(champion)
-    if keep_edit:
+    if use is Use.EDITED:
         changed = [name for name in changed if name != repository.editable]
     if not store.attempts:
         if changed:
@@ -77,7 +86,7 @@ def _check_checkout(store: Store, keep_edit: bool, in_checkout: bool) -> None:
         return
     if not repository("for-each-ref", f"--contains={tip}", store.refs):
         say(f"note: {store.branch} was at {tip[:7]}, no experiment's: 'git branch NAME {tip[:7]}' keeps it")
-    if changed and in_checkout:
+    if changed and use is not Use.SHOWN:
         path = store.home / "interrupted.diff"
         with open(path, "ab") as file:
             file.write(repository("diff", "--binary", champion, "--", *changed, raw=True) + b"\n")

@@ -310,3 +310,15 @@ def test_audit_without_a_ledger_begins_nothing(desk):
     done = desk.loop("audit", "--tag", "t", code=1)
     assert errors(done) == ["error: there are no rows to audit: 'uv run loop.py --agent random' starts a run"]
     assert "autoresearch" not in desk.git("for-each-ref") and desk.git("symbolic-ref", "--short", "HEAD") == "main"
+
+
+def test_status_report_and_audit_of_a_tag_leave_any_checkout_as_it_is(night):
+    night.git("checkout", "-q", "main")
+    night.set_knob(DEPTH=7)
+    (night.path / "results.tsv").write_text("of another tag\n")
+    for command in (["status"], ["report"], ["audit", "--replicates", "1"]):
+        night.loop(*command, "--tag", "t")
+    assert night.git("symbolic-ref", "--short", "HEAD") == "main"
+    assert night.git("status", "--porcelain") == "M train.py" and "DEPTH = 7" in (night.path / "train.py").read_text()
+    assert (night.path / "results.tsv").read_text() == "of another tag\n"
+    assert len(night.rows()) == 1
