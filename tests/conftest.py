@@ -125,6 +125,10 @@ class Desk:
         self.set_constant("harness/proposers.py", "LAST_BACKOFF", "0.2")
         self.set_constant("loop.py", "RETRY_SECONDS", "0.1")
         self.set_constant("loop.py", "STARTUP_ALLOWANCE", "8")
+        self.site = folder / "site"  # stands in for the installed packages: to look at those takes a while
+        self.site.mkdir()
+        paths = f"dict.fromkeys(('purelib', 'platlib', 'stdlib'), {str(self.site)!r})"
+        self.replace("harness/environment.py", "sysconfig.get_paths()", paths)
         (self.path / "prepare.py").write_text(FAKE_PREPARE)
         (self.path / "train.py").write_text(FAKE_TRAIN)
         (self.path / "program.md").write_text("# Instructions\n\nLower val_bpb.\n")

@@ -210,15 +210,10 @@ def test_run_that_was_stopped_is_told_and_made_again(desk):
 
 @pytest.fixture
 def packaged(desk) -> Desk:
-    """A desk whose installed packages are a folder of its own."""
-    site = desk.outside / "site"
-    (site / "torch" / "__pycache__").mkdir(parents=True)
-    (site / "torch" / "nn.py").write_text("softmax = 1\n")
-    (site / "old.py").write_text("")
-    paths = f"dict.fromkeys(('purelib', 'platlib'), {str(site)!r})"
-    desk.replace("harness/environment.py", "sysconfig.get_paths()", paths)
-    desk.commit("packages of its own")
-    desk.site = site
+    """A desk with a package and a module installed."""
+    (desk.site / "torch" / "__pycache__").mkdir(parents=True)
+    (desk.site / "torch" / "nn.py").write_text("softmax = 1\n")
+    (desk.site / "old.py").write_text("")
     return desk
 
 
