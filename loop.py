@@ -301,12 +301,16 @@ class Ratchet:
         self.store.write_run(run)
         if run.base:
             (self.store.folder(run.number) / "change.diff").write_bytes(self.repository.diff(run.base, run.commit))
+        if experiment.source is None or run.commit != experiment.commit:
+            tree = self.repository.tree(run.commit)
+        else:
+            tree = self.repository.candidate_tree(experiment.base, experiment.source)
         job = Job(
             number=run.number,
             commit=run.commit,
             description=run.description,
             seed=run.seed,
-            tree=self.repository.tree(run.commit),
+            tree=tree,
             facts=self.facts,
             domain=DOMAIN,
             time_limit=2 * self.facts.time_budget + STARTUP_ALLOWANCE,
@@ -385,9 +389,6 @@ class Ratchet:
             say(f"waiting: {reason}")
             self.store.note("waiting", planned.number, reason)
         self.waiting_for = reason
-        if self.is_stopping():
-            self.drop(planned.experiment)
-            return
         planned.tries += 1
         planned.not_before = time.monotonic() + RETRY_SECONDS
         self.planned.appendleft(planned)

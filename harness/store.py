@@ -72,6 +72,8 @@ class Store:
         self.attempts: dict[int, str] = {}  # number of its first run -> commit
         self._commits: dict[str, str] = {}  # 7 characters of a commit -> commit
         self._blobs: dict[str, str] = {}  # commit -> git's name for its editable file
+        self._runs: dict[int, Run] | None = None  # by number; None: not read yet
+        self._highest: int | None = None  # number that a run ever had; None: not looked for yet
         self.load()
 
     # Loading
@@ -90,6 +92,8 @@ class Store:
             number, commit = line.split()
             self.attempts[int(number)] = commit
         self._commits = {commit[:7]: commit for commit in self.attempts.values()}
+        self._runs = None
+        self._highest = None
 
     def check(self) -> None:
         """Raises UserError for a state that no loop can go on from."""
@@ -155,7 +159,16 @@ class Store:
 
     def read_runs(self) -> list[Run]:
         """Every run.json that can be read, by number."""
-        return [run for folder in sorted(self.runs.glob("[0-9]*")) if (run := read_run(folder))]
+        if self._runs is None:
+            self._runs = {}
+            for number in self._folder_numbers():
+                run = read_run(self.folder(number))
+                if run is not None:
+                    self._runs[number] = run
+        return list(self._runs.values())
+
+    def _folder_numbers(self) -> list[int]:
+        return sorted(int(path.name) for path in self.runs.glob("[0-9]*") if path.name.isdigit())
 
     def runs_of(self, commit: str) -> list[Run]:
         """The runs of one commit, by number."""
@@ -178,8 +191,9 @@ class Store:
 
     def next_number(self) -> int:
         """One that no run of this tag ever had."""
-        folders = [int(path.name) for path in self.runs.glob("[0-9]*") if path.name.isdigit()]
-        return max([0, *self.attempts, *folders]) + 1
+        if self._highest is None:
+            self._highest = max([0, *self.attempts, *self._folder_numbers()])
+        return self._highest + 1
 
     def folder(self, number: int) -> Path:
         return self.runs / f"{number:04d}"
@@ -189,6 +203,7 @@ class Store:
         self.runs.mkdir(exist_ok=True)
         number = self.next_number()
         self.folder(number).mkdir()
+        self._highest = number
         return number
 
     def commit(
@@ -200,6 +215,8 @@ class Store:
         commit = self.repository.commit(parent, source, message, f"{self.refs}{number}")
         self.attempts[number] = commit
         self._commits[commit[:7]] = commit
+        if source is not None:
+            self._blobs[commit] = self.repository.hash_of_data(source)
         return commit
 
     def forget_baseline(self) -> None:
@@ -248,6 +265,8 @@ class Store:
 
     def write_run(self, run: Run) -> None:
         write_atomically(self.folder(run.number) / "run.json", json.dumps(dataclasses.asdict(run), indent=1))
+        if self._runs is not None:
+            self._runs[run.number] = run
 
 
 def read_run(folder: Path) -> Run | None:

@@ -1,0 +1,441 @@
+"""Many experiments at a time: whatever the order in which results arrive, no gain is lost and none is assumed.
+
+The first half drives the real ratchet in this process, on a real git repository, with a fleet and agents whose answers
+arrive in an order drawn by chance. The second half runs loop.py with four workers.
+"""
+
+import itertools
+import random
+import re
+import signal
+import subprocess
+from collections import deque
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+from conftest import BASELINE, Desk, ended, hear, wait_for
+
+import loop
+from harness.bench import Crash, Job, Measurement, Unavailable
+from harness.commands import Limits
+from harness.contract import Description, Device, Record
+from harness.desk import Assignment, Proposal
+from harness.interrupts import Interrupts
+from harness.opening import stale_gains
+from harness.proposers import find_problem
+from harness.repository import Repository
+from harness.store import Store, read_run
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The ratchet alone
+
+KNOBS = "ABCDEF"
+START = "".join(f"# {name}\n\n{name} = 0\n\n" for name in KNOBS)  # edits of two knobs merge, two of one knob conflict
+CRASHING = 9  # a knob of this value crashes the run
+ANOTHER_KERNEL = 8  # the run says another attention than the baseline, every time
+
+FACTS = Description(
+    profile="fake",
+    reason="test",
+    time_budget=1.0,
+    cache="/nowhere",
+    prepared=True,
+    problem=None,
+    digest="d" * 64,
+    rows={"val": 7, "test": 5},
+    files={},
+    device="cpu",
+    device_name="cpu",
+    devices={f"cpu{i}": Device("/nowhere", 0.0) for i in range(4)},
+    prepare_sha256="p" * 64,
+)
+
+
+def true_score(source: bytes) -> float:
+    """Best at 4 everywhere. A and B do not go together: each is a gain alone, both are not."""
+    knobs = [int(value) for value in re.findall(rb"= (\d+)", source)]
+    interaction = 0.5 if knobs[0] and knobs[1] else 0.0
+    return round(1 + sum(abs(knob - 4) for knob in knobs) / 100 + interaction, 6)
+
+
+class Fleet:
+    """Takes jobs; `complete` gives the outcome of one."""
+
+    capacity = 4
+
+    def __init__(self, chance: random.Random):
+        self.chance = chance
+        self.jobs: dict[Future, Job] = {}
+
+    def submit(self, job: Job) -> Future:
+        future: Future = Future()
+        self.jobs[future] = job
+        return future
+
+    def complete(self, future: Future) -> None:
+        job = self.jobs[future]
+        source = next(blob.data for blob in job.tree if blob.path == "train.py")
+        knobs = [int(value) for value in re.findall(rb"= (\d+)", source)]
+        if self.chance.random() < 0.1:
+            future.set_result(Unavailable("the device is busy"))
+        elif CRASHING in knobs:
+            future.set_result(Crash("boom", "Traceback: boom", 1.0))
+        elif ANOTHER_KERNEL in knobs:
+            future.set_result(Unavailable("attention is sdpa", retries=1))
+        else:
+            record = Record(true_score(source), "fake", "val", job.seed, 0.5, 7, "d" * 64, {}, "p" * 64, "cpu")
+            future.set_result(Measurement(record, {}, 0.5, 1.0, 0.1, 0.5))
+
+    def close(self) -> None:
+        pass
+
+
+class Agents:
+    """As Proposers: every idle desk of four may be asked; an edit sets one knob of the champion's file."""
+
+    def __init__(self, store: Store, chance: random.Random):
+        self.store = store
+        self.chance = chance
+        self.asked: dict[Future, Proposal] = {}
+        self.assignments: deque[Assignment] = deque()
+        self.told: list[str] = []  # what agents heard beyond the usual
+        self.count = 0
+
+    def ask(self, running: list[str]) -> bool:
+        if len(self.asked) == 4:
+            return False
+        self.count += 1
+        champion = self.store.champion
+        start = self.store.repository.read(champion, "train.py")
+        assignment = self.assignments.popleft() if self.assignments else Assignment(champion, start)
+        if assignment.text:
+            self.told.append(assignment.text)
+        knob = self.chance.choice(KNOBS)
+        value = self.chance.choice([1, 2, 3, 4, 5, 6, ANOTHER_KERNEL, CRASHING])
+        source = re.sub(rf"{knob} = \d+", f"{knob} = {value}", assignment.start.decode()).encode()
+        self.asked[Future()] = Proposal(source, assignment.base, f"idea {self.count} of {id(self)}: {knob} = {value}")
+        return True
+
+    def take(self, future: Future, pending: set[bytes]) -> Proposal | None:
+        proposal = self.asked.pop(future)
+        return None if find_problem(self.store, proposal.source, pending) else proposal
+
+    def tell(self, refusal: str) -> None:
+        pass
+
+    def clear_idle(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Killed(BaseException):
+    """kill -9, at the worst moment."""
+
+
+class Night:
+    """Sessions of the ratchet on one tag, and what must be true of what they leave."""
+
+    def __init__(self, folder: Path, seed: int):
+        self.chance = random.Random(seed)
+        self.folder = folder
+        (folder / "train.py").write_text(START)
+        (folder / "prepare.py").write_text("the judge")
+        (folder / "program.md").write_text("do it")
+        for command in ("init -q -b main", "add -A", "-c user.name=x -c user.email=x@y commit -q -m start"):
+            subprocess.run(["git", *command.split()], cwd=folder, check=True)
+        store = self.open_store()
+        store.home.mkdir(parents=True)
+        number = store.new_folder()
+        store.commit(number, None, "baseline", "fake", FACTS.digest, parent=store.champion)
+        store.mend_ledger()
+        self.told: list[str] = []
+
+    def open_store(self) -> Store:
+        return Store(Repository(self.folder.resolve(), "train.py", "program.md"), "t", loop.DOMAIN)
+
+    def session(self, experiments: int, kill_after: float = float("inf"), ahead: int = 1) -> loop.Ratchet:
+        """Run until it is finished, or killed at the n-th append to the ledger, before or after the write."""
+        self.store = self.open_store()
+        agents = Agents(self.store, self.chance)
+        limits = Limits(workers=4, ahead=ahead, max_experiments=experiments)
+        fleet = Fleet(self.chance)
+        ratchet = loop.Ratchet(self.store, FACTS, fleet, agents, limits, Interrupts(self.folder / "STOP"))
+        self.arm(kill_after)
+        ratchet.plan_baseline()
+        ratchet.plan_stale_gains()
+        steps = 0
+        while not ratchet.is_finished():
+            steps += 1
+            assert steps < 60 * (experiments + 10), "it does not come to an end"
+            ratchet.ask()
+            candidates = len(ratchet.waiting) + len(agents.asked)
+            assert candidates <= 4 * (1 + ahead) + 1  # one more: a gain that is run again
+            before = set(ratchet.flying)
+            ratchet.launch()
+            self.check_launch(ratchet, before)
+            for future in [*ratchet.flying, *agents.asked]:
+                if self.chance.random() < 0.4:
+                    fleet.complete(future) if future in ratchet.flying else future.set_result(None)
+            ratchet.settle()
+        assert ratchet.begun == experiments
+        self.told += agents.told + [assignment.text for assignment in agents.assignments if assignment.text]
+        return ratchet
+
+    def arm(self, kill_after: float) -> None:
+        """Make the store's n-th append the moment of a kill."""
+        append = self.store.append
+        left = kill_after
+
+        def deadly(rows):
+            nonlocal left
+            left -= 1
+            is_after = self.chance.random() < 0.5
+            if left > 0 or is_after:
+                append(rows)
+            if left <= 0:
+                raise Killed
+
+        self.store.append = deadly
+
+    def check_launch(self, ratchet: loop.Ratchet, before: set[Future]) -> None:
+        """At most one run a device; gains that are run again go first; a job is the base's tree but for one file."""
+        assert len(ratchet.flying) <= 4
+        for future in set(ratchet.flying) - before:
+            planned = ratchet.flying[future]
+            experiment = planned.experiment
+            if experiment.purpose == "experiment" and not planned.tries:
+                assert experiment.base == self.store.champion
+                assert experiment.again_of or not any(proposal.again_of for proposal in ratchet.waiting)
+            job = ratchet.fleet.jobs[future]
+            assert all(blob.is_intact() for blob in job.tree)
+            others = {blob.path: blob.data for blob in job.tree if blob.path != "train.py"}
+            assert others == {"prepare.py": b"the judge", "program.md": b"do it"}
+
+    def check(self, said: str) -> None:
+        """What must hold of rows, runs, refs and messages, whatever the order was."""
+        store = self.open_store()
+        repository = store.repository
+        runs = {run.commit[:7]: run for run in store.read_runs() if run.decision}
+        commits = [row.commit for row in store.rows]
+        assert len(set(commits)) == len(commits), "a row twice"
+        sources = {commit: repository.read(commit, "train.py") for commit in commits}
+        again = {runs[commit].again_of for commit in commits}
+        champion = ""
+        for row in store.rows:
+            run = runs[row.commit]
+            assert store.attempts[run.number] == run.commit
+            subject = repository("log", "-1", "--format=%s", run.commit)
+            assert subject.startswith(f"run {run.number:04d}: ")
+            crashes = re.search(rf"= ({CRASHING}|{ANOTHER_KERNEL})\n".encode(), sources[row.commit])
+            assert (row.status == "crash") == bool(crashes)
+            if crashes:
+                continue
+            score = true_score(sources[row.commit])
+            assert row.score == pytest.approx(score, abs=1e-6)
+            is_stale = row.description.endswith("; gained on a former champion; runs again on the present one")
+            is_gain = not champion or score < true_score(sources[run.base[:7]])
+            assert is_gain == (row.status == "keep" or is_stale), row
+            if row.status == "keep":
+                assert run.base[:7] == champion, "a gain was assumed to add up"
+                assert not champion or score < true_score(sources[champion])
+                champion = row.commit
+            elif is_stale:
+                assert run.base[:7] != champion
+                assert run.number in again or f"dropped: {run.description}: " in said, "a gain was lost"
+        assert store.champion[:7] == champion == repository("rev-parse", f"refs/heads/{store.branch}")[:7]
+        assert stale_gains(store) == []
+        conflicts = [text for text in self.told if "does not merge" in text]
+        assert len(conflicts) == len(set(conflicts)) == said.count("it conflicts with the new champion")
+        for text in conflicts:
+            assert text.count("--- before") == 2  # both diffs
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(loop, "RETRY_SECONDS", 0)
+    monkeypatch.setattr(loop, "POLL_SECONDS", 0)
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_any_order_of_arrival_loses_no_gain_and_assumes_none(tmp_path, capfd, quick, ahead):
+    seed = random.randrange(10**6)
+    night = Night(tmp_path, seed)
+    night.session(24, ahead=ahead)
+    said = capfd.readouterr().err
+    print(f"seed {seed}")
+    night.check(said)
+    assert "gained on a former champion" in night.store.ledger.read_text()
+
+
+def test_session_killed_at_a_verdict_is_taken_up_without_loss(tmp_path, capfd, quick):
+    """The kill falls between a run's folder and the ledger, or right after the row."""
+    seed = random.randrange(10**6)
+    night = Night(tmp_path, seed)
+    night.session(0)
+    for _ in range(4):
+        with pytest.raises(Killed):
+            night.session(100, kill_after=night.chance.randint(2, 6))
+    night.told.clear()
+    dropped_before = capfd.readouterr().err
+    night.session(3)
+    said = capfd.readouterr().err
+    print(f"seed {seed}")
+    night.told += ["does not merge --- before --- before" + str(i) for i in range(dropped_before.count("it conflicts"))]
+    night.check(dropped_before + said)
+
+
+def session_in_flight(night: Night, experiments: int, **limits) -> loop.Ratchet:
+    """A ratchet after its baseline, every device busy."""
+    night.session(0)
+    store = night.open_store()
+    agents = Agents(store, night.chance)
+    wanted = Limits(workers=4, max_experiments=experiments, **({"ahead": 0} | limits))
+    fleet = Fleet(night.chance)
+    ratchet = loop.Ratchet(store, FACTS, fleet, agents, wanted, Interrupts(night.folder / "STOP"))
+    while len(ratchet.flying) < 4:
+        ratchet.ask()
+        for future in agents.asked:
+            future.set_result(None)
+        ratchet.settle()
+        ratchet.launch()
+    return ratchet
+
+
+def test_device_that_fails_while_the_loop_stops_ends_no_other_run(tmp_path, capfd, quick):
+    night = Night(tmp_path, seed=1)
+    ratchet = session_in_flight(night, 100)
+    ratchet.interrupts.is_stopping = True
+    futures = list(ratchet.flying)
+    futures[0].set_result(Unavailable("the device is busy"))
+    ratchet.settle()
+    ratchet.launch()
+    assert not ratchet.planned and set(ratchet.flying) == set(futures[1:]) and not ratchet.is_finished()
+    for future in futures[1:]:
+        future.set_result(Crash("boom", "", 1.0))
+    ratchet.settle()
+    assert ratchet.is_finished() and len(ratchet.store.rows) == 4  # the baseline and three
+
+
+def test_device_held_by_others_floods_nothing(tmp_path, capfd, quick):
+    """Every run waits for the machine: no further candidate is begun, no further agent is asked."""
+    ratchet = session_in_flight(Night(tmp_path, seed=1), 100, ahead=1)
+    for _ in range(20):
+        for future in [*ratchet.flying, *ratchet.proposers.asked]:
+            future.set_result(Unavailable("the device is busy"))
+        ratchet.settle()
+        ratchet.ask()
+        ratchet.launch()
+    assert ratchet.begun == len(ratchet.flying) == 4 and not ratchet.planned
+    assert len(ratchet.waiting) + len(ratchet.proposers.asked) <= 4
+    assert ratchet.store.next_number() == 6  # the baseline's and four
+    assert capfd.readouterr().err.count("waiting: the device is busy") == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# loop.py with four workers
+
+DESK_NUMBER = """
+number = int(pathlib.Path.cwd().parent.name)
+calls = count(f"calls{number}")
+say(f"desk {number}, call {calls}")
+"""
+WORSE = 'knob("LR", 1 + number + calls / 100)\n'
+
+
+def in_flight(desk: Desk) -> int:
+    events = [event["event"] for event in desk.events()]
+    return events.count("training") - events.count("measured")
+
+
+def test_four_workers_fill_four_devices_and_stop_as_one(desk):
+    """Ctrl-C twice drops what is in flight, once lets it end; the person's checkout is left alone."""
+    agent = desk.agent(DESK_NUMBER + WORSE + "print(os.getcwd())")
+    (desk.path / "notes.txt").write_text("a person's")
+    command = "--tag", "t", "--agent-cmd", agent, "--workers", "4", "--ahead", "1"
+    desk.loop(*BASELINE)
+    desk.hold.touch()
+    process = desk.popen(*command)
+    wait_for(lambda: in_flight(desk) == 4)
+    state = desk.loop("status").stdout.splitlines()[0]
+    assert re.fullmatch(r"autoresearch/t: (run 000[2-5] desk \d, call 1, \d+ s(; )?){4}", state), state
+    process.send_signal(signal.SIGINT)
+    hear(process, "finishing what runs, then stopping")
+    process.send_signal(signal.SIGINT)
+    done = ended(process)
+    assert "what was in flight is dropped" in done.stderr
+    assert desk.statuses() == ["keep"] and desk.orphans() == []
+
+    process = desk.popen(*command)
+    wait_for(lambda: in_flight(desk) == 4 + 4)  # those of the first session were never measured
+    process.send_signal(signal.SIGINT)
+    hear(process, "finishing what runs, then stopping")
+    desk.hold.unlink()
+    ended(process)
+    assert desk.statuses() == ["keep", *["discard"] * 4] and desk.orphans() == []
+
+    runs = [run for folder in (desk.home() / "runs").iterdir() if (run := read_run(folder))]
+    numbers = {run.commit[:7]: run.number for run in runs}
+    assert sorted(numbers[row[0]] for row in desk.rows()) == [1, 6, 7, 8, 9]  # 2 to 5 were dropped; none is reused
+    places = [(desk.home() / f"desks/{number}/agent.log").read_text().strip() for number in range(1, 5)]
+    assert places == [str(desk.home() / f"desks/{number}/desk") for number in range(1, 5)]
+    assert desk.git("symbolic-ref", "HEAD") == "refs/heads/autoresearch/t"
+    assert desk.git("status", "--porcelain") == "?? notes.txt"
+
+
+def test_gains_that_meet_are_run_again_and_a_conflict_is_told_once(desk):
+    """Three gains on one base, two of them on the same line: whatever comes first, nothing is lost or assumed."""
+    desk.replace("train.py", "LR = 0.1", "\n\n\nLR = 0.5")
+    desk.commit("apart")
+    desk.loop(*BASELINE)
+    agent = """
+if calls == 1:
+    knob(["DEPTH", "LR", "DEPTH", "SECONDS"][number - 1], [6, 0.1, 8, 0.01][number - 1])
+elif "does not merge" in prompt:
+    (OUTSIDE / f"told {number} {calls}").write_text(prompt)
+    knob("NOISE", 0.5)
+"""
+    desk.hold.touch()
+    command = "--tag", "t", "--agent-cmd", desk.agent(DESK_NUMBER + agent), "--workers", "4", "--max-experiments", "5"
+    process = desk.popen(*command)
+    wait_for(lambda: in_flight(desk) == 4)
+    desk.hold.unlink()
+    ended(process)
+    told = [path.read_text() for path in desk.outside.glob("told *")]
+    assert len(told) == 1 and told[0].count("--- before") == 2
+    assert {"+DEPTH = 6  # layers", "+DEPTH = 8  # layers"} <= set(told[0].splitlines())
+    rows = desk.rows()
+    kept = [row for row in rows if row[3] == "keep"]
+    stale = [row for row in rows if row[4].endswith("; gained on a former champion; runs again on the present one")]
+    assert len(kept) == 3 and float(kept[-1][1]) in (1.06, 1.04) and len(stale) >= 2
+    assert all(row[3] == "discard" for row in stale)
+    source = desk.git("show", "autoresearch/t:train.py")
+    assert "LR = 0.1 " in source and ("DEPTH = 6 " in source) != ("DEPTH = 8 " in source)
+
+
+def test_every_run_sees_one_cuda_device_that_no_other_has(desk):
+    desk.replace("prepare.py", '"device": "cpu"', '"device": "cuda"')
+    desk.replace("prepare.py", 'f"cpu{i}": {', 'f"{i + 3}": {')
+    desk.replace("prepare.py", "DEVICES = 4", "DEVICES = 2")
+    desk.set_knob(SECONDS=0.3)
+    log = desk.outside / "log"
+    desk.replace("train.py", "prepare.start_clock()", "begin = time.time()\nprepare.start_clock()")
+    with open(desk.path / "train.py", "a") as file:
+        file.write(f"with open({str(log)!r}, 'a') as file:\n")
+        file.write("    print(os.environ['CUDA_VISIBLE_DEVICES'], begin, time.time(), file=file)\n")
+    desk.commit("cuda")
+    agent = desk.agent(DESK_NUMBER + WORSE)
+    done = desk.loop("--tag", "t", "--agent-cmd", agent, "--workers", "3", "--max-experiments", "6")
+    assert "note: 3 workers, 2 device here: 2 run at a time" in done.stderr
+    used: dict[str, list[tuple[float, float]]] = {}
+    for line in log.read_text().splitlines():
+        device, begin, end = line.split()
+        used.setdefault(device, []).append((float(begin), float(end)))
+    assert set(used) == {"3", "4"} and sum(map(len, used.values())) == 7
+    for spans in used.values():
+        spans.sort()
+        assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
+    overlaps = [(one, other) for one in used["3"] for other in used["4"] if one[0] < other[1] and other[0] < one[1]]
+    assert overlaps  # they do run side by side
