@@ -1,7 +1,7 @@
 """Kill -9 at every step: the loop, its agent, its training, or all of them at once as when the plug is pulled.
 
-    uv run pytest tests/test_loop_kill.py            # 20 kills
-    uv run pytest tests/test_loop_kill.py -m slow    # 300 kills: every state transition, then random moments
+    uv run pytest tests/test_loop_kill.py            # 20 kills, half of them with four workers
+    uv run pytest tests/test_loop_kill.py -m slow    # 300 kills: at state transitions, at random moments, of children
 
 A state transition is whatever loop.py does to the outside: a process started (git, agent, training), a file of the
 desk opened, renamed or removed, a folder made. An audit hook, put into the loop's interpreter from outside by a
@@ -18,9 +18,10 @@ import subprocess
 import pytest
 from conftest import Desk, ended, wait_for
 
-from plumbing import flock_now
+from harness.files import is_locked
+from harness.store import read_run
 
-HOOK = '''
+HOOK = """
 import os, sys
 
 WATCHED = ("subprocess.Popen", "open", "os.mkdir", "os.rename", "os.remove", "os.symlink", "shutil.rmtree")
@@ -55,20 +56,24 @@ def hook(event, args):
 
 if sys.orig_argv[1].endswith("loop.py"):
     sys.addaudithook(hook)
-'''
+"""
 
-# Kept (every even call), equal and so discarded (odd), crashing (calls 4 and 9 of ten); no two edits are the same.
+# Better by one of two knobs that merge (DEPTH, LR), equal and so discarded, or crashing; no two edits are the same.
 AGENT = """
     n = count()
     time.sleep(0.03)
     while (OUTSIDE / "hold the agent").exists():
         time.sleep(0.01)
-    knob("LR", f"{n}/0" if n % 5 == 4 else "0.1")
-    if n % 2:
+    knob("SECONDS", -n if n % 5 == 4 else 0.05)  # it cannot sleep for less than nothing
+    if n % 5 == 4:
+        pass
+    elif n % 2 == 0:
+        knob("DEPTH", 12 + 1e4 / n)
+    elif n % 4 == 1:
+        knob("LR", 0.1 + 100 / n)
+    else:
         with open("train.py", "a") as file:
             file.write(f"# {n}\\n")
-    else:
-        knob("DEPTH", 12 + 1e4 / n)
     say(f"idea {n}")
 """
 
@@ -76,17 +81,23 @@ AGENT = """
 class Night:
     """A run that is killed and started again and again, and what must hold after each restart."""
 
-    def __init__(self, desk: Desk, *options: str):
-        self.desk, self.kills = desk, 0
-        desk.set_knob(DEPTH=1e5, SECONDS=0.05)
+    def __init__(self, desk: Desk, workers: int):
+        self.desk = desk
+        self.workers = workers
+        self.kills = 0
+        desk.replace("train.py", "LR = 0.1", "\n\n\nLR = 1e3")
+        desk.replace("train.py", "SECONDS = 0.0", "\n\n\nSECONDS = 0.05")
+        desk.set_knob(DEPTH=1e5)
         with open(desk.path / "train.py", "a") as file:  # what was measured, told by another witness than the ledger
             file.write(f'print("x", file=open({str(desk.outside / "measured")!r}, "a"))\n')
-        desk.set_constant("plumbing.py", "LOCK_PATIENCE", "0.3")
+        desk.set_constant("harness/repository.py", "LOCK_PATIENCE", "0.3")
         desk.commit("a fork with short waits")
         (desk.outside / "sitecustomize.py").write_text(HOOK)
         desk.env |= {"PYTHONPATH": str(desk.outside), "KILL_DESK": str(desk.path)}
-        self.options = ["--tag", "t", "--agent-cmd", desk.agent(AGENT), *options]
-        self.rows, self.refs, self.folders = [], {}, set()
+        self.options = ["--tag", "t", "--agent-cmd", desk.agent(AGENT), "--workers", str(workers), "--ahead", "1"]
+        self.rows: list[list[str]] = []
+        self.refs: dict[int, str] = {}
+        self.folders: set[int] = set()
         self.start(0)
         self.check()
 
@@ -125,38 +136,37 @@ class Night:
 
     def kill_child(self, role: str) -> None:
         """Kill the agent or the training; the loop goes on, a killed agent costs no row, a killed training one."""
-        hold = self.desk.hold if role == "train" else self.desk.outside / "hold the agent"
+        hold = self.desk.hold if role == "run" else self.desk.outside / "hold the agent"
         hold.touch()  # until it is killed
         process = self.desk.popen(*self.options, "--max-experiments", "2")
-        kill(wait_for(lambda: self.desk.processes(f"AUTORESEARCH_MARK={self.desk.home()}:{role}\0"))[0])
+        kill(wait_for(lambda: self.desk.processes(f"AUTORESEARCH_MARK={self.desk.home()}:{role}"))[0])
         hold.unlink()
         err = ended(process, timeout=60).stderr
         assert err.count("killed by SIGKILL") == err.count("SIGKILL") == 1, err
         self.kills += 1
         before = len(self.rows)
         self.check()
-        killed = [row for row in self.rows[before:] if "SIGKILL" in row[4]]
-        assert len(self.rows) == before + 2 and len(killed) == (role == "train"), self.rows[before:]
+        new = self.rows[before:]
+        killed = [row for row in new if "SIGKILL" in row[4]]
+        begun = [row for row in new if not self.runs[row[0]].again_of]
+        assert len(begun) == 2 and len(killed) == (role == "run"), new
 
     def check_after_kill(self, how: str) -> None:
-        """Nothing recorded may be gone; then a restart must put everything right, the bench too."""
-        desk, before = self.desk, self.rows
-        assert desk.rows()[: len(before)] == before, how
+        """Nothing recorded may be gone; then a restart must put everything right."""
+        assert self.desk.rows()[: len(self.rows)] == self.rows, how
         self.start(0)
         self.check(how)
-        bench = str(desk.home() / "bench")
-        assert desk.git("-C", bench, "rev-parse", "HEAD") == desk.git("rev-parse", "autoresearch/t"), how
-        assert desk.git("-C", bench, "status", "--porcelain") == "", how
 
     def check(self, how: str = "") -> None:
-        desk, rows = self.desk, self.desk.rows()
-        # the ledger: no row lost, doubled or changed, and at most one measured run lost a kill
+        desk = self.desk
+        rows = desk.rows()
+        # the ledger: no row lost, doubled or changed, and a kill loses what was in flight, no more
         assert rows[: len(self.rows)] == self.rows, how
         commits = [row[0] for row in rows]
         assert len(set(commits)) == len(commits), how
         measured = (desk.outside / "measured").read_text().count("x")
         scored = sum(row[3] != "crash" for row in rows)
-        assert scored <= measured <= scored + self.kills, how
+        assert scored <= measured <= scored + self.kills * self.workers, how
         assert (desk.path / "results.tsv").read_text() == (desk.home() / "results.tsv").read_text(), how
         # the champion: the last kept row, branch and files at it
         kept = next(row[0] for row in reversed(rows) if row[3] == "keep")
@@ -169,18 +179,31 @@ class Night:
         # the numbers: none ever reused, every row's commit findable under its own
         lines = desk.git("for-each-ref", "--format=%(refname:lstrip=3) %(objectname) %(subject)", "refs/autoresearch/t")
         refs = {int(number): rest for number, rest in (line.split(" ", 1) for line in lines.splitlines())}
-        assert all(rest.split()[2] == f"{number}:" for number, rest in refs.items()), how
+        for number, rest in refs.items():
+            assert rest.split(" ", 1)[1].startswith(f"run {number:04d}: "), how
         assert {number: refs[number] for number in self.refs} == self.refs, how
         numbers = {rest[:7]: number for number, rest in refs.items()}
-        assert [numbers[commit] for commit in commits] == sorted(numbers[commit] for commit in commits), how
-        folders = {int(path.name) for path in (desk.home() / "experiments").iterdir()}
+        assert set(commits) <= set(numbers), how
+        if self.workers == 1:
+            assert [numbers[commit] for commit in commits] == sorted(numbers[commit] for commit in commits), how
+        folders = {int(path.name) for path in (desk.home() / "runs").iterdir()}
         assert folders >= self.folders and max(folders) >= max(refs), how
-        # no process, no lock
+        # the runs: each row has its own, and a gain on a former champion was run again, or dropped by name
+        runs = [read_run(desk.home() / "runs" / f"{number:04d}") for number in folders]
+        self.runs = {run.commit[:7]: run for run in runs if run and run.decision}
+        again = {self.runs[commit].again_of for commit in commits}
+        for row in rows:
+            run = self.runs[row[0]]
+            assert run.number == numbers[row[0]] and run.decision in (row[3], "stale"), how
+            assert run.decision != "stale" or run.number in again, how
+        # no process, no lock, nothing on the bench
         assert desk.orphans() == [], how
         assert [path for path in (desk.path / ".git").rglob("*.lock") if path.is_file()] == [], how
-        with open(desk.home() / "lock") as lock:
-            assert flock_now(lock), how
-        self.rows, self.refs, self.folders = rows, refs, folders
+        assert not is_locked(desk.home() / "lock"), how
+        assert list((desk.home() / "bench").glob("*")) == [], how
+        self.rows = rows
+        self.refs = refs
+        self.folders = folders
 
 
 def kill(pid: int) -> None:
@@ -201,22 +224,22 @@ def many_kills(night: Night, count: int, seed: int) -> None:
         elif kind < 8:
             night.kill_at_random(0.1 + chance.random(), everything=kind == 6)
         else:
-            night.kill_child("agent" if kind == 8 else "train")
+            night.kill_child("agent" if kind == 8 else "run")
     print(f"seed {seed}: {night.kills} kills, {len(night.rows)} rows, {every} transitions")
 
 
-@pytest.mark.parametrize("mode", ["--no-ahead", "--ahead"])
-def test_kill_at_steps_and_at_random_loses_nothing(desk, mode):
-    many_kills(Night(desk, mode), 10, seed=random.randrange(10**6))
+@pytest.mark.parametrize("workers", [1, 4])
+def test_kill_at_steps_and_at_random_loses_nothing(desk, workers):
+    many_kills(Night(desk, workers), 10, seed=random.randrange(10**6))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["--no-ahead", "--ahead"])
-def test_kill_at_every_step_loses_nothing(desk, mode):
-    many_kills(Night(desk, mode), 150, seed=random.randrange(10**6))
+@pytest.mark.parametrize("workers", [1, 4])
+def test_kill_at_every_step_loses_nothing(desk, workers):
+    many_kills(Night(desk, workers), 150, seed=random.randrange(10**6))
 
 
-@pytest.mark.parametrize("role", ["agent", "train"])
+@pytest.mark.parametrize("role", ["agent", "run"])
 def test_children_of_a_killed_loop_are_ended_by_the_next(desk, role):
     """The first call hangs, with a grandchild in a session of its own; the loop dies; its successor cleans up."""
     hang = "import subprocess, time; subprocess.Popen(['sleep', '60'], start_new_session=True); time.sleep(60)"
