@@ -214,8 +214,7 @@ def _result(bench: Path) -> Path:
 
 
 def _keep_record(bench: Path, place: Place) -> None:
-    """Copy the record to the run's folder, as far as a believable one may reach; an earlier try's goes."""
-    (place.output / "result.json").unlink(missing_ok=True)
+    """Copy the record to the run's folder, as far as a believable one may reach."""
     with contextlib.suppress(OSError), open_regular(_result(bench)) as file:
         (place.output / "result.json").write_bytes(file.read(MAX_RECORD_BYTES))
 
