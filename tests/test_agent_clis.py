@@ -31,11 +31,12 @@ LIMIT = 120  # seconds, for one call of the loop
 
 @pytest.fixture
 def bare(desk, tmp_path):
-    """A desk with git and an empty HOME, but without the agents of the person who tests."""
+    """A desk with git, rm and an empty HOME, but without the agents of the person who tests."""
     tools, temporary = tmp_path / "bin", tmp_path / "home" / "tmp"
     tools.mkdir()
     temporary.mkdir()
-    (tools / "git").symlink_to(shutil.which("git"))
+    for name in ("git", "rm"):
+        (tools / name).symlink_to(shutil.which(name))
     desk.env |= {"PATH": str(tools), "TMPDIR": str(temporary), "TERM": "dumb"}
     desk.env["PWD"] = desk.env["HOME"]  # wrong on purpose: opencode would work there
     (desk.path / "program.md").write_text(PROGRAM)
