@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -28,6 +29,8 @@ import train
 ROOT = Path(__file__).parents[1]
 ROUNDS = 15
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+THREADS = torch.get_num_threads()
+POLAR_EXPRESS = train.polar_express
 
 
 def fresh() -> tuple[train.GPT, train.MuonAdamW]:
@@ -66,12 +69,26 @@ def plain_muon(optimizer: train.MuonAdamW, group: dict, params: list[torch.Tenso
         p.copy_(train.muon_update(p[None], p.grad[None], *state.values(), *scalars)[0])
 
 
+def polar_in_bfloat16(u: torch.Tensor) -> torch.Tensor:
+    return POLAR_EXPRESS(u.bfloat16())
+
+
 class Variant:
     """A model of its own with its way of doing a step; `step()` returns its seconds."""
 
-    def __init__(self, chunked: bool, fused_adamw: bool, stacked_muon: bool, compiled: bool = False):
+    def __init__(
+        self,
+        written_out_loss: bool = True,
+        fused_adamw: bool = True,
+        stacked_muon: bool = True,
+        polar: Callable = POLAR_EXPRESS,
+        threads: int = THREADS,
+        compiled: bool = False,
+    ):
         self.model, self.optimizer = fresh()
-        self.chunked = chunked
+        self.written_out_loss = written_out_loss
+        self.polar = polar
+        self.threads = threads
         if not fused_adamw:
             self.optimizer._step_adamw = lambda group, params: plain_adamw(self.optimizer, group, params)
         if not stacked_muon:
@@ -83,8 +100,10 @@ class Variant:
         self.tokens = torch.randint(prepare.VOCAB_SIZE, (rows, prepare.MAX_SEQ_LEN), device=DEVICE)
 
     def step(self) -> float:
+        torch.set_num_threads(self.threads)
+        train.polar_express = self.polar
         started = time.perf_counter()
-        if self.chunked:
+        if self.written_out_loss:
             loss = self.runner(self.tokens, self.tokens)
         else:
             loss = plain_loss(self.runner, self.tokens, self.tokens)
@@ -97,14 +116,15 @@ class Variant:
 
 
 def compare(with_compile: bool) -> None:
-    variants = {
-        "plain eager loop": Variant(False, False, False),
-        "+ chunked loss": Variant(True, False, False),
-        "+ fused AdamW": Variant(True, True, False),
-        "+ stacked Muon (train.py)": Variant(True, True, True),
-    }
+    variants = {"plain eager loop": Variant(False, False, False, polar_in_bfloat16)}
+    variants["+ loss with its gradient"] = Variant(True, False, False, polar_in_bfloat16)
+    variants["+ fused AdamW"] = Variant(True, True, False, polar_in_bfloat16)
+    variants["+ stacked Muon"] = Variant(polar=polar_in_bfloat16)
+    if DEVICE.type == "cpu":
+        variants["+ polar in float32"] = Variant()
+        variants["the same, one thread"] = Variant(threads=1)
     if with_compile:
-        variants["+ torch.compile"] = Variant(True, True, True, compiled=True)
+        variants["+ torch.compile"] = Variant(compiled=True)
     seconds = {name: [] for name in variants}
     for round_ in range(ROUNDS + 2):  # two to warm up
         for name, variant in variants.items():
@@ -113,7 +133,7 @@ def compare(with_compile: bool) -> None:
                 seconds[name].append(elapsed)
     tokens = next(iter(variants.values())).tokens.numel()
     base = median(seconds["plain eager loop"])
-    print(f"profile {prepare.PROFILE}, {tokens} tokens a step, {torch.get_num_threads()} threads, median of {ROUNDS}")
+    print(f"profile {prepare.PROFILE}, {tokens} tokens a step, {THREADS} threads, median of {ROUNDS}")
     for name, values in seconds.items():
         each = median(values)
         print(f"{name:<28}{1000 * each:8.1f} ms {tokens / each:10,.0f} tok/s {base / each:6.2f}x")

@@ -7,7 +7,6 @@ import importlib.util
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,19 +18,29 @@ LOADED = []  # modules whose stopwatch may hold a device's lock
 TINY = {"max_seq_len": 32, "time_budget": 10, "eval_tokens": 100 * 32, "vocab_size": 300}
 
 DIE_AT = """
+# For each name, a child of this process prepares, and is killed just before the file of that name gets its place, when
+# half of it is written.
 import os, signal, sys
-sys.path.insert(0, os.path.dirname(sys.argv[1]))
-import prepare
+path, names, arguments = sys.argv[1], sys.argv[2].split(","), sys.argv[3:]
+sys.path.insert(0, os.path.dirname(path))
+import prepare  # once: the children share it
 
 def replace_or_die(source, target):
-    if os.path.basename(target) == sys.argv[2]:
+    if os.path.basename(target) == name:
         if os.path.isfile(source):
             os.truncate(source, os.path.getsize(source) // 2)
         os.kill(os.getpid(), signal.SIGKILL)
     replace(source, target)
 
-replace, os.replace = os.replace, replace_or_die
-sys.exit(prepare.main(sys.argv[3:]))
+replace = os.replace
+for name in names:
+    child = os.fork()
+    if child == 0:
+        os.replace = replace_or_die
+        prepare.main(arguments)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (name, status)
 """
 
 
@@ -96,11 +105,11 @@ def started(judge, *command):
             child.kill()
 
 
-def die_at(judge, name, *arguments):
-    """Prepares in a process that is killed just before the file `name` gets its place, when half of it is written."""
-    command = [sys.executable, "-c", DIE_AT, judge.__file__, name, *arguments]
+def die_at(judge, names, *arguments):
+    """Prepares once for each name, killed just before the file of that name gets its place."""
+    command = [sys.executable, "-c", DIE_AT, judge.__file__, ",".join(names), *arguments]
     done = subprocess.run(command, env=environment(judge), capture_output=True, text=True, timeout=120)
-    assert done.returncode == -signal.SIGKILL, done
+    assert done.returncode == 0, done.stderr
 
 
 def error_line(capsys):

@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -163,17 +164,22 @@ ALL = [f"shard_{i:05d}.parquet" for i in range(SHARDS)]
 
 
 def test_download_takes_the_first_shards_and_the_two_held_out(judge, hub):
+    """Validation is the last shard, test the one before it."""
     assert judge.main(["--num-shards", "2", "--download-workers", "3"]) == 0
     fetched_well(judge, hub, [ALL[0], ALL[1], ALL[4], ALL[5]])
+    tokenizer = judge.Tokenizer.from_directory()
+    for split, name in {"val": ALL[5], "test": ALL[4], "shard_00000": ALL[0]}.items():
+        text = pq.read_table(judge.CACHE / "text" / name)["text"][0].as_py()
+        tokens = judge._read_shard(judge._tokens_path(split)).tokens[: len(text)].tolist()
+        assert tokenizer.decode(tokens[1:]).startswith(text[:40])
     manifest = judge._manifest()
     assert list(manifest["train_tokens"]) == ["shard_00000", "shard_00001"]
-    digest = judge.describe()["digest"]
     requests = hub.requests
     assert judge.main(["--num-shards", "2"]) == 0  # nothing to do
     assert hub.requests == requests and judge._manifest() == manifest
     assert judge.main(["--num-shards", "-1"]) == 0  # more training shards: the metric's digest stays
     fetched_well(judge, hub, ALL)
-    assert len(judge._manifest()["train_tokens"]) == 4 and judge.describe()["digest"] == digest
+    assert len(judge._manifest()["train_tokens"]) == 4 and judge._manifest()["digest"] == manifest["digest"]
     assert judge.main(["--num-shards", "1"]) == 0  # fewer: what is there stays
     assert len(judge._manifest()["train_tokens"]) == 4
 
@@ -188,25 +194,24 @@ def test_unfinished_preparation_with_another_vocabulary_trains_the_tokenizer_aga
     assert (tokenizer.get_vocab_size(), tokenizer.get_bos_token_id(), tokens[0]) == (320, 316, 316)
 
 
-def test_validation_is_the_last_shard_and_test_the_one_before(judge):
-    assert judge.main(["--num-shards", "1"]) == 0
-    for split, name in {"val": ALL[5], "test": ALL[4], "train": ALL[0]}.items():
-        text = pq.read_table(judge.CACHE / "text" / name)["text"][0].as_py()
-        file = judge._tokens_path(split if split != "train" else "shard_00000")
-        tokens = judge._read_shard(file).tokens[: len(text)].tolist()
-        assert judge.Tokenizer.from_directory().decode(tokens[1:]).startswith(text[:40])
-
-
-@pytest.mark.parametrize("how", ["truncate", "too short", "corrupt", "html", "busy", "too many"])
-def test_download_survives_a_server_that_is_bad_once(judge, hub, how):
-    hub.plans = {ALL[0]: [how], ALL[5]: ["well", how]}  # the first request asks for the size of the last shard
-    assert judge.main(["--num-shards", "2"]) == 0
-    fetched_well(judge, hub, [ALL[0], ALL[1], ALL[4], ALL[5]])
-    if how in ("busy", "too many"):
-        first, second = hub.times[ALL[0]]
-        assert second - first > 1  # Retry-After
-    if how in ("truncate", "too short"):
-        assert any(start > 0 for _, start in hub.ranges)  # continued, not begun again
+def test_download_survives_a_server_that_is_bad_once_in_every_way(judge, hub):
+    hub.plans = {
+        ALL[0]: ["truncate"],
+        ALL[1]: ["too short"],
+        ALL[2]: ["corrupt"],
+        ALL[3]: ["html"],
+        ALL[4]: ["busy"],
+        ALL[5]: ["well", "too many"],  # the first request asks for the size of the last shard
+    }
+    assert judge.main(["--num-shards", "-1"]) == 0
+    fetched_well(judge, hub, ALL)
+    # A web page looks like the beginning of a shard: it is continued, found to be wrong, and begun again.
+    assert hub.requests == {ALL[0]: 2, ALL[1]: 2, ALL[2]: 2, ALL[3]: 3, ALL[4]: 2, ALL[5]: 3}
+    for name in (ALL[4], ALL[5]):
+        before, again = hub.times[name][-2:]
+        assert again - before > 1  # Retry-After
+    continued = {name for name, start in hub.ranges if start > 0}
+    assert continued == {ALL[0], ALL[1], ALL[3]}  # the others begin again
 
 
 def test_download_gives_up_on_a_stalled_connection_and_resumes(judge, hub):
@@ -242,6 +247,12 @@ def test_download_takes_or_drops_a_part_that_has_no_rest(judge, hub, length):
     assert judge.main(["--num-shards", "2"]) == 0
     fetched_well(judge, hub, [ALL[0], ALL[1], ALL[4], ALL[5]])
     assert hub.requests[ALL[1]] == (1 if length == "whole" else 2)
+
+
+def test_token_is_sent_to_the_hub(judge, hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert judge.main(["--num-shards", "1"]) == 0
+    assert hub.tokens == {"Bearer hf_secret"}
 
 
 def test_download_without_linked_headers_checks_what_it_can(judge, hub):
@@ -295,12 +306,6 @@ def test_no_server_at_all_ends_in_an_error(judge, monkeypatch, capsys):
     assert error_line(capsys).startswith("error: 3 of 3 shards are missing: ")
 
 
-def test_token_is_sent(judge, hub, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    assert judge.main(["--num-shards", "1"]) == 0
-    assert hub.tokens == {"Bearer hf_secret"}
-
-
 def test_full_disk_is_refused_before_the_download(judge, hub, monkeypatch, capsys):
     monkeypatch.setattr(judge.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**5))
     hub.shards = {name: data + bytes(10**6) for name, data in hub.shards.items()}
@@ -329,23 +334,21 @@ def test_unknown_source_says_both_things_it_is_not(hub, tmp_path, capsys):
     assert error_line(capsys).startswith("error: source 'no/where' is no local path, and http")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_killed_download_is_continued(judge, hub, number):
+def test_interrupted_download_is_continued(judge, hub):
     hub.plans = {ALL[1]: ["stall"]}
     part = judge.CACHE / "text" / (ALL[1] + ".part")
     with started(judge, judge.__file__, "--num-shards", "2") as child:
         wait_for(lambda: (part.exists() and part.stat().st_size) or child.poll() is not None, 60)
-        child.send_signal(number)
-        child.communicate(timeout=10)
-    assert child.returncode == -number
+        child.send_signal(signal.SIGINT)
+        _, err = child.communicate(timeout=10)
+    assert child.returncode == -signal.SIGINT and "Traceback" not in err
     assert judge.main(["--num-shards", "2"]) == 0
     fetched_well(judge, hub, [ALL[0], ALL[1], ALL[4], ALL[5]])
     assert ALL[1] in dict(hub.ranges)
 
 
-@pytest.mark.parametrize("name", ["tokenizer.tiktoken", "val.tokens", "manifest.json"])
-def test_killed_preparation_is_completed_from_the_shards_that_are_there(judge, hub, tmp_path, name):
-    die_at(judge, name, "--num-shards", "1")
+def test_killed_preparation_is_completed_from_the_shards_that_are_there(judge, hub, tmp_path):
+    die_at(judge, ["tokenizer.tiktoken", "val.tokens", "manifest.json"], "--num-shards", "1")
     requests = hub.requests
     assert judge.main(["--num-shards", "1"]) == 0 and judge.main(["--verify"]) == 0
     assert hub.requests == requests
@@ -354,10 +357,11 @@ def test_killed_preparation_is_completed_from_the_shards_that_are_there(judge, h
     assert judge._manifest() == whole._manifest()
 
 
-def test_two_preparations_at_once_do_the_work_once(judge, hub):
-    command = [judge.__file__, "--num-shards", "2"]
-    with started(judge, *command) as one, started(judge, *command) as two:
-        outputs = [child.communicate(timeout=60) for child in (one, two)]
-    assert (one.returncode, two.returncode) == (0, 0), outputs
+def test_two_preparations_at_once_do_the_work_once(judge, hub, capsys):
+    """A lock is held by an open file, so two threads stand for two processes."""
+    with ThreadPoolExecutor(2) as pool:
+        codes = list(pool.map(judge.main, [["--num-shards", "2"]] * 2))
+    assert codes == [0, 0]
+    assert f"waiting: another preparation works here (lock {judge.CACHE}/prepare.lock)" in capsys.readouterr().err
     assert sum(hub.requests.values()) == 5  # four shards, and one question for the size
     assert judge.main(["--verify"]) == 0

@@ -136,6 +136,34 @@ class Hungry(GPT):
         return loss
 
 
+@pytest.mark.parametrize(
+    ("seconds", "chosen"),
+    [
+        ({4: 0.10, 2: 0.12, 1: 0.2}, 4),
+        ({4: 0.10, 2: 0.095, 1: 0.2}, 4),  # not 10% faster: no choice by noise
+        ({4: 0.10, 2: 0.08, 1: 0.2}, 2),
+        ({4: 0.30, 2: 0.20, 1: 0.1}, 1),
+    ],
+)
+def test_threads_are_fewer_only_where_that_is_clearly_faster(monkeypatch, capsys, seconds, chosen):
+    clock = 0.0
+    threads = 4
+
+    def set_num_threads(count):
+        nonlocal threads
+        threads = count
+
+    def micro_step():
+        nonlocal clock
+        clock += seconds[threads]
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(torch, "set_num_threads", set_num_threads)
+    monkeypatch.setattr(train.time, "perf_counter", lambda: clock)
+    assert train.choose_threads(micro_step) == threads == chosen
+    assert capsys.readouterr().err == f"threads: {chosen} of 4\n"
+
+
 def test_warm_up_trains_and_judges_but_leaves_no_trace():
     model, optimizer = fresh()
     before, seen = snapshot(model), []
