@@ -108,6 +108,7 @@ def measure(job: Job, place: Place, stop: threading.Event) -> Outcome:
         return problem
     try:
         (place.output / "result.json").unlink(missing_ok=True)  # of an earlier try: not this one's
+        environment.remove_foreign_files(place.compile_cache)
         place.scratch.mkdir(parents=True, exist_ok=True)
         # A fresh folder for every run: one that cannot be removed stands in nobody's way.
         bench = Path(tempfile.mkdtemp(dir=place.scratch, prefix=f"{job.number:04d}-"))

@@ -12,7 +12,7 @@ import sysconfig
 from pathlib import Path
 
 from harness.contract import ContractError, Description, Domain, read_description
-from harness.files import is_locked, write_atomically
+from harness.files import is_locked, remove_folder, write_atomically
 from harness.processes import watch
 from harness.screen import UserError, one_line
 
@@ -90,6 +90,26 @@ def busy_device(facts: Description, device: str) -> str:
     if device not in facts.devices or not is_locked(Path(facts.devices[device].lock)):
         return ""
     return f"another run holds the device {facts.device_name} ({facts.devices[device].lock})"
+
+
+# The compile cache: kept between runs, so that a run finds compiled what it has in common with those before
+
+COMPILER_FOLDERS = re.compile(
+    r"inductor|inductor/(triton|fxgraph|aotautograd|locks|[0-9a-z]{2})|triton|triton/([A-Z2-7]{52}|[0-9]+)"
+)
+COMPILER_FILES = re.compile(r"inductor/(fit.*|[^/]+\.(py|lock|tmp))")  # train.py's own note, and work in progress
+
+
+def remove_foreign_files(compile_cache: Path) -> None:
+    """Remove what compilers do not put at the top of their folders: a run may have left weights for the next one."""
+    for pattern in ("*", "*/*"):
+        for path in compile_cache.glob(pattern):
+            name = path.relative_to(compile_cache).as_posix()
+            is_folder = path.is_dir() and not path.is_symlink()
+            if is_folder and not COMPILER_FOLDERS.fullmatch(name):
+                remove_folder(path)
+            elif not is_folder and not COMPILER_FILES.fullmatch(name):
+                path.unlink(missing_ok=True)
 
 
 # Installed packages: a run that changes them would reach into every later one

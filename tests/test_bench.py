@@ -345,3 +345,27 @@ def test_log_that_a_run_replaced_is_a_crash_and_the_next_try_writes_its_own(runs
     assert isinstance(measure(job, runs.place(job), runs.stop), Crash)
     again = dataclasses.replace(runs.job(FAKE_TRAIN), number=1)
     assert isinstance(measure(again, runs.place(again), runs.stop), Measurement)
+
+
+LEAVES_WEIGHTS = """
+import os
+import pathlib
+cache = pathlib.Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+triton = cache.parent / "triton"
+kernels = [cache / "2a" / "kernel.py", cache / "fxgraph" / "ab" / "graph", triton / "0" / "kernel.cubin"]
+for path in kernels:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+left = [cache / "weights.pt", cache / "stash" / "weights.pt", cache.parent / "weights.pt", cache / "fit.json"]
+print("found", *sorted(path.name for path in [*left, *kernels] if path.exists()))
+for path in left:
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+"""
+
+
+def test_weights_beside_the_compile_cache_are_gone_in_the_next_run(runs):
+    for expected in ("found graph kernel.cubin kernel.py", "found fit.json graph kernel.cubin kernel.py"):
+        assert isinstance(runs.measure(LEAVES_WEIGHTS + FAKE_TRAIN), Measurement)
+        log = (runs.folder / "runs" / f"{runs.count:04d}" / "run.log").read_text()
+        assert log.splitlines()[0] == expected
