@@ -29,7 +29,9 @@ def checkout(tmp_path_factory) -> Path:
 
 
 def run(checkout: Path, *command: str, **env: str) -> subprocess.CompletedProcess:
-    own = {"AUTORESEARCH_PROFILE": "smoke", "AUTORESEARCH_CACHE": str(checkout.parent / "cache")}
+    own = {"AUTORESEARCH_PROFILE": "smoke"}
+    for name in ("cache", "locks"):
+        own[f"AUTORESEARCH_{name.upper()}"] = str(checkout.parent / name)
     kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     return subprocess.run(
         [sys.executable, *command], cwd=checkout, env=kept | own | env, capture_output=True, text=True, timeout=150
@@ -52,7 +54,7 @@ def test_loop_goes_from_nothing_to_a_ledger(checkout):
     assert (checkout / "runs" / "0002" / "change.diff").read_text().startswith("diff --git a/train.py b/train.py")
     summary = (checkout / "runs" / "0001" / "run.log").read_text()
     keys = "val_bpb training_seconds total_seconds peak_vram_mb mfu_percent total_tokens_M num_steps num_params_M depth"
-    keys += " startup_seconds eval_seconds seed sample"
+    keys += " startup_seconds eval_seconds seed sample attention"
     assert [line.split(":")[0] for line in summary.partition("---\n")[2].splitlines()] == keys.split()
 
     told = run(checkout, "loop.py", "report")
