@@ -3,13 +3,16 @@
 loop.py and harness/ are the real ones; so are git, the processes and the signals.
 """
 
+import atexit
 import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -20,6 +23,10 @@ from hypothesis import settings
 from prepare_fixtures import locks_given_back, tiny  # noqa: F401 (fixtures of the judge's tests)
 
 from harness.processes import find_processes
+
+# Before any test imports prepare: a run of one test process must not wait for the device lock of another.
+os.environ["AUTORESEARCH_LOCKS"] = tempfile.mkdtemp(prefix="autoresearch-locks-")
+atexit.register(shutil.rmtree, os.environ["AUTORESEARCH_LOCKS"], ignore_errors=True)
 
 settings.register_profile("unhurried", deadline=None)  # the machine may be busy
 settings.load_profile("unhurried")
