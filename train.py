@@ -89,8 +89,9 @@ _masks: dict = {}  # built before a model is compiled, shared by its layers
 def attention(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, window: int) -> Tensor:
     """Causal attention, scale 1/sqrt(D): query t sees keys t-window .. t. k and v may have fewer heads than q (grouped
     queries, arXiv 2305.13245). The back-end is the one that choose_attention found."""
-    if torch.compiler.is_exporting():
-        # An audit scores the exported network where only torch's own operators are known.
+    # An audit scores the exported network where only torch's own operators are known. (While torch.compile traces,
+    # is_exporting() is True as well.)
+    if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
         return sdpa_attention(q_BTHD, k_BTHD, v_BTHD, window)
     return attention_backend(q_BTHD, k_BTHD, v_BTHD, window)
 

@@ -271,8 +271,15 @@ def test_flex_is_traced_into_one_graph_with_masks_that_were_built_before(monkeyp
         train.attention_mask("flex", 128, window, x.device)
     monkeypatch.setattr(train, "attention_backend", train.flex_attention)
     masks = dict(train._masks)
+    called = []
+
+    def backend(graph, inputs):
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
     with torch.no_grad():
-        logits = torch.compile(model, backend="aot_eager", dynamic=False, fullgraph=True)(x)
+        logits = torch.compile(model, backend=backend, dynamic=False, fullgraph=True)(x)
+    assert called.count("flex_attention") == config.n_layer  # compiled, it is not replaced as in an export
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
     assert train._masks == masks
     # The compiler names the device with its index; a mask missed for that would be built and compiled once more.
