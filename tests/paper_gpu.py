@@ -1,14 +1,14 @@
 """A GPU of paper: train.py's CUDA path, traced, compiled and weighed on a machine that has no GPU.
 
-    uv run tests/paper_gpu.py                             # a whole run at the climbmix shape on an H100 of paper
-    uv run tests/paper_gpu.py --capability 120            # kernels for another architecture
-    uv run tests/paper_gpu.py --depth 4 --rows 8 --weigh  # no kernels, memory only: the table of docs/small_gpus.md
-    uv run tests/paper_gpu.py --attention                 # the attention kernels alone
+    uv run tests/paper_gpu.py                     # a whole run at the climbmix shape on an H100 of paper
+    uv run tests/paper_gpu.py --capability 120    # kernels for another architecture
+    uv run tests/paper_gpu.py --attention         # the attention kernels alone
+    uv run tests/paper_gpu.py --weigh --depth 4 --rows 4 8 16 32  # no kernels, memory only: see docs/small_gpus.md
 
 train.run() runs unchanged on fake tensors, which have a shape, a type and a device but no data. torch.compile traces
 it, Inductor generates kernels for the architecture named, Triton compiles them down to cubin, and nothing is launched.
 Every fake tensor's bytes are counted while it lives: that is the peak memory. What it does not count is what CUDA, the
-allocator's rounding and library workspaces take on a real device. The result is one line of JSON.
+allocator's rounding and library workspaces take on a real device. The result is one line of JSON a run.
 
 Written for torch 2.11 and Triton 3.6, whose private names it replaces.
 """
@@ -271,20 +271,29 @@ def compile_for(capability: int, kernels: Kernels | None) -> None:
 class Judge:
     """What train.run() asks of prepare.py, on fake data: a tokenizer, batches, a clock of a second a step, a score."""
 
-    def __init__(self, memory: Memory, steps: int):
+    def __init__(self, memory: Memory):
         self.memory = memory
-        self.clock = itertools.count()
-        self.graphs_warm = 0
-        self.training_peak = 0
-        self.evaluation_peak = 0
         self.real_warm_up = train.warm_up
+        self.EvaluationRefused = prepare.EvaluationRefused
+        self.PROFILE_REASON = "paper"
+        self.CACHE_ROOT = prepare.CACHE_ROOT
+        self.Tokenizer = self
         train.warm_up = self.warm_up
         train.prepare = self
         train.training_seconds = lambda: float(next(self.clock))
+
+    def begin(self, steps: int) -> None:
+        """A run begins as in a process of its own: nothing compiled, the garbage collector on."""
+        gc.unfreeze()
+        gc.enable()
+        torch.compiler.reset()
+        torch.compiler.set_stance("default")
+        counters.clear()
+        self.clock = itertools.count()
         train.TIME_BUDGET = float(steps)
-        self.EvaluationRefused = prepare.EvaluationRefused
-        self.PROFILE_REASON = "paper"
-        self.Tokenizer = self
+        self.graphs_warm = 0
+        self.training_peak = 0
+        self.evaluation_peak = 0
 
     def default_device(self) -> str:
         return prepare.default_device()
@@ -343,7 +352,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--capability", type=int, default=90, choices=SHARED_MEMORY_LIMIT, help="90 is an H100")
     parser.add_argument("--depth", type=int, default=train.DEPTH)
-    parser.add_argument("--rows", type=int, default=train.DEVICE_BATCH_SIZE, help="per micro-step")
+    parser.add_argument("--rows", type=int, nargs="+", default=[train.DEVICE_BATCH_SIZE], help="per micro-step")
     parser.add_argument("--vocabulary", type=int, default=prepare.VOCAB_SIZE)
     parser.add_argument("--row-length", type=int, default=prepare.MAX_SEQ_LEN)
     parser.add_argument("--pattern", default=train.WINDOW_PATTERN)
@@ -353,9 +362,7 @@ def main() -> int:
 
     train.DEPTH = arguments.depth
     train.WINDOW_PATTERN = arguments.pattern
-    train.DEVICE_BATCH_SIZE = arguments.rows
     train.MAX_SEQ_LEN = prepare.MAX_SEQ_LEN = arguments.row_length
-    train.TOTAL_BATCH_SIZE = 2 * arguments.rows * arguments.row_length  # two micro-steps: the second accumulates
     prepare.VOCAB_SIZE = arguments.vocabulary
     train.load_flash_attention = refuse_flash_attention
 
@@ -366,24 +373,30 @@ def main() -> int:
     pretend_a_context_for_autograd()
     compile_for(arguments.capability, None if arguments.weigh else kernels)
     memory.watch()
-    judge = Judge(memory, steps=4)
-    with FakeTensorMode(allow_non_fake_inputs=True), contextlib.redirect_stdout(sys.stderr):
-        if arguments.attention:
-            train.choose_attention(train.model_config(prepare.VOCAB_SIZE), torch.device("cuda"))
-        else:
-            train.run()
-    result = {
-        "attention": train.attention_backend.__name__,
-        "graphs_warm": judge.graphs_warm,
-        "graphs": counters["stats"]["unique_graphs"],
-        "graph_breaks": dict(counters["graph_break"]),
-        "training_mb": round(judge.training_peak / MIB),
-        "evaluation_mb": round(judge.evaluation_peak / MIB),
-        "kernels": len(kernels.shared),
-        "largest_shared": max(kernels.shared.values(), default=0),
-        "shared_limit": SHARED_MEMORY_LIMIT[arguments.capability],
-    }
-    print(json.dumps(result))
+    judge = Judge(memory)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    for rows in arguments.rows:
+        train.DEVICE_BATCH_SIZE = rows
+        train.TOTAL_BATCH_SIZE = 2 * rows * arguments.row_length  # two micro-steps: the second accumulates
+        judge.begin(steps=4)
+        with mode, contextlib.redirect_stdout(sys.stderr):
+            if arguments.attention:
+                train.choose_attention(train.model_config(prepare.VOCAB_SIZE), torch.device("cuda"))
+            else:
+                train.run()
+        result = {
+            "rows": rows,
+            "attention": train.attention_backend.__name__,
+            "graphs_warm": judge.graphs_warm,
+            "graphs": counters["stats"]["unique_graphs"],
+            "graph_breaks": dict(counters["graph_break"]),
+            "training_mb": round(judge.training_peak / MIB),
+            "evaluation_mb": round(judge.evaluation_peak / MIB),
+            "kernels": len(kernels.shared),
+            "largest_shared": max(kernels.shared.values(), default=0),
+            "shared_limit": SHARED_MEMORY_LIMIT[arguments.capability],
+        }
+        print(json.dumps(result), flush=True)
     return 0
 
 
