@@ -1112,13 +1112,13 @@ def evaluate_bpb(model, tokenizer: Tokenizer, batch_size: int) -> float:
     split too. Raises EvaluationRefused (BudgetExceeded, NotCausal) with the reason, UserError if a file that the metric
     depends on has changed.
     """
+    _stopwatch.check_not_evaluated()
     device = _device_of(model)
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
     seconds = training_seconds()
     cpu_at_stop = _cpu_seconds()
     _touch_mark("stopped")
-    _stopwatch.check_not_evaluated()
     if batch_size < 1 or tokenizer.get_vocab_size() != VOCAB_SIZE:
         raise ValueError(f"batch_size is {batch_size}, the vocabulary {tokenizer.get_vocab_size()}, not {VOCAB_SIZE}")
     manifest = _manifest()
@@ -1153,10 +1153,9 @@ def evaluate_bpb(model, tokenizer: Tokenizer, batch_size: int) -> float:
 
 
 def _device_of(model):
-    if isinstance(model, torch.nn.Module):
-        for parameter in model.parameters():
-            return parameter.device
-    return torch.device("cpu")
+    parameters = getattr(model, "parameters", list)()
+    first = next(iter(parameters), None)
+    return torch.device("cpu") if first is None else first.device
 
 
 def _check_constants(manifest):
