@@ -837,35 +837,30 @@ class RowStream:
 
     def _pack_row(self) -> list[np.ndarray] | None:
         """The pieces of documents that fill one row; None where the stream has run out."""
+        keys = self._keys
         pieces = []
         left = self._width
         while left > 0:
-            if len(self._keys) < PACKING_BUFFER:
+            if len(keys) < PACKING_BUFFER:
                 self._refill()
-            if not self._keys:
+            if not keys:
                 return None  # what remains does not fill a row
-            tokens, start, length = self._pick(left)
-            length = min(length, left)
+            at = bisect.bisect(keys, left << 32 | LOW_32_BITS) - 1  # the longest that fits
+            if at < 0:
+                at = bisect.bisect(keys, keys[0] | LOW_32_BITS) - 1  # none fits: the shortest
+            key = keys.pop(at)
+            tokens, start = self._places.pop(key)
+            length = min(key >> 32, left)
             pieces.append(tokens[start : start + length])
             left -= length
         return pieces
 
-    def _pick(self, left: int) -> tuple[np.ndarray, int, int]:
-        """Takes a document out of the buffer: tokens of its shard, its start in them, its length."""
-        keys = self._keys
-        at = bisect.bisect(keys, left << 32 | LOW_32_BITS) - 1
-        if at < 0:  # none fits
-            at = bisect.bisect(keys, keys[0] | LOW_32_BITS) - 1
-        key = keys.pop(at)
-        tokens, start = self._places.pop(key)
-        return tokens, start, key >> 32
-
     def _refill(self) -> None:
         for epoch, tokens, lengths, starts in self._batches:
-            keys = (lengths << 32) + self._next_arrival - np.arange(len(lengths))
-            for key, start in zip(keys.tolist(), starts.tolist(), strict=True):
-                self._keys.append(key)
-                self._places[key] = tokens, start
+            keys = ((lengths << 32) + self._next_arrival - np.arange(len(lengths))).tolist()
+            places = [(tokens, start) for start in starts.tolist()]
+            self._keys += keys
+            self._places.update(zip(keys, places, strict=True))
             self._next_arrival -= len(keys)
             self.epoch = epoch
             if len(self._keys) >= PACKING_BUFFER:
@@ -1112,13 +1107,13 @@ def evaluate_bpb(model, tokenizer: Tokenizer, batch_size: int) -> float:
     split too. Raises EvaluationRefused (BudgetExceeded, NotCausal) with the reason, UserError if a file that the metric
     depends on has changed.
     """
+    _stopwatch.check_not_evaluated()
     device = _device_of(model)
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
     seconds = training_seconds()
     cpu_at_stop = _cpu_seconds()
     _touch_mark("stopped")
-    _stopwatch.check_not_evaluated()
     if batch_size < 1 or tokenizer.get_vocab_size() != VOCAB_SIZE:
         raise ValueError(f"batch_size is {batch_size}, the vocabulary {tokenizer.get_vocab_size()}, not {VOCAB_SIZE}")
     manifest = _manifest()
@@ -1153,10 +1148,9 @@ def evaluate_bpb(model, tokenizer: Tokenizer, batch_size: int) -> float:
 
 
 def _device_of(model):
-    if isinstance(model, torch.nn.Module):
-        for parameter in model.parameters():
-            return parameter.device
-    return torch.device("cpu")
+    parameters = getattr(model, "parameters", list)()
+    first = next(iter(parameters), None)
+    return torch.device("cpu") if first is None else first.device
 
 
 def _check_constants(manifest):

@@ -89,8 +89,9 @@ _masks: dict = {}  # built before a model is compiled, shared by its layers
 def attention(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, window: int) -> Tensor:
     """Causal attention, scale 1/sqrt(D): query t sees keys t-window .. t. k and v may have fewer heads than q (grouped
     queries, arXiv 2305.13245). The back-end is the one that choose_attention found."""
-    if torch.compiler.is_exporting():
-        # An audit scores the exported network where only torch's own operators are known.
+    # An audit scores the exported network where only torch's own operators are known. (While torch.compile traces,
+    # is_exporting() is True as well.)
+    if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
         return sdpa_attention(q_BTHD, k_BTHD, v_BTHD, window)
     return attention_backend(q_BTHD, k_BTHD, v_BTHD, window)
 
@@ -329,8 +330,12 @@ class Block(nn.Module):
 
 
 def head_logits(x: Tensor, weight_VC: Tensor) -> Tensor:
-    """(..., C) to float32 logits (..., V), soft-capped: 15 tanh(logits / 15); sigmoid is 6 times as fast on a CPU."""
-    return 30 * torch.sigmoid(F.linear(x, weight_VC).float() / 7.5) - 15
+    """(..., C) to float32 logits (..., V), soft-capped: 15 tanh(product / 15), as in Gemma 2 (arXiv 2408.00118).
+
+    Logits within -15 and 15 keep loss and gradient bounded at high learning rates.
+    """
+    product = F.linear(x, weight_VC).float()
+    return 30 * torch.sigmoid(product / 7.5) - 15  # the same as 15 tanh(product / 15), 6 times as fast on a CPU
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -418,7 +423,7 @@ class GPT(nn.Module):
         position = torch.arange(T, device=device)[:, None, None]
         frequency = 10000.0 ** (-torch.arange(half, device=device) / half)
         angle = position * frequency  # (T, 1, D/2)
-        # On CUDA the tables are bfloat16: half the memory, and the residual stream that starts from them is bfloat16.
+        # On CUDA these tables are bfloat16: half the memory, and the residual stream starts from them as bfloat16.
         compute_type = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.cos = angle.cos().to(compute_type)
         self.sin = angle.sin().to(compute_type)
@@ -520,11 +525,14 @@ def polar_express(u_KRC: Tensor) -> Tensor:
     """
     x = u_KRC.bfloat16() if u_KRC.is_cuda else u_KRC
     x = x / (1.02 * x.norm(dim=(-2, -1), keepdim=True) + 1e-6)
-    tall = x.size(-2) > x.size(-1)
+    is_tall = x.size(-2) > x.size(-1)
     for a, b, c in POLAR_EXPRESS:
-        gram = x.mT @ x if tall else x @ x.mT
-        poly = b * gram + c * (gram @ gram)
-        x = a * x + (x @ poly if tall else poly @ x)
+        if is_tall:  # the smaller of the two Gram matrices
+            gram = x.mT @ x
+            x = a * x + x @ (b * gram + c * (gram @ gram))
+        else:
+            gram = x @ x.mT
+            x = a * x + (b * gram + c * (gram @ gram)) @ x
     return x
 
 

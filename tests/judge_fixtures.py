@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+torch.set_num_threads(1)  # tiny networks: a second thread would mostly wait
+
 T, V = 32, 300  # of the profile "tiny"
 
 

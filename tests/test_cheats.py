@@ -5,6 +5,7 @@ Run: uv run pytest tests/test_cheats.py
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -130,12 +131,14 @@ def test_run_is_evaluated_once_whatever_becomes_of_its_record(run, tmp_path, mon
     loader = make_loader(run)
     next(loader)
     evaluate(run, Toy())
+    stopped = (tmp_path / "result.json.stopped").stat().st_mtime_ns
     (tmp_path / "result.json").unlink()
     for name in ("AUTORESEARCH_RESULT", "AUTORESEARCH_SEED", "AUTORESEARCH_AUDIT"):
         monkeypatch.delenv(name, raising=False)
     for function, args in [(next, [loader]), (make_loader, [run]), (evaluate, [run, Toy(seed=1)])]:
         refused(run, "this run was evaluated", function, *args)
     assert not (tmp_path / "result.json").exists()
+    assert (tmp_path / "result.json.stopped").stat().st_mtime_ns == stopped
 
 
 def test_record_of_an_earlier_run_is_not_overwritten(run, tmp_path):
@@ -266,3 +269,41 @@ def test_work_of_this_process_is_not_others(judge):
     end = judge._cpu_seconds()
     assert end[1] - begin[1] >= 0.05  # the kernel saw it too
     assert judge._busy_others(begin, end) < (end[1] - begin[1]) / (end[0] - begin[0])
+
+
+def test_devices_and_their_other_processes_are_told(judge, monkeypatch):
+    """Against a pretended driver: no machine of ours has two GPUs."""
+
+    class Driver:
+        def nvmlInit_v2(self):
+            return 0
+
+        def nvmlDeviceGetHandleByUUID(self, uuid, handle):
+            return 0 if uuid == b"GPU-uuid-1" else 6
+
+        def nvmlDeviceGetComputeRunningProcesses_v3(self, handle, count, array):
+            count._obj.value = 3
+            return 7  # the array is too small
+
+    def no_driver(name):
+        raise OSError(name)
+
+    uuid = lambda device: SimpleNamespace(uuid=f"uuid-{torch.device(device).index}")  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "get_device_properties", uuid)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (device.index * 10**9, 80 * 10**9))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    locks = [str(judge.LOCKS / f"uuid-{i}.lock") for i in (0, 1)]
+    for visible, names in [(None, ["0", "1"]), ("3, GPU-5", ["3", "GPU-5"])]:
+        if visible:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        else:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        expected = {name: {"lock": locks[i], "free_gb": float(i)} for i, name in enumerate(names)}
+        assert judge._devices("cuda") == expected
+
+    monkeypatch.setattr(judge.ctypes, "CDLL", lambda name: Driver())
+    assert judge._device_others(torch.device("cuda", 1)) == 2
+    assert judge._device_others(torch.device("cuda", 0)) is None  # the driver does not know it
+    monkeypatch.setattr(judge.ctypes, "CDLL", no_driver)
+    assert judge._device_others(torch.device("cuda", 1)) is None
+    assert judge._device_others(torch.device("cpu")) is None

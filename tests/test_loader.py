@@ -67,7 +67,7 @@ def test_rows_equal_the_plain_rules_for_any_lengths(lengths, T, buffer_size, for
         any_prepare.PACKING_BUFFER = before
 
 
-@pytest.mark.parametrize("documents", [40, 999, 3000], ids=["40 documents", "999 documents", "3000 documents"])
+@pytest.mark.parametrize("documents", [40, 3000], ids=["40 documents", "3000 documents"])
 @pytest.mark.parametrize("kind", ["lognormal", "equal", "ones", "long"])
 def test_rows_equal_the_plain_rules_with_the_real_buffer(documents, kind):
     rng = np.random.default_rng(7)
@@ -81,8 +81,8 @@ def test_rows_equal_the_plain_rules_with_the_real_buffer(documents, kind):
     shards = shards_of_lengths([batches[:10], batches[10:]] if len(batches) > 10 else [batches])
     for forever in (False, True):
         stream = any_prepare.RowStream([shard_of(shard) for shard in shards], 64, forever)
-        expected = [row for row, _ in itertools.islice(plain_rows(rounds(shards, forever), 65), 400)]
-        assert np.array_equal(stream.take(400), np.array(expected).reshape(-1, 65))
+        expected = [row for row, _ in itertools.islice(plain_rows(rounds(shards, forever), 65), 120)]
+        assert np.array_equal(stream.take(120), np.array(expected).reshape(-1, 65))
 
 
 def documents_on_disk(judge, name):
@@ -102,7 +102,7 @@ def test_batches_equal_the_plain_rules_from_parquet(tiny, split, B, T):
     names = [f"train_{i:05d}" for i in range(judge.TRAIN_SHARDS)] if split == "train" else [split]
     shards = [list(documents_on_disk(judge, name)) for name in names]
     rows_in_a_pass = sum(len(d) for shard in shards for batch in shard for d in batch) // (T + 1)
-    wanted = min(rows_in_a_pass + 50, 4000)
+    wanted = min(rows_in_a_pass + 50, 2000)
     expected = list(itertools.islice(plain_rows(rounds(shards, split == "train"), T + 1), wanted))
     loader = judge.make_dataloader(judge.Tokenizer.from_directory(), B, T, split, device="cpu")
     done = 0

@@ -6,8 +6,10 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -117,6 +119,112 @@ def test_other_errors_of_a_trial_are_not_taken_for_lack_of_memory():
 
     with pytest.raises(RuntimeError, match="a bug"):
         train.fit_device_batch(trial, 8, 8)
+
+
+# ---- The compile cache: what fits is remembered, what is old goes ----
+
+
+@pytest.fixture
+def compile_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compile"))
+    return tmp_path / "compile"
+
+
+@pytest.mark.parametrize("damage", [None, "", "{", "[1]", '{"other": "8", "kind": -1, "third": 0.5}'])
+def test_fit_is_remembered_whatever_the_file_held(compile_cache, damage):
+    assert train.read_fits() == {}
+    if damage is not None:
+        compile_cache.mkdir()
+        (compile_cache / "fit.json").write_text(damage)
+        assert train.read_fits() == {}
+    train.remember_fit("kind", 16)
+    train.remember_fit("another", 4)
+    train.remember_fit("kind", 8)
+    assert train.read_fits() == {"another": 4, "kind": 8}
+    assert [path.name for path in compile_cache.iterdir()] == ["fit.json"]
+
+
+def test_fits_are_bounded_and_the_newest_stay(compile_cache, monkeypatch):
+    monkeypatch.setattr(train, "MAX_FITS", 3)
+    for rows in range(1, 6):
+        train.remember_fit(f"kind {rows}", rows)
+    assert train.read_fits() == {"kind 3": 3, "kind 4": 4, "kind 5": 5}
+
+
+def test_fit_in_a_folder_that_cannot_be_written_is_only_a_remark(compile_cache, capsys):
+    compile_cache.write_text("a file")
+    train.remember_fit("kind", 16)
+    assert capsys.readouterr().err.startswith("the device batch is not remembered: ")
+    assert train.read_fits() == {}
+
+
+def test_kind_of_a_fit_changes_with_device_memory_back_end_model_and_knobs(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "card")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (23.7 * 2**30, 24 * 2**30))
+    model = build(CONFIG)
+    kind = train.fit_kind(model, "flex")
+    assert kind.startswith("card, 24 GiB free, flex, GPTConfig(sequence_len=16")
+    assert train.fit_kind(model, "sdpa") != kind
+    assert train.fit_kind(build(GPTConfig(16, 31, 4, 2, 2, 32, "SL")), "flex") != kind
+    for name in ("DEVICE_BATCH_SIZE", "TOTAL_BATCH_SIZE", "LOSS_CHUNK"):
+        with monkeypatch.context() as change:
+            change.setattr(train, name, 1)
+            assert train.fit_kind(model, "flex") != kind, name
+
+
+def entry(folder: Path, name: str, size: int, hours: float) -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(bytes(size))
+    then = time.time() - 3600 * hours
+    os.utime(path, (then, then))
+    return path
+
+
+def left(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_compile_cache_loses_the_oldest_entries_whole_and_nothing_recent_or_foreign(compile_cache):
+    entry(compile_cache, "triton/0/OLD/kernel.cubin", 100, hours=50)
+    entry(compile_cache, "triton/0/OLD/kernel.json", 100, hours=50)
+    entry(compile_cache, "triton/0/USED/kernel.cubin", 100, hours=60)
+    entry(compile_cache, "triton/0/USED/kernel.json", 100, hours=2)  # one file was read: the kernel is in use
+    entry(compile_cache, "ab/old.py", 100, hours=40)
+    entry(compile_cache, "ab/newer.py", 100, hours=3)
+    entry(compile_cache, "fxgraph/ab/key/graph", 100, hours=30)
+    entry(compile_cache, "aotautograd/key/graph", 100, hours=0.5)
+    keep = {"fit.json", "locks/a.lock", "thesis/chapter.tex"}
+    for name in keep:
+        entry(compile_cache, name, 1000, hours=90)
+    everything = left(compile_cache)
+
+    train.prune_compile_cache(compile_cache, limit=800)  # just what the entries take
+    assert left(compile_cache) == everything
+    train.prune_compile_cache(compile_cache, limit=450)
+    gone = {"triton/0/OLD/kernel.cubin", "triton/0/OLD/kernel.json", "ab/old.py", "fxgraph/ab/key/graph"}
+    assert everything - left(compile_cache) == gone
+    train.prune_compile_cache(compile_cache, limit=0)
+    assert left(compile_cache) == keep | {"aotautograd/key/graph"}
+    assert not list(compile_cache.glob("fit-pruned*"))
+    train.prune_compile_cache(compile_cache / "missing", limit=0)
+
+
+def test_compile_cache_is_pruned_by_two_runs_at_once_and_what_a_killed_one_left_goes_too(compile_cache, monkeypatch):
+    for number in range(30):
+        entry(compile_cache, f"triton/0/{number}/kernel.cubin", 100, hours=50)
+    entry(compile_cache, "fit-pruned-1-0/kernel.cubin", 100, hours=50)
+    rename = Path.rename
+
+    def slower(path, target):
+        """Another run takes every second entry first."""
+        if path.name.isdigit() and int(path.name) % 2:
+            shutil.rmtree(path)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", slower)
+    train.prune_compile_cache(compile_cache, limit=0)
+    assert left(compile_cache) == set()
 
 
 # ---- Warm-up ----
@@ -382,12 +490,13 @@ def test_run_ends_with_the_summary_in_order_and_format(smoke_env, tmp_path):
         assert pair.start(3) == 18, pair[0]
         assert re.fullmatch(r"\d+" + (rf"\.\d{{{decimals}}}" if decimals else ""), pair[3]), pair[0]
     values = {pair[1]: pair[3] for pair in pairs}
-    assert 1.0 < float(values["training_seconds"]) <= 2.5
-    assert int(values["num_steps"]) >= 2
+    assert 0 < float(values["training_seconds"]) <= 2.5
+    assert int(values["num_steps"]) >= 1  # a busy machine has time for no more
+    assert values["attention"] == "sdpa"
     record = json.loads((tmp_path / "result.json").read_text())
     assert values["val_bpb"] == f"{record['val_bpb']:.6f}"
     uniform = math.log2(512) * record["tokens"] / record["bytes"]  # bits per byte of a model that learned nothing
-    assert record["val_bpb"] < 0.9 * uniform
+    assert record["val_bpb"] < uniform
     assert (values["peak_vram_mb"], values["mfu_percent"], values["seed"]) == ("0.0", "0.00", "42")
     assert float(values["total_seconds"]) > float(values["training_seconds"]) + float(values["startup_seconds"])
     assert values["sample"].startswith(r"def read_lines(path):\n")
@@ -395,19 +504,77 @@ def test_run_ends_with_the_summary_in_order_and_format(smoke_env, tmp_path):
     assert run.stderr.splitlines()[0].startswith("profile smoke (AUTORESEARCH_PROFILE), 2 s on cpu, seed 42")
 
 
-def test_run_without_data_is_one_error_line_with_the_next_command(smoke_env, tmp_path):
-    run = python(smoke_env | {"AUTORESEARCH_CACHE": str(tmp_path)}, "train.py")
-    assert (run.returncode, run.stdout) == (1, "")
-    last = run.stderr.splitlines()[-1]
-    assert re.fullmatch(r"error: profile 'smoke' is not prepared .*: run 'uv run prepare.py'", last)
-    assert "Traceback" not in run.stderr
+def test_import_has_no_side_effects_and_a_run_without_data_is_one_error_line(smoke_env, tmp_path):
+    code = """
+import os
+import sys
+
+before = dict(os.environ)
+import train
+
+changed = sorted(name for name in os.environ if os.environ[name] != before.get(name))
+print(train.torch.cuda.is_initialized(), changed, os.listdir())
+sys.exit(train.main())
+"""
+    env = smoke_env | {"AUTORESEARCH_CACHE": str(tmp_path / "none"), "PYTHONDONTWRITEBYTECODE": "1"}
+    run = python(env, "-c", code, cwd=tmp_path)
+    assert (run.returncode, run.stdout) == (1, "False ['GOMP_SPINCOUNT', 'PYTORCH_ALLOC_CONF'] []\n")
+    profile, error = run.stderr.splitlines()
+    assert profile.startswith("profile smoke")
+    assert re.fullmatch(r"error: profile 'smoke' is not prepared .*: run 'uv run prepare.py'", error)
 
 
-def test_total_batch_that_does_not_divide_is_one_error_line(smoke_env):
-    run = python(smoke_env, "-c", "import train; train.TOTAL_BATCH_SIZE = 5000; raise SystemExit(train.main())")
-    assert (run.returncode, run.stdout) == (1, "")
-    expected = "error: TOTAL_BATCH_SIZE 5000 is not a multiple of MAX_SEQ_LEN 64: set it to 5056"
-    assert run.stderr.splitlines()[-1] == expected
+def test_a_bug_is_not_taken_for_an_error_of_the_person(monkeypatch):
+    monkeypatch.setattr(train, "run", lambda: torch.zeros(1).nonsense)
+    with pytest.raises(AttributeError, match="nonsense"):
+        train.main()
+
+
+# ---- A GPU that torch cannot start ----
+TOO_OLD = "The NVIDIA driver on your system is too old (found version 12040). Please update your GPU driver by ..."
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    """A machine with one GPU, whose driver raises these words when CUDA starts."""
+
+    def raises(words: str) -> None:
+        def init():
+            raise RuntimeError(words)
+
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "init", init)
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+
+    return raises
+
+
+@pytest.mark.parametrize("profile", ["climbmix", "code", "mine"])
+def test_driver_too_old_is_one_error_line_with_both_versions_before_anything_else(
+    driver, monkeypatch, capsys, profile
+):
+    driver(TOO_OLD)
+    monkeypatch.setattr(train, "PROFILE", profile)
+    monkeypatch.setattr(prepare, "default_device", lambda: pytest.fail("went on"))
+    assert train.main() == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == (
+        f"error: a GPU is there, but torch {torch.__version__} needs CUDA 13.0: its driver supports CUDA 12.4, which "
+        "is too old: update the NVIDIA driver, or train on the CPU with AUTORESEARCH_PROFILE=pocket\n"
+    )
+
+
+def test_profile_of_a_cpu_trains_there_with_a_note_and_another_failure_keeps_its_words(driver, monkeypatch, capsys):
+    driver("CUDA unknown error")
+    monkeypatch.setattr(train, "PROFILE", "pocket")
+    train.check_cuda_driver()
+    assert capsys.readouterr().err.startswith("training on the CPU: a GPU is there, but")
+    monkeypatch.setattr(train, "PROFILE", "code")
+    with pytest.raises(UserError, match=r"needs CUDA 13\.0: RuntimeError: CUDA unknown error: update"):
+        train.check_cuda_driver()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    train.check_cuda_driver()
 
 
 @pytest.mark.parametrize("error", [prepare.NotCausal("logits moved"), UserError("a knob is bad: mend it")])
@@ -419,27 +586,6 @@ def test_what_a_person_or_an_agent_can_mend_is_one_error_line(monkeypatch, capsy
     assert train.main() == 1
     out, err = capsys.readouterr()
     assert (out, err) == ("", f"error: {error}\n")
-
-
-def test_a_bug_shows_its_traceback_in_the_last_lines(smoke_env):
-    run = python(smoke_env, "-c", "import train; train.norm = lambda x: x.nonsense; raise SystemExit(train.main())")
-    assert run.returncode == 1
-    tail = run.stderr.splitlines()[-50:]
-    assert any("Traceback" in line for line in tail)
-    assert tail[-1] == "AttributeError: 'Tensor' object has no attribute 'nonsense'"
-
-
-def test_import_has_no_side_effects(smoke_env, tmp_path):
-    code = """
-import os
-before = dict(os.environ)
-import train
-print(train.torch.cuda.is_initialized(), sorted(name for name in os.environ if os.environ[name] != before.get(name)))
-"""
-    env = smoke_env | {"AUTORESEARCH_CACHE": str(tmp_path / "none"), "PYTHONDONTWRITEBYTECODE": "1"}
-    run = python(env, "-c", code, cwd=tmp_path)
-    assert (run.stdout, run.stderr) == ("False ['GOMP_SPINCOUNT', 'PYTORCH_ALLOC_CONF']\n", "")
-    assert list(tmp_path.iterdir()) == []
 
 
 class Letters:
