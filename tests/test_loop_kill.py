@@ -68,7 +68,7 @@ AGENT = """
     if n % 5 == 4:
         pass
     elif n % 2 == 0:
-        knob("DEPTH", 12 + 1e4 / n)
+        knob("DEPTH", 12 + 1e3 / n)
     elif n % 4 == 1:
         knob("LR", 0.1 + 100 / n)
     else:
@@ -85,9 +85,9 @@ class Night:
         self.desk = desk
         self.workers = workers
         self.kills = 0
-        desk.replace("train.py", "LR = 0.1", "\n\n\nLR = 1e3")
+        desk.replace("train.py", "LR = 0.1", "\n\n\nLR = 300")
         desk.replace("train.py", "SECONDS = 0.0", "\n\n\nSECONDS = 0.05")
-        desk.set_knob(DEPTH=1e5)
+        desk.set_knob(DEPTH=3000)
         with open(desk.path / "train.py", "a") as file:  # what was measured, told by another witness than the ledger
             file.write(f'print("x", file=open({str(desk.outside / "measured")!r}, "a"))\n')
         desk.set_constant("harness/repository.py", "LOCK_PATIENCE", "0.3")
