@@ -182,7 +182,9 @@ class Night:
                 if self.chance.random() < (0.25 if future in ratchet.flying else 0.8):
                     fleet.complete(future) if future in ratchet.flying else future.set_result(None)
             ratchet.settle()
-        assert ratchet.begun == experiments
+        made = {job.number for job in fleet.jobs.values()}
+        new_ideas = [run for run in self.store.read_runs() if run.number in made and run.base and not run.again_of]
+        assert len(new_ideas) == ratchet.begun == experiments
         self.told += agents.told + [assignment.text for assignment in agents.assignments if assignment.text]
         return ratchet
 
