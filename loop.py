@@ -45,6 +45,7 @@ from harness.interrupts import Interrupts, StopNow
 from harness.ledger import Row
 from harness.opening import Use, check_packages, mark, open_tag, stale_gains, summary_of_baseline
 from harness.proposers import Proposers, find_problem
+from harness.ray_fleet import OFF, RayFleet
 from harness.report import Audited
 from harness.screen import UserError, duration, one_line, say, show
 from harness.store import Run, Store, read_run
@@ -90,6 +91,7 @@ RETRY_SECONDS = 10  # between looks at an environment that must recover
 FIRST_SEED = 42  # of every attempt's first run; further runs take seeds that no edit can foresee
 BASELINE_RUNS = 3  # with --confirm
 POLL_SECONDS = 0.2  # between looks at results, signals and the clock
+LIVE_RUNS = 3  # that the live line lists; more are summed up
 
 # ---------------------------------------------------------------------------------------------------------------------
 # An experiment, and the runs that it needs
@@ -126,6 +128,7 @@ class PlannedRun:
     tries: int = 0  # that the machine could not make
     not_before: float = 0.0  # time.monotonic()
     started_at: float = 0.0  # time.monotonic()
+    place: str = ""  # the node that has it, on a cluster
 
 
 class Ratchet:
@@ -135,7 +138,7 @@ class Ratchet:
         self,
         store: Store,
         facts: Description,
-        fleet: LocalFleet,
+        fleet: LocalFleet | RayFleet,
         proposers: Proposers | None,
         limits: Limits,
         interrupts: Interrupts,
@@ -318,6 +321,7 @@ class Ratchet:
             same=self.same,
         )
         planned.started_at = time.monotonic()
+        planned.place = ""
         if not planned.tries:
             say(f"run {run.number:04d}: {run.description}{self.progress()}")
         self.store.note("training", run.number, run.description)
@@ -354,7 +358,17 @@ class Ratchet:
             proposal = self.proposers.take(future, self.pending_sources())
             if proposal is not None:
                 self.waiting.append(proposal)
+        self.note_places()
         show(self.live_line())
+
+    def note_places(self) -> None:
+        """Which node got a run: its seconds count from then on."""
+        for planned in self.flying.values():
+            place = self.fleet.place(planned.number)
+            if place and place != planned.place:
+                planned.place = place
+                planned.started_at = time.monotonic()
+                self.store.note("training", planned.number, f"{planned.experiment.description} on {place}")
 
     def take_outcome(self, planned: PlannedRun, outcome: Outcome) -> None:
         if isinstance(outcome, Unavailable):
@@ -628,15 +642,21 @@ class Ratchet:
         total = self.limits.max_experiments
         if total == math.inf:
             return ""
-        left = (total - self.begun + len(self.flying) + 1) * self.usual_seconds / self.fleet.capacity
+        left = (total - self.begun + len(self.flying) + 1) * self.usual_seconds / max(1, self.fleet.capacity)
         return f" ({self.begun} of {total}, ~{duration(left)} left)"
 
     def live_line(self) -> str:
         best = self.store.estimate(self.store.champion)
         parts = ["no score yet" if best is None else f"best {best:.6f}"]
-        for planned in self.flying.values():
-            seconds = time.monotonic() - planned.started_at
-            parts.append(f"run {planned.number:04d} {seconds:.0f} s of ~{duration(self.usual_seconds)}")
+        ages = {planned.number: time.monotonic() - planned.started_at for planned in self.flying.values()}
+        if len(ages) > LIVE_RUNS:
+            nodes = {planned.place for planned in self.flying.values()}
+            where = f" on {len(nodes)} nodes" if len(nodes) > 1 else ""
+            oldest = f"the longest {max(ages.values()):.0f} s of ~{duration(self.usual_seconds)}"
+            parts.append(f"{len(ages)} runs{where}, {oldest}")
+        else:
+            for number, seconds in ages.items():
+                parts.append(f"run {number:04d} {seconds:.0f} s of ~{duration(self.usual_seconds)}")
         if self.proposers and self.proposers.asked:
             parts.append(f"{len(self.proposers.asked)} proposing")
         if len(self.flying) == 1:
@@ -678,12 +698,9 @@ def open_session(
     else:
         use = Use.DESK if in_checkout else Use.SHOWN
     facts = open_tag(store, use, interrupts.were_sent)
-    devices = list(facts.devices)[: limits.workers]
-    if len(devices) < limits.workers:
-        say(f"note: {limits.workers} workers, {len(devices)} device here: {len(devices)} run at a time")
     if limits.ahead is None:
         limits = replace(limits, ahead=1 if facts.device == "cuda" else 0)
-    fleet = LocalFleet(store, devices, mark(store, "run"), check_packages(store), interrupts.stop)
+    fleet = open_fleet(store, facts, limits, interrupts)
     proposers = None
     if agent is not None:
         desks = make_desks(store, in_checkout, limits.workers)
@@ -691,6 +708,17 @@ def open_session(
     say(f"{store.branch}: profile {facts.profile} ({facts.reason}), {facts.device_name}, {facts.time_budget:g} s a run")
     store.note("session")
     return Ratchet(store, facts, fleet, proposers, limits, interrupts)
+
+
+def open_fleet(store: Store, facts: Description, limits: Limits, interrupts: Interrupts) -> LocalFleet | RayFleet:
+    """Where the runs are made: with one worker in this process, with more on Ray."""
+    packages = check_packages(store)
+    if limits.ray != OFF and (limits.workers > 1 or limits.ray):
+        return RayFleet(store, facts, limits.workers, limits.ray, mark(store, "run"))
+    devices = list(facts.devices)[: limits.workers]
+    if len(devices) < limits.workers:
+        say(f"note: {limits.workers} workers, {len(devices)} device here: {len(devices)} run at a time")
+    return LocalFleet(store, devices, mark(store, "run"), packages, interrupts.stop)
 
 
 def make_desks(store: Store, in_checkout: bool, workers: int) -> list[Desk]:

@@ -22,6 +22,7 @@ from harness.desk import Proposal
 from harness.files import open_regular, read_tail
 from harness.interrupts import Interrupts, StopNow
 from harness.prompt import summary
+from harness.ray_fleet import check_extra
 from harness.proposers import find_problem
 from harness.repository import Repository
 from harness.screen import ERROR_CHARS, UserError, one_line, say
@@ -35,6 +36,7 @@ class Limits:
     """How far a session goes."""
 
     workers: int = 1
+    ray: str = ""  # address of a Ray cluster; "": on this machine; "off": without Ray
     ahead: int | None = None  # candidates that wait for each device; None: 1 on CUDA, else 0
     confirm: bool = False
     max_experiments: float = math.inf
@@ -89,6 +91,7 @@ def command_run(domain: Domain, checkout: Path, open_session: Callable, args: ar
     store = open_store(checkout, domain, args.tag)
     limits = Limits(
         workers=args.workers,
+        ray=args.ray,
         ahead=args.ahead,
         confirm=args.confirm,
         max_experiments=args.max_experiments,
@@ -115,6 +118,7 @@ def check_limits(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not value >= least:  # NaN too
             raise UserError(f"--{name.replace('_', '-')} {value}: give {least} or more", 2)
+    check_extra(args.workers, args.ray)
 
 
 # try
@@ -241,6 +245,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     run.add_argument("--confirm", action="store_true", help="a gain counts once fresh seeds have confirmed it")
     run.add_argument("--ahead", type=int, metavar="N", help="candidates that wait for each device (1 on CUDA, else 0)")
     run.add_argument("--workers", type=int, default=1, metavar="N", help="experiments at a time (default 1)")
+    ray_help = "a Ray cluster to run them on (default: Ray on this machine; off: threads, without Ray)"
+    run.add_argument("--ray", default="", metavar="ADDRESS", help=ray_help)
 
     trying = commands.add_parser("try", help="one experiment on the edit now in the editable file")
     trying.add_argument("description", help="what the edit does: one line for the ledger")

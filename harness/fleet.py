@@ -43,6 +43,10 @@ class LocalFleet:
         finally:
             self._free.put(device)
 
+    def place(self, number: int) -> str:
+        """The node on which a run is; here there is only one, without a name."""
+        return ""
+
     def close(self) -> None:
         """End what runs (the event `stop` is set), and wait for it."""
         self._threads.shutdown(cancel_futures=True)

@@ -297,7 +297,6 @@ def join(config: dict):
         address="local",
         num_cpus=config["workers"],
         object_store_memory=OBJECT_STORE_BYTES,
-        _node_ip_address="127.0.0.1",
         _temp_dir=config["short_folder"],
         **quiet,
     )

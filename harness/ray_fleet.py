@@ -122,7 +122,7 @@ class RayFleet:
             self._driver = subprocess.Popen(
                 [sys.executable, "-P", str(DRIVER)],
                 cwd=self._folder,
-                env=_variables(),
+                env=_variables(self._address),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -167,10 +167,13 @@ class RayFleet:
         while not self._is_closing.is_set():
             self._take_messages()
             self._slots = 0
+            is_closing = self._is_closing.is_set()
             with self._lock:
+                if not is_closing and not self._flying:  # else the loop says it, of the runs that are to be made again
+                    say(f"waiting: {self._is_gone()}")
                 for number in list(self._flying):
-                    self._settle(number, Unavailable("stopped" if self._is_closing.is_set() else self._is_gone()))
-            if not self._is_closing.is_set():
+                    self._settle(number, Unavailable("stopped" if is_closing else self._is_gone()))
+            if not is_closing:
                 self._driver.kill()
                 self._driver.wait()
                 self._find_again()
@@ -191,7 +194,6 @@ class RayFleet:
                     self._take_loss(*values)
 
     def _find_again(self) -> None:
-        say(f"waiting: {self._is_gone()}")
         while not self._is_closing.wait(RETRY_SECONDS):
             with contextlib.suppress(UserError, OSError):
                 nodes, slots = self._start()
@@ -237,7 +239,7 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
-def _variables() -> dict[str, str]:
+def _variables(address: str) -> dict[str, str]:
     """The environment of Ray's processes: no keys of the person's, but those of Ray's own door."""
     kept = {}
     for name, value in os.environ.items():
@@ -252,4 +254,8 @@ def _variables() -> dict[str, str]:
         "RAY_prestart_worker_first_driver": "0",
     }
     kept.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "20")  # then the cluster counts as gone
+    if not address:
+        kept["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # off, as on those, Ray listens on the loopback only
+        kept.setdefault("RAY_AUTH_MODE", "token")
+        kept.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # of this session; else Ray leaves one in the home
     return kept

@@ -117,7 +117,7 @@ def _carry_out(errand: Errand, known: dict[str, bytes], device: str, folder: Pat
 
 def _set_variables(errand: Errand) -> None:
     """The environment as the node's own, less what Ray's worker added, with what the loop has."""
-    for name in [name for name in os.environ if name.startswith("RAY_")]:
+    for name in [name for name in os.environ if name.startswith("RAY_") or name == "SPT_NOENV"]:
         del os.environ[name]
     for name, value in errand.variables.items():
         if value is None:

@@ -74,25 +74,30 @@ def _wait_for_verdict(store: Store, rows_before: int) -> None:
 def _where(store: Store) -> str:
     """What runs now and for how long, from the timeline."""
     running: dict[int, dict] = {}
+    waiting: dict[int, dict] = {}
     last = None
     for event in store.read_timeline():
         last = event
         if event["event"] in ("session", "stopped"):
             running.clear()
-        elif event["event"] == "training":
-            running[event["run"]] = event
-        elif event["event"] == "measured":
+            waiting.clear()
+        elif event["event"] in ("training", "measured", "waiting"):
             running.pop(event["run"], None)
+            waiting.pop(event["run"], None)
+        if event["event"] == "training":
+            running[event["run"]] = event
+        elif event["event"] == "waiting":
+            waiting[event["run"]] = event
     if last is None:
         return "starting"
-    if last["event"] == "waiting":
-        return f"waiting: {last['description']}, {duration(time.time() - last['at'])}"
-    if not running:
-        return f"no run in flight, {duration(time.time() - last['at'])}"
     parts = []
     for number, event in sorted(running.items()):
         parts.append(f"run {number:04d} {event['description']}, {duration(time.time() - event['at'])}")
-    return "; ".join(parts)
+    for event in waiting.values():
+        parts.append(f"waiting: {event['description']}, {duration(time.time() - event['at'])}")
+    if not parts:
+        return f"no run in flight, {duration(time.time() - last['at'])}"
+    return parts[0] if len(parts) == 1 else "".join(f"\n  {part}" for part in parts)
 
 
 def _pace(events: list[dict]) -> str:
