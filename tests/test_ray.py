@@ -1,0 +1,197 @@
+"""Many devices on one ratchet: Ray on this machine, and clusters of fake nodes with fake GPUs, which lose workers and
+nodes, and go away. loop.py, Ray and its processes are the real ones; the judge and the training are stand-ins.
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from conftest import Desk, ended, errors, hear, wait_for
+
+from harness import ray_fleet
+from harness.processes import find_processes
+from harness.screen import UserError
+
+IDEAS = 'knob("LR", 0.2 + count() / 100)'  # for Desk.agent: proposals that are worse, each another
+OF_RAY = {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+
+
+class FakeCluster:
+    """Ray nodes on this machine. One call of `add` is one node, with an environment of its own."""
+
+    def __init__(self, desk: Desk):
+        from ray.cluster_utils import Cluster
+
+        self.desk = desk
+        self.folder = tempfile.mkdtemp(prefix="rt-", dir="/tmp")  # Ray's sockets need short paths
+        self.cluster = Cluster()
+
+    @property
+    def address(self) -> str:
+        return self.cluster.address
+
+    def add(self, gpus: int, **variables: str):
+        variables = self.desk.env | variables
+        for name in [name for name in os.environ if name.startswith("AUTORESEARCH_")]:
+            variables.setdefault(name, "")
+        return self.cluster.add_node(
+            num_gpus=gpus, num_cpus=2, env_vars=variables, include_dashboard=False, temp_dir=self.folder
+        )
+
+    def end(self) -> None:
+        self.cluster.shutdown()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@pytest.fixture
+def gpu_desk(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> Desk:
+    """A desk whose stand-in judge names GPUs, and takes the digest of its data from a file in the cache."""
+    desk.replace("prepare.py", '"device": "cpu"', '"device": "cuda"')
+    desk.replace("prepare.py", '{f"cpu{i}": {"lock": str(CACHE / f"cpu{i}.lock"), "free_gb": 0.0} for i in range(DEVICES)}', "{\n        name: {\"lock\": str(CACHE / name), \"free_gb\": 9.0}\n        for name in os.environ.get(\"CUDA_VISIBLE_DEVICES\", \"0,1,2,3\").split(\",\")\n    }")
+    desk.replace("prepare.py", "DEVICES = 4", 'DIGEST = (CACHE / "digest").read_text() if (CACHE / "digest").exists() else "d" * 64')
+    text = (desk.path / "prepare.py").read_text().replace('"digest": "d" * 64', '"digest": DIGEST')
+    (desk.path / "prepare.py").write_text(text)
+    desk.set_constant("harness/ray_driver.py", "REST_SECONDS", "3")
+    desk.set_constant("harness/ray_fleet.py", "RETRY_SECONDS", "0.5")
+    desk.commit("GPUs")
+    for name, value in OF_RAY.items():
+        monkeypatch.setenv(name, value)
+        desk.env[name] = value
+    return desk
+
+
+@pytest.fixture
+def fakes(gpu_desk: Desk):
+    fakes = FakeCluster(gpu_desk)
+    yield fakes
+    fakes.end()
+
+
+def training(desk: Desk, number: int | None = None) -> list[int]:
+    """Ids of the processes of runs, of one or of all."""
+    suffix = f":{number}\0" if number else ""
+    pattern = re.escape(f"AUTORESEARCH_MARK={desk.home()}:run:").encode() + rb"[0-9a-f]+" + suffix.encode()
+    return sorted(find_processes("environ", rb"(^|\0)" + pattern))
+
+
+def of_ray(desk: Desk) -> list[int]:
+    """Ids of whatever runs of a session's Ray and its driver."""
+    return sorted(find_processes("environ", rb"(^|\0)" + re.escape(f"AUTORESEARCH_CACHE={desk.cache}".encode())))
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def workers() -> list[int]:
+    """Ids of the Ray workers that hold a job now."""
+    return sorted(find_processes("cmdline", rb"^ray::carry_out"))
+
+
+def numbers(desk: Desk) -> list[str]:
+    return sorted(row[4] for row in desk.rows())
+
+
+def test_more_workers_without_the_extra_are_refused_with_the_command(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["loop.py", "--agent", "random", "--workers", "4"])
+    with pytest.raises(UserError) as refused:
+        ray_fleet.check_extra(4, "")
+    command = "uv run --extra ray loop.py --agent random --workers 4"
+    assert str(refused.value) == f"--workers 4 needs Ray, which is not installed: '{command}'"
+    assert refused.value.code == 2
+    ray_fleet.check_extra(1, "")
+    ray_fleet.check_extra(4, "off")
+
+
+def test_session_on_this_machine_starts_and_ends_ray_on_the_loopback(desk: Desk):
+    desk.hold.touch()
+    agent = desk.agent(IDEAS)
+    deep = "a-tag-whose-name-is-too-long-for-the-path-of-a-socket-below-it"
+    args = ("--tag", deep, "--agent-cmd", agent, "--max-experiments", "4", "--workers", "4")
+    process = desk.popen(*args, SOME_API_KEY="secret")
+    mark = f"AUTORESEARCH_MARK={desk.home(deep)}:run"
+    (pid,) = wait_for(lambda: desk.processes(mark), 60)
+    assert b"secret" not in Path(f"/proc/{pid}/environ").read_bytes()
+    listening = subprocess.run(["ss", "-ltnpH"], capture_output=True, text=True).stdout
+    ours = [line.split()[3] for line in listening.splitlines() for owner in of_ray(desk) if f"pid={owner}," in line]
+    assert ours
+    assert all("127.0.0.1" in address for address in ours), ours
+    desk.hold.unlink()
+    done = ended(process, timeout=90)
+    assert "Ray on this machine: 1 node, 4 devices" in done.stderr
+    assert desk.statuses(deep) == ["keep"] + ["discard"] * 4
+    log = desk.home(deep) / "runs" / "0003" / "run.log"
+    assert "val_bpb:" in log.read_text()
+    wait_for(lambda: not of_ray(desk))
+    assert list((desk.home(deep) / "ray").glob("session_*"))
+
+
+def test_lost_workers_and_nodes_and_unfit_ones_cost_no_row(gpu_desk: Desk, fakes: FakeCluster, tmp_path: Path):
+    desk = gpu_desk
+    other = tmp_path / "other cache"
+    subprocess.run([sys.executable, "prepare.py"], cwd=desk.path, env=desk.env | {"AUTORESEARCH_CACHE": str(other)})
+    (other / "digest").write_text("e" * 64)
+    fakes.add(0)  # the loop's own node has no GPU
+    leaving = fakes.add(1)
+    unfit = fakes.add(1, AUTORESEARCH_CACHE=str(other))
+    desk.hold.touch()
+    args = ("--tag", "t", "--agent-cmd", desk.agent(IDEAS), "--max-experiments", "4", "--workers", "3")
+    process = desk.popen(*args, "--ray", fakes.address)
+
+    # The node with other data is told once, and the baseline runs on the fit one, though its worker is lost.
+    wait_for(lambda: training(desk, 1), 60)
+    (worker,) = wait_for(workers)
+    os.kill(worker, signal.SIGKILL)
+    lost = hear(process, "was lost")
+    assert leaving.node_id[:6] in lost or unfit.node_id[:6] in lost
+    assert wait_for(lambda: not training(desk), 10)
+    wait_for(lambda: training(desk, 1), 30)
+    status = desk.loop("status", "--tag", "t").stdout
+    assert re.search(r"run 0001 baseline on \S+ \(", status), status
+
+    # A node is removed while it trains, another joins late: the same run is made there.
+    late = fakes.add(2)
+    fakes.cluster.remove_node(leaving)
+    assert wait_for(lambda: not training(desk) or late, 10)
+    wait_for(lambda: late.node_id[:6] in json.dumps(desk.events()), 60)
+    desk.hold.unlink()
+    done = ended(process, timeout=90)
+    assert desk.statuses() == ["keep"] + ["discard"] * 4
+    assert len(set(numbers(desk))) == 5
+    told = [line for line in done.stderr.splitlines() if "is left out" in line]
+    assert len(told) <= 1, told
+
+
+def test_killed_loop_leaves_no_training_and_the_restart_goes_on(gpu_desk: Desk, fakes: FakeCluster):
+    desk = gpu_desk
+    fakes.add(1)
+    fakes.add(2)
+    args = ("--tag", "t", "--agent-cmd", desk.agent(IDEAS), "--workers", "3", "--ray", fakes.address)
+    process = desk.popen(*args, "--max-experiments", "6")
+    wait_for(lambda: (desk.home() / "results.tsv").exists() and len(desk.rows()) >= 3, 60)
+    desk.hold.touch()
+    wait_for(lambda: len(training(desk)) == 3, 30)
+    before = desk.rows()
+    process.kill()
+    killed_at = time.monotonic()
+    wait_for(lambda: not training(desk), 10)
+    assert time.monotonic() - killed_at < 10
+    process.communicate()
+    desk.hold.unlink()
+    done = desk.loop(*args, "--max-experiments", "2", timeout=90)
+    assert not errors(done)
+    rows = desk.rows()
+    assert rows[: len(before)] == before
+    assert len(rows) == len(before) + 2
+    assert len({row[0] for row in rows}) == len(rows)
