@@ -22,8 +22,8 @@ from harness.desk import Proposal
 from harness.files import open_regular, read_tail
 from harness.interrupts import Interrupts, StopNow
 from harness.prompt import summary
-from harness.ray_fleet import check_extra
 from harness.proposers import find_problem
+from harness.ray_fleet import check_extra
 from harness.repository import Repository
 from harness.screen import ERROR_CHARS, UserError, one_line, say
 from harness.store import Store

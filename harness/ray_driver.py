@@ -58,10 +58,8 @@ def carry_out(request: dict) -> dict:
         child.wait()
         child.stdin.close()
         if not reply:  # it was killed: what it ran is swept from here
-            mended = request["mark"]
-            with contextlib.suppress(OSError):
-                os.makedirs(folder, exist_ok=True)
-            subprocess.run([sys.executable, "-P", "-c", SWEEP, folder, mended], stderr=subprocess.DEVNULL)
+            sweep = [sys.executable, "-P", "-c", SWEEP, folder, request["mark"]]
+            subprocess.run(sweep, stderr=subprocess.DEVNULL)
             shutil.rmtree(folder, ignore_errors=True)
     if not reply:
         raise RuntimeError("the process that measures was killed")
@@ -109,10 +107,10 @@ class Driver:
         self.nodes: dict[str, Node] = {}  # alive, by id
         self.waiting: deque[Flight] = deque()
         self.flights: dict = {}  # Ray's reference -> Flight
+        self.tried: dict[int, set[str]] = {}  # run -> nodes that had it: made again, it goes to others first
         self.looked_at = 0.0
         self.told = None
         self.task = ray.remote(max_retries=0)(carry_out)
-        self.here = ray.get_runtime_context().get_node_id()
 
     def run(self) -> None:
         """Until the loop closes its end."""
@@ -164,8 +162,7 @@ class Driver:
             name = f"{entry['NodeManagerHostname']} ({entry['NodeManagerAddress']}, {node_id[:6]})"
             resources = entry["Resources"]
             node = Node(name, resources.get("CPU", 0.0), int(resources.get("GPU", 0)))
-            if node_id == self.here:
-                node.known = dict(self.config["known"])
+            node.known = dict(self.config["known"])
             self.nodes[node_id] = node
 
     def slots(self, node: Node) -> int:
@@ -201,10 +198,16 @@ class Driver:
             return
         while self.waiting:
             free = {node_id: self.slots(node) - len(node.running) for node_id, node in usable.items()}
-            node_id = max(free, key=free.get)
-            if free[node_id] <= 0:
+            free = {node_id: slots for node_id, slots in free.items() if slots > 0}
+            if not free:
                 return
-            self.send(self.waiting.popleft(), node_id, usable[node_id])
+            flight = self.waiting.popleft()
+            tried = self.tried.setdefault(flight.number, set())
+            fresh = {node_id: slots for node_id, slots in free.items() if node_id not in tried}
+            candidates = fresh or free
+            node_id = max(candidates, key=candidates.get)
+            tried.add(node_id)
+            self.send(flight, node_id, usable[node_id])
 
     def send(self, flight: Flight, node_id: str, node: Node) -> None:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -129,13 +128,15 @@ class RayFleet:
                 start_new_session=True,  # Ctrl-C is the loop's alone
             )
         package = DRIVER.parent
+        # A node of a cluster may see another cache than the loop: it is asked. Here there is only one.
+        known = {} if self._address else {name: pickle.dumps(self._facts) for name in self._facts.devices}
         self._send(
             {
                 "address": self._address,
                 "workers": self._workers,
                 "folder": str(self._folder),
                 "takes_gpu": self._facts.device == "cuda",
-                "known": {name: pickle.dumps(self._facts) for name in self._facts.devices},
+                "known": known,
                 "source": {path.name: path.read_bytes() for path in package.glob("*.py")},
             }
         )
@@ -156,7 +157,8 @@ class RayFleet:
     def _remedy(self, reason: str) -> str:
         if not self._address:
             return f"Ray does not start on this machine: {reason}; '--ray {OFF}' runs without it"
-        return f"no Ray cluster at {self._address}: {reason} ('ray start --address={self._address}' joins one from here)"
+        remedy = f"'ray start --address={self._address}' makes this machine one of its nodes"
+        return f"no Ray cluster at {self._address}: {reason}; {remedy}"
 
     def _send(self, message: dict) -> None:
         pickle.dump(message, self._driver.stdin)

@@ -156,7 +156,8 @@ def _differs(errand: Errand, facts: Description) -> str:
         return f"its device is {facts.device_name}, the baseline's {baseline.device_name}: leave it out of this cluster"
     if facts.digest != baseline.digest:
         remedy = f"copy {baseline.cache} of the loop's machine there, or prepare it there from the same data"
-        return f"other data in {facts.cache}: digest {facts.digest[:12]}, the loop's is {baseline.digest[:12]}: {remedy}"
+        digests = f"digest {facts.digest[:12]}, the loop's is {baseline.digest[:12]}"
+        return f"other data in {facts.cache}: {digests}: {remedy}"
     own = installed_versions()
     names = [name for name, version in errand.versions.items() if own.get(name, version) != version]
     if names:

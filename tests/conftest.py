@@ -192,6 +192,8 @@ class Desk:
         return f"{sys.executable} {path}"
 
     def popen(self, *args: str, **env: str) -> subprocess.Popen:
+        if "--workers" in args and "--ray" not in args:
+            args = (*args, "--ray", "off")  # threads: Ray takes seconds to start
         return subprocess.Popen(
             [sys.executable, str(self.path / "loop.py"), *args],
             cwd=self.path,
