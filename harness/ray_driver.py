@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 REST_SECONDS = 60  # that a node which refused a job is left alone
+LOSS_REST_SECONDS = 20  # that a node which lost a worker is left alone: Ray takes as long to see that a node is gone
 LOOK_SECONDS = 1.0  # between looks at the nodes
 POLL_SECONDS = 0.05
 CLOSE_SECONDS = 6  # for Ray's own ending, once the loop has gone
@@ -274,14 +275,15 @@ class Driver:
         """A worker or a node was lost, or Ray could not start the task there."""
         name = node.name if node else "that ran it"
         self.look_at_nodes()
-        if flight.node not in self.nodes:
+        node = self.nodes.get(flight.node)
+        if node is None:
             self.tell("lost", flight.number, f"node {name} is gone", False)
         elif isinstance(error, self.ray.exceptions.RayTaskError):
             last_line = str(error).strip().splitlines()[-1]
             self.refuse(flight, node, f"the worker there failed: {last_line[:300]}")
         else:
-            kind = type(error).__name__
-            self.tell("lost", flight.number, f"the worker on node {name} was lost ({kind})", True)
+            node.rests_until = time.monotonic() + LOSS_REST_SECONDS
+            self.tell("lost", flight.number, f"the worker on node {name} was lost ({type(error).__name__})", True)
 
 
 # The start

@@ -112,7 +112,9 @@ def _carry_out(errand: Errand, known: dict[str, bytes], device: str, folder: Pat
         return {"refused": one_line(str(error), 500), "known": {}, "answer": b""}
     finally:
         sweep(errand.mark)
-    return {"refused": _refusal(answer.outcome), "known": descriptions, "answer": pickle.dumps(answer)}
+    # The same reason reads the same from run to run: it is told once.
+    refusal = _refusal(answer.outcome).replace(str(folder), str(folder.parent))
+    return {"refused": refusal, "known": descriptions, "answer": pickle.dumps(answer)}
 
 
 def _set_variables(errand: Errand) -> None:
