@@ -80,6 +80,9 @@ class InstantFleet:
         future.set_result(Measurement(record, {}, 0.5, 1.0, 0.1, 0.5))
         return future
 
+    def place(self, number: int) -> str:
+        return ""
+
     def close(self) -> None:
         pass
 

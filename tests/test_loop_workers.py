@@ -74,6 +74,9 @@ class Fleet:
         self.jobs[future] = job
         return future
 
+    def place(self, number: int) -> str:
+        return ""
+
     def complete(self, future: Future) -> None:
         job = self.jobs[future]
         source = next(blob.data for blob in job.tree if blob.path == "train.py")
