@@ -11,13 +11,18 @@ that was not kept.
 
 The effects were themselves measured once, under a rule of "lower is kept": they hold noise too, so that the spread of
 true effects is somewhat narrower than simulated here. Figures are means over nights, ± their standard error.
+
+The second part is a night with many workers, whose candidates may end when another is the champion: such a gain is run
+again on the new one. It has the same number of runs for every number of workers.
 """
 
 import argparse
+import heapq
 import math
 import random
 import statistics
 import sys
+from collections import deque
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -140,6 +145,91 @@ def print_rule(rule: str, nights: list[Night], plain_means: list[float]) -> list
     return means
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Many workers: a candidate may end when its base is the champion no longer
+
+RUN_SECONDS = 300.0
+RUN_JITTER = 15.0  # seconds, one standard deviation
+NIGHT_RUNS = 910
+PARALLEL_WORKERS = (1, 4, 16, 64)
+PARALLEL_FIGURES = ("hours", "kept", "stale, % of runs", "run again, % of runs", "final true bpb")
+
+
+@dataclass
+class Candidate:
+    """A run in flight."""
+
+    effect: float
+    base: int  # number of the champion that it edits
+    true_score: float
+    is_again: bool = False  # a gain on a former champion, on its second run or later
+
+
+def ideas_of_night(effects: list[float], each_gain_once: bool, rng: random.Random) -> list[float]:
+    """The true effects of NIGHT_RUNS ideas: drawn from the ledger's, or its gains once and the rest drawn."""
+    if not each_gain_once:
+        return rng.choices(effects, k=NIGHT_RUNS)
+    gains = [effect for effect in effects if effect < 0]
+    losses = [effect for effect in effects if effect >= 0]
+    ideas = gains + rng.choices(losses, k=NIGHT_RUNS - len(gains))
+    rng.shuffle(ideas)
+    return ideas
+
+
+def parallel_night(
+    baseline: float, ideas: list[float], sigma: float, workers: int, rng: random.Random
+) -> tuple[float, ...]:
+    """A night of NIGHT_RUNS runs under the plain rule, as the loop schedules them: the values of PARALLEL_FIGURES.
+
+    Effects add up in truth, and every edit merges; the loop does not know that and runs every merged edit again.
+    """
+    champions = [(baseline, rng.gauss(baseline, sigma))]  # true and measured, of each champion in turn
+    flying: list[tuple[float, int, Candidate]] = []  # when it ends, its number, what it is
+    again: deque[float] = deque()  # effects of gains on former champions
+    clock = 0.0
+    launched = stale = repeated = 0
+    while launched < NIGHT_RUNS or flying:
+        while launched < NIGHT_RUNS and len(flying) < workers:
+            is_again = bool(again)
+            effect = again.popleft() if is_again else ideas[launched - repeated]
+            base = len(champions) - 1
+            candidate = Candidate(effect, base, champions[base][0] + effect, is_again)
+            heapq.heappush(flying, (clock + rng.gauss(RUN_SECONDS, RUN_JITTER), launched, candidate))
+            launched += 1
+            repeated += is_again
+        clock, _, candidate = heapq.heappop(flying)
+        is_stale = candidate.base != len(champions) - 1
+        stale += is_stale
+        score = rng.gauss(candidate.true_score, sigma)
+        if not ledger.is_gain(champions[candidate.base][1], score, DOMAIN):
+            continue
+        if is_stale:
+            again.append(candidate.effect)
+        else:
+            champions.append((candidate.true_score, score))
+    share = 100 / NIGHT_RUNS
+    return clock / 3600, len(champions) - 1, stale * share, repeated * share, champions[-1][0]
+
+
+def print_parallel(baseline: float, effects: list[float], sigma: float, nights: int) -> None:
+    for each_gain_once in (False, True):
+        gains = "the ledger's gains once each" if each_gain_once else "gains as often as in the ledger"
+        print(f"\n{NIGHT_RUNS} runs of {RUN_SECONDS:.0f} s for every number of workers, plain rule, {gains}\n")
+        print(f"{'workers':22}" + "".join(f"{name:>26}" for name in PARALLEL_FIGURES))
+        for workers in PARALLEL_WORKERS:
+            found = []
+            for seed in range(nights):
+                rng = random.Random(seed)
+                ideas = ideas_of_night(effects, each_gain_once, rng)
+                found.append(parallel_night(baseline, ideas, sigma, workers, rng))
+            cells = []
+            for name, column in zip(PARALLEL_FIGURES, zip(*found, strict=True), strict=True):
+                digits = 6 if name == "final true bpb" else 2
+                error = statistics.stdev(column) / math.sqrt(nights)
+                cells.append(f"{statistics.fmean(column):.{digits}f} ± {error:.{digits}f}")
+            print(f"{workers:<22}" + "".join(f"{cell:>26}" for cell in cells))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ledger", nargs="?", type=Path, metavar="LEDGER")
@@ -165,6 +255,7 @@ def main() -> int:
             nights.append(simulate_night(baseline, effects, rule, args.sigma, random.Random(seed)))
         means = print_rule(rule, nights, plain_means)
         plain_means = plain_means or means
+    print_parallel(baseline, effects, args.sigma, max(10, args.nights // 20))
     return 0
 
 
