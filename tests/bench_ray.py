@@ -48,6 +48,8 @@ def measure(devices: int, train_seconds: float, rounds: int) -> tuple[float, dic
     with tempfile.TemporaryDirectory() as folder:
         desk = Desk(Path(folder))
         desk.replace("prepare.py", "DEVICES = 4", f"DEVICES = {devices}")
+        desk.replace("prepare.py", '"time_budget": 1', f'"time_budget": {train_seconds}')
+        desk.replace("prepare.py", '"training_seconds": 0.5', f'"training_seconds": {train_seconds}')
         desk.set_knob(SECONDS=train_seconds)
         desk.set_constant("loop.py", "STARTUP_ALLOWANCE", "300")
         desk.commit("sleep")
