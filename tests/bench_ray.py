@@ -13,7 +13,6 @@ import argparse
 import os
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -66,16 +65,16 @@ def measure(devices: int, train_seconds: float, rounds: int) -> tuple[float, dic
 
         seconds = 60 + 3 * (rounds + 1) * (train_seconds + devices)
         wait_for(lambda: has_rows(1 + devices), seconds)
-        begin = time.monotonic()
         parts = parts_of(desk, process.pid)
         before = {name: sum(map(cpu_seconds, pids)) for name, pids in parts.items()}
         wait_for(lambda: has_rows(count), seconds)  # all but the last
-        end = time.monotonic()
         after = {name: sum(map(cpu_seconds, pids)) for name, pids in parts.items()}
-        process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=120)
+        ended = [event["at"] for event in desk.events() if event["event"] == "measured"]
         desk.end()
+    assert len(ended) == count + 1, errors
+    rate = (count - devices) / (ended[-1] - ended[devices])  # the baseline is the first
     made = count - 1 - devices
-    rate = made / (end - begin)
     return rate / (devices / train_seconds), {name: (after[name] - before[name]) / made for name in parts}
 
 
