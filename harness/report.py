@@ -97,7 +97,7 @@ def _where(store: Store) -> str:
         parts.append(f"waiting: {event['description']}, {duration(time.time() - event['at'])}")
     if not parts:
         return f"no run in flight, {duration(time.time() - last['at'])}"
-    return parts[0] if len(parts) == 1 else "".join(f"\n  {part}" for part in parts)
+    return "; ".join(parts)
 
 
 def _pace(events: list[dict]) -> str:
