@@ -148,6 +148,7 @@ def test_session_on_this_machine_ends_with_its_loop_and_goes_on(desk: Desk):
     assert list((desk.home(tag) / "ray").glob("session_*"))
 
 
+@pytest.mark.slow
 def test_lost_workers_and_nodes_and_unfit_ones_cost_no_row(gpu_desk: Desk, fakes: FakeCluster, tmp_path: Path):
     desk = gpu_desk
     other = tmp_path / "other"
