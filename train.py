@@ -62,7 +62,8 @@ COMPILE = True  # torch.compile the model and Muon's update
 # CPU-sized values of the same knobs; without a GPU, for a profile of your own too
 if PROFILE in ("pocket", "smoke") or (PROFILE not in ("climbmix", "code") and not torch.cuda.device_count()):
     DEPTH = 1
-    HEAD_DIM = 64
+    ASPECT_RATIO = 96
+    HEAD_DIM = 48
     TOTAL_BATCH_SIZE = 2048
     LOSS_CHUNK = 512
     EMBEDDING_LR = 0.3

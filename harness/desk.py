@@ -44,7 +44,6 @@ class NoProposal:
     """Why an agent gave none."""
 
     reason: str
-    assignment: Assignment
     is_refusal: bool = False  # there was an edit, and it did not pass: the next agent is told
 
 
@@ -98,24 +97,21 @@ class Desk:
                 stdin=os.devnull if takes_file else prompt,
             )
         except OSError as error:  # while it updates itself, say
-            return NoProposal(f"the agent does not start: {error}", assignment)
+            return NoProposal(f"the agent does not start: {error}")
         name = self.repository.editable
-        if self.editable.is_symlink() or not self.editable.is_file():
-            return NoProposal(f"{name} is not a regular file", assignment, is_refusal=True)
-        source = self._read_edit()
-        if source is None:
-            return NoProposal(f"{name} is over {MAX_EDIT_BYTES // 2**20} MiB", assignment, is_refusal=True)
+        try:
+            with open_regular(self.editable) as file:
+                source = file.read(MAX_EDIT_BYTES + 1)
+        except OSError:
+            return NoProposal(f"{name} is not a regular file", is_refusal=True)
+        if len(source) > MAX_EDIT_BYTES:
+            return NoProposal(f"{name} is over {MAX_EDIT_BYTES // 2**20} MiB", is_refusal=True)
         if source != assignment.start:
             return Proposal(source, assignment.base, self._description(assignment.start, source))
         if ending.problem:
             last_line = one_line(read_tail(self.log, 1), 90)
-            return NoProposal(f"the agent ended with {ending.problem}: {last_line}", assignment)
-        return NoProposal(f"the agent left {name} as it was", assignment)
-
-    def _read_edit(self) -> bytes | None:
-        with open_regular(self.editable) as file:
-            source = file.read(MAX_EDIT_BYTES + 1)
-        return source if len(source) <= MAX_EDIT_BYTES else None
+            return NoProposal(f"the agent ended with {ending.problem}: {last_line}")
+        return NoProposal(f"the agent left {name} as it was")
 
     def _description(self, start: bytes, source: bytes) -> str:
         with contextlib.suppress(OSError), open_regular(self.place / DESCRIPTION_FILE) as file:

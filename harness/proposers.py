@@ -78,7 +78,7 @@ class Proposers:
             if not problem:
                 self._failures = 0
                 return answer
-            answer = NoProposal(problem, Assignment(answer.base, b""), is_refusal=True)
+            answer = NoProposal(problem, is_refusal=True)
         if self._stop.is_set():
             return None
         self._refuse(answer, desk)
