@@ -267,8 +267,8 @@ def _download(session, url, path, bar):
     part = path.with_name(path.name + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)
     failures = 0
+    most_bytes = _size(part)
     while True:
-        size_before = _size(part)
         try:
             _fetch(session, url, part, bar)
             _open_parquet(part)
@@ -277,10 +277,10 @@ def _download(session, url, path, bar):
         except (OSError, UserError) as error:
             if isinstance(error, UserError):  # all has come, and it is bad: from the start again
                 part.unlink()
-            if _size(part) > size_before:
+            failures += 1
+            if _size(part) > most_bytes:  # more than ever before: the line breaks, but it gets there
+                most_bytes = _size(part)
                 failures = 0
-            else:
-                failures += 1
             refused = getattr(error, "response", None) is not None  # the session has repeated what may be repeated
             if refused or failures == ATTEMPTS:
                 raise

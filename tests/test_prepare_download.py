@@ -93,7 +93,8 @@ class Hub:
 
     def serve(self, request, name, data, how):
         start = 0
-        if (asked := request.headers.get("Range")) and how != "no ranges":
+        knows_ranges = how != "no ranges" and not how.startswith("first ")
+        if (asked := request.headers.get("Range")) and knows_ranges:
             start = int(asked.removeprefix("bytes=").rstrip("-"))
             self.ranges.append((name, start))
             if start >= len(data):
@@ -103,6 +104,8 @@ class Hub:
         status = 206 if start else 200
         if how == "silent":
             return self.stall.wait(20)
+        if how == "broken":
+            return self.send(request, 500, b"")
         if how == "busy":
             return self.send(request, 503, b"", {"Retry-After": "1"})
         if how == "too many":
@@ -117,8 +120,9 @@ class Hub:
         for key, value in (headers | {"Content-Length": str(len(body))}).items():
             request.send_header(key, value)
         request.end_headers()
-        if how in ("truncate", "stall"):
-            request.wfile.write(body[:20_000])
+        if how in ("truncate", "stall") or how.startswith("first "):
+            limit = int(how.removeprefix("first ")) if how.startswith("first ") else 20_000
+            request.wfile.write(body[:limit])
             request.wfile.flush()
             if how == "stall":
                 self.stall.wait(20)
@@ -198,7 +202,7 @@ def test_download_survives_a_server_that_is_bad_once_in_every_way(judge, hub):
     hub.plans = {
         ALL[0]: ["truncate"],
         ALL[1]: ["too short"],
-        ALL[2]: ["corrupt"],
+        ALL[2]: ["broken", "corrupt"],
         ALL[3]: ["html"],
         ALL[4]: ["busy"],
         ALL[5]: ["well", "too many"],  # the first request asks for the size of the last shard
@@ -206,7 +210,7 @@ def test_download_survives_a_server_that_is_bad_once_in_every_way(judge, hub):
     assert judge.main(["--num-shards", "-1"]) == 0
     fetched_well(judge, hub, ALL)
     # A web page looks like the beginning of a shard: it is continued, found to be wrong, and begun again.
-    assert hub.requests == {ALL[0]: 2, ALL[1]: 2, ALL[2]: 2, ALL[3]: 3, ALL[4]: 2, ALL[5]: 3}
+    assert hub.requests == {ALL[0]: 2, ALL[1]: 2, ALL[2]: 3, ALL[3]: 3, ALL[4]: 2, ALL[5]: 3}
     for name in (ALL[4], ALL[5]):
         before, again = hub.times[name][-2:]
         assert again - before > 1  # Retry-After
@@ -237,6 +241,15 @@ def test_download_begins_again_where_the_server_knows_no_ranges(judge, hub):
     assert judge.main(["--num-shards", "2"]) == 0
     fetched_well(judge, hub, [ALL[0], ALL[1], ALL[4], ALL[5]])
     assert hub.requests[ALL[1]] == 1
+
+
+def test_download_gives_up_where_each_new_beginning_breaks(judge, hub, capsys):
+    """More bytes than the time before are no progress where the server always begins again."""
+    hub.plans = {ALL[1]: ["first 20000", "first 10000"] * 30}
+    judge.ATTEMPTS = 3
+    assert judge.main(["--num-shards", "2"]) == 1
+    assert error_line(capsys).startswith("error: 1 of 4 shards are missing: shard_00001.parquet (")
+    assert hub.requests[ALL[1]] == 4
 
 
 @pytest.mark.parametrize("length", ["whole", "longer"])
