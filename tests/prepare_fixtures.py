@@ -136,7 +136,7 @@ def write_jsonl(path, documents):
 
 
 def plain_rows(batches, width, buffer_size=1000):
-    """The packing rules of DESIGN.md, word for word. Yields (row, epoch); batches yields (documents, epoch)."""
+    """The packing rules, word for word and slow. Yields (row, epoch); batches yields (documents, epoch)."""
     buffer, epoch = [], 1
     while True:
         row = []
