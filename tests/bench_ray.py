@@ -6,7 +6,8 @@ The training sleeps and the proposer is a line of shell; loop.py, git, Ray and i
 The rate is taken between the end of the first round (every device has made a run) and the last run's end; the ideal is
 a run every --train-seconds on every device. The processors are shared by all the workers that a cluster would spread
 over its nodes, so the second figure is the one that scales: CPU seconds an experiment of the loop itself with its git
-and its proposers, of its process with Ray, and of Ray's head (GCS and one raylet).
+and its proposers (its start included, so that few rounds say too much), of its process with Ray, and of Ray's head
+(GCS and one raylet).
 """
 
 import argparse
@@ -64,9 +65,10 @@ def measure(devices: int, train_seconds: float, rounds: int) -> tuple[float, dic
             return rows.exists() and rows.read_text().count("\n") > number
 
         seconds = 60 + 3 * (rounds + 1) * (train_seconds + devices)
-        wait_for(lambda: has_rows(1 + devices), seconds)
+        wait_for(lambda: has_rows(1), seconds)  # the baseline
         parts = parts_of(desk, process.pid)
         before = {name: sum(map(cpu_seconds, pids)) for name, pids in parts.items()}
+        before["loop"] = 0.0  # it proposes while the baseline runs: its start counts too
         wait_for(lambda: has_rows(count), seconds)  # all but the last
         after = {name: sum(map(cpu_seconds, pids)) for name, pids in parts.items()}
         _, errors = process.communicate(timeout=120)
@@ -74,8 +76,7 @@ def measure(devices: int, train_seconds: float, rounds: int) -> tuple[float, dic
         desk.end()
     assert len(ended) == count + 1, errors
     rate = (count - devices) / (ended[-1] - ended[devices])  # the baseline is the first
-    made = count - 1 - devices
-    return rate / (devices / train_seconds), {name: (after[name] - before[name]) / made for name in parts}
+    return rate / (devices / train_seconds), {name: (after[name] - before[name]) / (count - 1) for name in parts}
 
 
 def main() -> None:
