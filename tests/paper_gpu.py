@@ -28,7 +28,9 @@ import weakref
 from pathlib import Path
 
 os.environ["AUTORESEARCH_PROFILE"] = "code"  # the knobs and the shape of the GPU profiles
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.mkdtemp(prefix="paper-gpu-"))
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    folder = tempfile.TemporaryDirectory(prefix="paper-gpu-")  # deleted when the process ends
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder.name
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
