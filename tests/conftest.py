@@ -4,7 +4,9 @@ loop.py and harness/ are the real ones; so are git, the processes and the signal
 """
 
 import atexit
+import compileall
 import contextlib
+import functools
 import json
 import os
 import re
@@ -117,32 +119,47 @@ DEEPER = 'knob("DEPTH", knob("DEPTH") + 1)'  # for Desk.agent: a proposal that i
 IGNORED = "results.tsv\nrun.log\nruns\nexperiment.txt\nSTOP\nprogress.png\n__pycache__/\n"
 
 
+@functools.cache
+def desk_template() -> Path:
+    """The checkout that every desk is a copy of, made once a process: patched, compiled and committed."""
+    folder = Path(tempfile.mkdtemp(prefix="autoresearch-desk-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    desk = Desk.__new__(Desk)
+    desk.path = folder / "desk"
+    (desk.path / "harness").mkdir(parents=True)
+    for source in (ROOT / "loop.py", *(ROOT / "harness").glob("*.py")):
+        (desk.path / source.relative_to(ROOT)).write_text(source.read_text())
+    desk.set_constant("harness/processes.py", "KILL_GRACE", "0.5")
+    desk.set_constant("harness/proposers.py", "FIRST_BACKOFF", "0.05")
+    desk.set_constant("harness/proposers.py", "LAST_BACKOFF", "0.2")
+    desk.set_constant("loop.py", "RETRY_SECONDS", "0.1")
+    desk.set_constant("loop.py", "STARTUP_ALLOWANCE", "8")
+    site = "str(Path(__file__).resolve().parents[2] / 'site')"
+    paths = f"dict.fromkeys(('purelib', 'platlib', 'stdlib'), {site})"
+    desk.replace("harness/environment.py", "sysconfig.get_paths()", paths)
+    (desk.path / "prepare.py").write_text(FAKE_PREPARE)
+    (desk.path / "train.py").write_text(FAKE_TRAIN)
+    (desk.path / "program.md").write_text("# Instructions\n\nLower val_bpb.\n")
+    (desk.path / ".gitignore").write_text(IGNORED)
+    compileall.compile_dir(desk.path / "harness", quiet=1)  # a copy keeps the times, so it need not compile again
+    desk.git("init", "-q", "-b", "main", "--template=")
+    desk.commit("start")
+    return desk.path
+
+
 class Desk:
     """A scratch checkout with the real loop.py, and a person's hands: run it, kill it, look at what it left."""
 
     def __init__(self, folder: Path):
-        self.path, self.cache, self.outside = folder / "desk", folder / "cache", folder / "outside"
-        self.hold = self.cache / "hold"  # while it exists, every training waits
-        for path in (self.path / "harness", self.cache, self.outside, folder / "home"):
-            path.mkdir(parents=True)
-        for source in (ROOT / "loop.py", *(ROOT / "harness").glob("*.py")):
-            (self.path / source.relative_to(ROOT)).write_text(source.read_text())
-        self.set_constant("harness/processes.py", "KILL_GRACE", "0.5")
-        self.set_constant("harness/proposers.py", "FIRST_BACKOFF", "0.05")
-        self.set_constant("harness/proposers.py", "LAST_BACKOFF", "0.2")
-        self.set_constant("loop.py", "RETRY_SECONDS", "0.1")
-        self.set_constant("loop.py", "STARTUP_ALLOWANCE", "8")
+        self.path = folder / "desk"
+        self.cache = folder / "cache"
+        self.outside = folder / "outside"
         self.site = folder / "site"  # stands in for the installed packages: to look at those takes a while
-        self.site.mkdir()
-        paths = f"dict.fromkeys(('purelib', 'platlib', 'stdlib'), {str(self.site)!r})"
-        self.replace("harness/environment.py", "sysconfig.get_paths()", paths)
-        (self.path / "prepare.py").write_text(FAKE_PREPARE)
-        (self.path / "train.py").write_text(FAKE_TRAIN)
-        (self.path / "program.md").write_text("# Instructions\n\nLower val_bpb.\n")
-        (self.path / ".gitignore").write_text(IGNORED)
+        self.hold = self.cache / "hold"  # while it exists, every training waits
+        for path in (self.cache, self.outside, self.site, folder / "home"):
+            path.mkdir(parents=True)
+        shutil.copytree(desk_template(), self.path)
         self.env = {"PATH": os.environ["PATH"], "HOME": str(folder / "home"), "AUTORESEARCH_CACHE": str(self.cache)}
-        self.git("init", "-q", "-b", "main")
-        self.commit("start")
 
     def set_constant(self, file: str, name: str, value: str) -> None:
         text, count = re.subn(rf"(?m)^( *){name} = .*$", rf"\1{name} = {value}", (self.path / file).read_text())

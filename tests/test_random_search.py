@@ -76,7 +76,7 @@ def test_knobs_in_blocks_of_any_condition_are_found_where_they_count():
 def test_proposal_changes_exactly_the_described_knob_and_nothing_else(profile):
     before = executed(TRAIN, profile)
     rng = random.Random(1)
-    for _ in range(200):
+    for _ in range(40):
         source, description = propose(TRAIN, profile, "", rng)
         after = executed(source, profile)
         changed = {name: (before[name], after[name]) for name in before if before[name] != after[name]}

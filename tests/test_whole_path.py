@@ -62,6 +62,7 @@ def test_loop_goes_from_nothing_to_a_ledger(checkout):
     assert (checkout / "progress.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_text_of_ones_own_is_trained_on_with_cpu_sized_knobs(checkout, tmp_path):
     rng = random.Random(0)
     source = write_jsonl(tmp_path / "own.jsonl", [english(rng, 200) for _ in range(600)])
