@@ -142,7 +142,7 @@ def desk_template() -> Path:
     (desk.path / "program.md").write_text("# Instructions\n\nLower val_bpb.\n")
     (desk.path / ".gitignore").write_text(IGNORED)
     compileall.compile_dir(desk.path / "harness", quiet=1)  # a copy keeps the times, so it need not compile again
-    desk.git("init", "-q", "-b", "main", "--template=")
+    desk.git("init", "-q", "-b", "main")
     desk.commit("start")
     return desk.path
 
