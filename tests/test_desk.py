@@ -424,6 +424,7 @@ def test_agent_that_fails_hangs_or_edits_nothing_costs_no_row(desk):
     assert_unharmed(desk)
 
 
+@pytest.mark.slow
 def test_agent_that_keeps_failing_is_asked_at_doubling_intervals(desk):
     desk.set_constant("harness/proposers.py", "FIRST_BACKOFF", "0.4")
     desk.set_constant("harness/proposers.py", "LAST_BACKOFF", "1.4")

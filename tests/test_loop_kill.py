@@ -228,6 +228,7 @@ def many_kills(night: Night, count: int, seed: int) -> None:
     print(f"seed {seed}: {night.kills} kills, {len(night.rows)} rows, {every} transitions")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 4])
 def test_kill_at_steps_and_at_random_loses_nothing(desk, workers):
     many_kills(Night(desk, workers), 6, seed=random.randrange(10**6))

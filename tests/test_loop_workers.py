@@ -250,7 +250,9 @@ class Night:
             elif is_stale:
                 assert run.base[:7] != champion
                 assert run.number in again or f"dropped: {run.description}: " in said_before + said, "a gain was lost"
-        assert store.champion[:7] == champion == repository("rev-parse", f"refs/heads/{store.branch}")[:7]
+        assert store.champion[:7] == champion
+        if not said_before:  # after a kill the opening of a session puts the branch right: test_loop_kill.py
+            assert repository("rev-parse", f"refs/heads/{store.branch}")[:7] == champion
         assert stale_gains(store) == []
         conflicts = [text for text in self.told if "does not merge" in text]
         assert len(conflicts) == len(set(conflicts)), "a conflict told twice"

@@ -190,6 +190,7 @@ def test_lost_kernel_is_run_again_once_and_then_the_ideas_own(desk):
     ]
 
 
+@pytest.mark.slow
 def test_run_that_was_stopped_is_told_and_made_again(desk):
     process = desk.popen(*ONE, desk.agent(f'HOLD.touch(); {DEEPER}'))
     wait_for(has_event(desk, "training", 2))
@@ -248,6 +249,7 @@ def test_packages_that_a_run_changes_end_the_loop_with_their_names_and_leave_no_
 # Git, the disk's rights, the clock
 
 
+@pytest.mark.slow
 def test_git_lock_left_by_a_crash_is_removed_at_the_start(desk):
     desk.set_constant("harness/repository.py", "LOCK_PATIENCE", "0.3")
     desk.commit("short patience")

@@ -508,6 +508,7 @@ def test_missing_token_file_is_made_again_and_a_changed_one_is_an_error(own, cap
     assert f"{path} is not what was prepared" in error_line(capsys)
 
 
+@pytest.mark.slow
 def test_killed_preparation_is_completed_by_the_next_run(shared, tmp_path):
     """And what comes out is the same, file for file, as of one that was never killed."""
     judge = load_prepare(shared.__file__, "mine", tmp_path)

@@ -360,6 +360,7 @@ def test_interrupted_download_is_continued(judge, hub):
     assert ALL[1] in dict(hub.ranges)
 
 
+@pytest.mark.slow
 def test_killed_preparation_is_completed_from_the_shards_that_are_there(judge, hub, tmp_path):
     die_at(judge, ["tokenizer.tiktoken", "val.tokens", "manifest.json"], "--num-shards", "1")
     requests = hub.requests
