@@ -49,6 +49,8 @@ def measure_session(workers: int, train_seconds: float, experiments: int) -> tup
         desk = Desk(Path(folder))
         desk.set_knob(SECONDS=train_seconds)
         desk.replace("prepare.py", "DEVICES = 4", f"DEVICES = {workers}")
+        desk.replace("prepare.py", '"time_budget": 1', f'"time_budget": {train_seconds}')
+        desk.replace("prepare.py", '"training_seconds": 0.5', f'"training_seconds": {train_seconds}')
         desk.set_constant("loop.py", "STARTUP_ALLOWANCE", "300")
         desk.commit("sleep")
         desk.loop(*BASELINE, timeout=600)
