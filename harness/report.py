@@ -310,7 +310,8 @@ def print_audit(audited: list[Audited], domain: Domain) -> int:
     names = list(dict.fromkeys(run.name for run in audited))
     replicates = sum(run.name == names[0] for run in audited)
     headings = f"{'validation ' + domain.unit:>21} {'sealed test ' + domain.unit:>21}"
-    print(f"{'':27} {headings}   ({replicates} fresh seeds each)")
+    seeds = "1 fresh seed" if replicates == 1 else f"{replicates} fresh seeds"
+    print(f"{'':27} {headings}   ({seeds} each)")
     means = {}
     for name in names:
         runs = [run for run in audited if run.name == name]
