@@ -47,7 +47,7 @@ from harness.opening import Use, check_packages, mark, open_tag, stale_gains, su
 from harness.proposers import Proposers, find_problem
 from harness.ray_fleet import OFF, RayFleet
 from harness.report import Audited
-from harness.screen import UserError, duration, one_line, say, show
+from harness.screen import UserError, duration, is_terminal, one_line, say, show
 from harness.store import Run, Store, read_run
 from harness.verdict import compare, find_marks
 
@@ -359,7 +359,8 @@ class Ratchet:
             if proposal is not None:
                 self.waiting.append(proposal)
         self.note_places()
-        show(self.live_line())
+        if is_terminal():  # the line takes a look at every row and at a log
+            show(self.live_line())
 
     def note_places(self) -> None:
         """Which node got a run: its seconds count from then on."""

@@ -143,15 +143,7 @@ def _measure_on(bench: Path, job: Job, place: Place, stop: threading.Event) -> O
     for name in ("tmp", "record"):
         (bench / name).mkdir()
     log = place.output / "run.log"
-    ending = run_child(
-        job.domain.train_command,
-        cwd=tree,
-        env=_variables(job, place, bench),
-        mark=place.mark,
-        log=log,
-        limit=job.time_limit,
-        stop=stop,
-    )
+    ending = _run(job.domain.train_command, tree, log, bench, job, place, stop)
     # Looked at after the run: whether the run itself or an agent before it changed them, this score does not count.
     if change := _changed_packages(place):
         reason = f"the installed packages changed: {change}"
@@ -174,6 +166,19 @@ def _measure_on(bench: Path, job: Job, place: Place, stop: threading.Event) -> O
     if job.audit:
         measurement = _score_again(bench, job, place, measurement, stop)
     return measurement
+
+
+def _run(command: tuple[str, ...], folder: Path, log: Path, bench: Path, job: Job, place: Place, stop) -> Ending:
+    """Run one of the domain's commands in a folder of the bench, under the job's limit."""
+    return run_child(
+        command,
+        cwd=folder,
+        env=_variables(job, place, bench),
+        mark=place.mark,
+        log=log,
+        limit=job.time_limit,
+        stop=stop,
+    )
 
 
 def unpack(tree: tuple[Blob, ...], folder: Path, without: str = "") -> None:
@@ -273,15 +278,8 @@ def _score_again(bench: Path, job: Job, place: Place, measurement: Measurement, 
     judge = bench / "judge"
     unpack(job.tree, judge, without=job.domain.editable)
     log = place.output / "score.log"
-    ending = run_child(
-        [*job.domain.score_command, str(_result(bench).parent / Path(record.exported).name)],
-        cwd=judge,
-        env=_variables(job, place, bench),
-        mark=place.mark,
-        log=log,
-        limit=job.time_limit,
-        stop=stop,
-    )
+    network = _result(bench).parent / Path(record.exported).name
+    ending = _run((*job.domain.score_command, str(network)), judge, log, bench, job, place, stop)
     text = read_text(log)
     if ending.problem:
         return dataclasses.replace(measurement, rescore_problem=f"{crash_reason(text)} ({ending.problem})")

@@ -151,10 +151,6 @@ class Repository:
         """A file of a commit (its full name: a branch would move). Called as `read`, which remembers."""
         return self("cat-file", "blob", f"{commit}:{path}", raw=True)
 
-    def blob_of(self, commit: str) -> str:
-        """Git's name for the editable file in a commit."""
-        return self("rev-parse", f"{commit}:{self.editable}")
-
     def blobs_of(self, commits: list[str]) -> list[str]:
         if not commits:
             return []

@@ -23,17 +23,17 @@ def say(text: str) -> None:
 
 def show(text: str) -> None:
     """The live line: rewritten in place, on a terminal only."""
-    if _is_terminal():
+    if is_terminal():
         _write(text[: shutil.get_terminal_size().columns - 1])
 
 
-def _is_terminal() -> bool:
+def is_terminal() -> bool:
     return sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
 
 
 def _write(text: str) -> None:
     try:
-        clear_line = "\r\033[K" if _is_terminal() else ""
+        clear_line = "\r\033[K" if is_terminal() else ""
         print(clear_line + text, end="", file=sys.stderr, flush=True)
     except OSError:
         # What cannot be written stays in the buffer and would fail the exit: go on with a new one.
