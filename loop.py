@@ -574,7 +574,7 @@ class Ratchet:
     def move_champion(self, former: str) -> None:
         """Branch, checkout and idle desks follow the champion."""
         if self.limits.workers > 1:
-            self.repository.follow(self.store.branch, former, self.store.champion)
+            self.store.move_branch(former)
         if self.proposers:
             self.proposers.clear_idle()
 

@@ -58,10 +58,10 @@ def open_tag(store: Store, use: Use, is_stopped: Callable[[], bool]) -> Descript
 def _show_branch(store: Store) -> None:
     """The checkout shows the tag's branch, its files at the champion; where a person changed files they stay."""
     repository = store.repository
-    if repository.changed_files(repository.head()):
+    if repository.changed_files(repository.head()) and not store.moving.exists():
         repository("update-ref", f"refs/heads/{store.branch}", store.champion)
         return
-    repository.reset(repository.checkout, store.champion, store.branch)
+    store.show_champion()
 
 
 def mark(store: Store, role: str) -> str:
@@ -86,7 +86,8 @@ def _check_checkout(store: Store, use: Use) -> None:
         return
     if not repository("for-each-ref", f"--contains={tip}", store.refs):
         say(f"note: {store.branch} was at {tip[:7]}, no experiment's: 'git branch NAME {tip[:7]}' keeps it")
-    if changed and use is not Use.SHOWN:
+    is_persons_own = use is Use.SHOWN and not store.moving.exists()
+    if changed and not is_persons_own:
         path = store.home / "interrupted.diff"
         with open(path, "ab") as file:
             file.write(repository("diff", "--binary", champion, "--", *changed, raw=True) + b"\n")

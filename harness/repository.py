@@ -248,13 +248,6 @@ class Repository:
         if path.is_symlink() or path.read_bytes() != self.read(commit, self.editable):
             raise UserError(f"{path} cannot be set to {commit[:7]}: a git filter or an index flag changes it")
 
-    def follow(self, branch: str, old: str, new: str) -> None:
-        """Move a branch that nobody works on. A checkout that shows it goes along, unless a person changed files."""
-        goes_along = self.head_branch() == branch and not self.changed_files(old)
-        self("update-ref", f"refs/heads/{branch}", new)
-        if goes_along:
-            self.reset(self.checkout, new, branch)
-
     def add_worktree(self, place: Path, commit: str) -> None:
         """A worktree with a detached HEAD, made anew."""
         remove_folder(place)

@@ -67,6 +67,7 @@ class Store:
         self.desks = self.home / "desks"
         self.timeline = self.home / "timeline.jsonl"
         self.packages = self.home / "packages.json"
+        self.moving = self.home / "moving"  # exists while the checkout is on its way to a new champion
         self.compile_cache = repository.common / "autoresearch" / "compile_cache"
         self.rows: list[Row] = []
         self.attempts: dict[int, str] = {}  # number of its first run -> commit
@@ -248,6 +249,19 @@ class Store:
                 link.symlink_to(self.runs)
         except OSError as error:
             say(f"warning: no copy of the ledger {self.ledger} in {place} ({error})")
+
+    def show_champion(self) -> None:
+        """Put the checkout to the champion. A kill half-way leaves the mark, and the next start finishes the move."""
+        self.moving.touch()
+        self.repository.reset(self.repository.checkout, self.champion, self.branch)
+        self.moving.unlink()
+
+    def move_branch(self, former: str) -> None:
+        """The branch follows the champion. A checkout that shows it goes along, unless a person changed files there."""
+        if self.repository.head_branch() == self.branch and not self.repository.changed_files(former):
+            self.show_champion()
+        else:
+            self.repository("update-ref", f"refs/heads/{self.branch}", self.champion)
 
     def note(self, event: str, run: int = 0, description: str = "", seconds: float = 0.0) -> None:
         """A line of the timeline."""

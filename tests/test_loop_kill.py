@@ -26,7 +26,8 @@ import os, sys
 
 WATCHED = ("subprocess.Popen", "open", "os.mkdir", "os.rename", "os.remove", "os.symlink", "shutil.rmtree")
 DESK, LOG, AT = os.environ["KILL_DESK"], os.environ.get("KILL_LOG"), int(os.environ.get("KILL_AT", 0))
-seen, busy = 0, False
+MOVE = os.environ.get("KILL_MOVE")  # a git command: before its second use in the checkout
+seen, moves, busy = 0, 0, False
 
 def everything():
     for pid in filter(str.isdigit, os.listdir("/proc")):
@@ -37,7 +38,7 @@ def everything():
             pass
 
 def hook(event, args):
-    global seen, busy
+    global seen, moves, busy
     if busy or event not in WATCHED or (event != "subprocess.Popen" and DESK not in str(args[:2])):
         return
     if event == "open" and str(args[0]).endswith((".py", ".pyc")):
@@ -48,7 +49,9 @@ def hook(event, args):
         with open(LOG, "a") as file:
             file.write(f"{event} {args[1] if event == 'subprocess.Popen' else args[0]}\\n")
         busy = False
-    if seen == AT:
+    if event == "subprocess.Popen" and str(args[2]) == DESK and MOVE in args[1]:
+        moves += 1
+    if seen == AT or moves == 2:
         busy = True
         if "KILL_ALL" in os.environ:
             everything()
@@ -121,6 +124,14 @@ class Night:
         assert process.returncode in (0, -signal.SIGKILL), err
         self.kills += process.returncode == -signal.SIGKILL
         self.check_after_kill(f"transition {transition}, everything {everything}")
+
+    def kill_at_move(self, command: str) -> None:
+        """Kill while the checkout moves to a new champion: right before this git command. The first was the start's."""
+        process = self.desk.popen(*self.options, "--max-experiments", "4", KILL_MOVE=command)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL, err
+        self.kills += 1
+        self.check_after_kill(command)
 
     def kill_at_random(self, seconds: float, everything: bool) -> None:
         process = self.desk.popen(*self.options)
@@ -238,6 +249,12 @@ def test_kill_at_steps_and_at_random_loses_nothing(desk, workers):
 @pytest.mark.parametrize("workers", [1, 4])
 def test_kill_at_every_step_loses_nothing(desk, workers):
     many_kills(Night(desk, workers), 150, seed=random.randrange(10**6))
+
+
+def test_kill_while_the_checkout_moves_leaves_no_change_in_it(desk):
+    night = Night(desk, workers=2)
+    for command in ("update-ref", "read-tree", "restore"):
+        night.kill_at_move(command)
 
 
 @pytest.mark.parametrize("role", ["agent", "run"])

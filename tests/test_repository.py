@@ -10,9 +10,12 @@ import threading
 import pytest
 from conftest import wait_for
 
+import loop
 from harness import repository
+from harness.ledger import Row
 from harness.repository import Repository, git_hash
 from harness.screen import UserError
+from harness.store import Store
 
 
 @pytest.fixture(autouse=True)
@@ -171,21 +174,29 @@ def test_worktree_is_made_anew_after_a_crash_in_the_middle(desk, git, state):
 
 
 def test_branch_moves_under_a_checkout_only_if_no_person_works_there(desk, git):
-    old = desk.git("rev-parse", "HEAD")
-    new = git.commit(old, b"DEPTH = 5\n", "run 0002: deeper", "refs/autoresearch/t/2")
+    store = Store(git, "t", loop.DOMAIN)
+    store.home.mkdir(parents=True)
+
+    def keep(number: int) -> str:
+        former = store.champion
+        commit = store.commit(number, b"DEPTH = %d\n" % number, "deeper", "fake", "d", parent=former)
+        store.append([Row(commit[:7], 1.0 - number / 100, 0.5, "keep", "deeper")])
+        store.move_branch(former)
+        return commit
+
     desk.git("checkout", "-q", "-b", "autoresearch/t")
     (desk.path / "prepare.py").write_text("a person's edit")
-    git.follow("autoresearch/t", old, new)
+    first = keep(1)
     assert (desk.path / "prepare.py").read_text() == "a person's edit"
     assert "DEPTH = 4" in (desk.path / "train.py").read_text()
-    assert desk.git("rev-parse", "autoresearch/t") == new
+    assert desk.git("rev-parse", "autoresearch/t") == first
     desk.git("checkout", "-q", "-f", "autoresearch/t")
-    newer = git.commit(new, b"DEPTH = 6\n", "run 0003: deeper", "refs/autoresearch/t/3")
-    git.follow("autoresearch/t", new, newer)  # the checkout goes along
-    assert (desk.path / "train.py").read_text() == "DEPTH = 6\n" and git.changed_files(newer) == []
+    second = keep(2)  # the checkout goes along
+    assert (desk.path / "train.py").read_text() == "DEPTH = 2\n" and git.changed_files(second) == []
     desk.git("checkout", "-q", "main")
-    git.follow("autoresearch/t", newer, old)  # it shows another branch
-    assert desk.git("rev-parse", "HEAD", "autoresearch/t").split() == [old, old]
+    third = keep(3)  # it shows another branch
+    assert desk.git("symbolic-ref", "--short", "HEAD") == "main"
+    assert desk.git("rev-parse", "autoresearch/t") == third
     assert desk.git("status", "--porcelain", "--untracked-files=no") == ""
 
 
