@@ -76,7 +76,7 @@ DOMAIN = Domain(
     editable=EDITABLE,
     instructions="program.md",
     same_in_every_run=("attention",),  # another attention kernel is another speed
-    explanations=(("num_steps", "steps"),),
+    explanations=(("eval_seconds", "evaluation seconds"),),
     describe_command=(*PYTHON, "-c", DESCRIBE),
     prepare_command=(*PYTHON, "prepare.py"),
     train_command=(*PYTHON, "-c", RUN_TRAIN),
@@ -84,6 +84,9 @@ DOMAIN = Domain(
     score_command=(*PYTHON, "prepare.py", "--score"),
     assumed_sigma={"climbmix": 0.0004, "pocket": 0.014},  # bpb: the original's H100; six baselines on two CPU cores
     default_sigma=0.0004,
+    steps="num_steps",
+    curve_pattern=r"step (?P<step>\d{1,12}) \| (?P<percent>[\d.]{1,12})% \| loss (?P<loss>[^ |]{1,30}) ",
+    batch_pattern=r"batch (?P<size>[\d,]{1,20}) tokens = ",
 )
 
 STARTUP_ALLOWANCE = 300  # seconds for compilation and evaluation: a run may take 2 * its budget + this

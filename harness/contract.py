@@ -5,6 +5,7 @@ objects, read from a child's output and from a file; whatever does not fit raise
 """
 
 import dataclasses
+import re
 import types
 import typing
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ class Domain:
     editable: str  # the one file that the agent edits
     instructions: str  # the human's file: read anew for every proposal, never touched
     same_in_every_run: tuple[str, ...]  # keys of the summary that must say what they said in the baseline's run
-    explanations: tuple[tuple[str, str], ...]  # counts in the summary that may explain a score: (key, name for people)
+    explanations: tuple[tuple[str, str], ...]  # numbers of the summary that may explain a score: (key, name for people)
     describe_command: tuple[str, ...]  # prints a Description as JSON
     prepare_command: tuple[str, ...]  # makes the data, where the description says that it is missing; () for none
     train_command: tuple[str, ...]  # one run: prints a summary, leaves a Record
@@ -37,6 +38,17 @@ class Domain:
     score_command: tuple[str, ...]  # scores the network that an audit exported, its file's name appended; () for none
     assumed_sigma: dict[str, float]  # by profile: noise of one run where no commit ran twice
     default_sigma: float  # of any other profile
+    steps: str = ""  # key of the summary: how many steps the training made; "": there are none
+    curve_pattern: str = ""  # of a log line that is a point of the training curve: groups step, percent, loss; "": none
+    batch_pattern: str = ""  # of the log line that says how much one step takes in: group size; "": none
+    batch_unit: str = "tokens"  # of that size
+
+    def __post_init__(self):
+        for pattern, groups in ((self.curve_pattern, {"step", "percent", "loss"}), (self.batch_pattern, {"size"})):
+            missing = groups - set(re.compile(pattern).groupindex)
+            if pattern and missing:
+                names = ", ".join(sorted(missing))
+                raise ValueError(f"the pattern {pattern!r} has no group {names}: name it (?P<...>)")
 
     @property
     def columns(self) -> str:

@@ -1,5 +1,7 @@
 """What stands beside a score: the marks that make it weaker, and how it differs from its base. Pure functions."""
 
+import math
+
 from harness.contract import Domain, Record
 from harness.screen import duration, one_line
 from harness.store import Run
@@ -27,16 +29,24 @@ def find_marks(record: Record, startup_seconds: float, base: Run | None) -> tupl
     return tuple(marks)
 
 
+def number(run: Run, key: str) -> float | None:
+    """A finite number that a run printed in its summary; None where there is none."""
+    try:
+        value = float(run.summary[key])
+    except (KeyError, ValueError):
+        return None
+    return value if math.isfinite(value) else None
+
+
 def compare(run: Run, base: Run | None, domain: Domain) -> str:
     """The score of a run and, where the base's is known, the difference and what may explain it."""
     text = f"{domain.metric} {run.score:.6f}"
     if base is None or not base.score:
         return f"{text}, {duration(run.seconds)}"
     text += f" ({run.score - base.score:+.6f} to its base)"
-    for key, name in domain.explanations:
-        count = run.summary.get(key, "")
-        base_count = base.summary.get(key, "")
-        if count.isdigit() and base_count.isdigit() and int(base_count):
-            text += f", {count} {name} ({int(count) / int(base_count) - 1:+.0%})"
+    steps = number(run, domain.steps)
+    steps_of_base = number(base, domain.steps)
+    if steps and steps_of_base:
+        text += f", {steps:.0f} steps ({steps / steps_of_base - 1:+.0%})"
     text += f", {run.memory_gb:.1f} GB ({run.memory_gb - base.memory_gb:+.1f})"
     return f"{text}, {duration(run.seconds)}"
