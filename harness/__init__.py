@@ -19,6 +19,6 @@
     ray_fleet         the same on Ray, on one machine or many; ray_driver is the process that has Ray, ray_node what a
                       node does with a job
     verdict           what stands beside a score: marks, and how it differs from its base
-    report, page      status, report and audit as text; the picture
+    report, picture   status, report and audit as text; the picture
     commands          arguments and exit codes
 """

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness import page
+from harness import picture
 from harness.contract import Domain
 from harness.files import read_tail
 from harness.ledger import (
@@ -169,9 +169,9 @@ def print_report(store: Store | None, ledger: str | None, checkout: Path, domain
         say(f"warning: {bad} lines of {path} are no rows and were left out")
     findings = compute(store, rows, path, domain)
     print_findings(findings, domain)
-    picture = checkout / "progress.png"
-    page.plot(rows, picture, domain)
-    print(f"picture: {picture}")
+    path = checkout / "progress.png"
+    picture.plot(rows, path, domain, findings.sigma)
+    print(f"picture: {path}")
     return 0
 
 

@@ -71,7 +71,7 @@ FORBIDDEN = {  # room -> what DESIGN has it know nothing of
     "desk": {"bench", "fleet", "ledger"},
     "repository": {"store", "ledger", "desk", "bench"},
     "processes": {"repository", "store", "ledger", "desk", "bench"},
-    "page": {"agents", "store", "bench"},
+    "picture": {"agents", "store", "bench"},
 }
 
 

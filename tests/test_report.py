@@ -5,6 +5,7 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 import re
 import shutil
@@ -15,10 +16,12 @@ import time
 
 import pytest
 from conftest import Desk, ended, errors
+from matplotlib.path import Path as MatplotlibPath
+from matplotlib.transforms import Affine2D
 
 import loop
 from harness.ledger import Row
-from harness.page import plot
+from harness.picture import draw, plot
 from harness.report import Audited, _pace, print_audit
 
 HEADER = loop.DOMAIN.columns
@@ -163,7 +166,7 @@ def test_picture_is_drawn_of_any_rows_in_either_direction(tmp_path, domain):
     pictures = set()
     for number, text in enumerate(cases):
         path = tmp_path / f"{number}.png"
-        plot(loop.ledger.parse_ledger(text)[0], path, domain)
+        plot(loop.ledger.parse_ledger(text)[0], path, domain, 0.0004)
         assert path.read_bytes().startswith(PNG)
         pictures.add(path.read_bytes())
     assert len(pictures) == len(cases)
@@ -172,8 +175,54 @@ def test_picture_is_drawn_of_any_rows_in_either_direction(tmp_path, domain):
 def test_picture_of_a_higher_metric_turns_the_axis_around(tmp_path):
     rows = [Row("a", 1.0, 1.0, "keep", "x"), Row("b", 2.0, 1.0, "keep", "y"), Row("c", 0.0, 0.0, "crash", "z")]
     for domain in (loop.DOMAIN, dataclasses.replace(loop.DOMAIN, lower_is_better=False)):
-        plot(rows, tmp_path / f"{domain.lower_is_better}.png", domain)
+        plot(rows, tmp_path / f"{domain.lower_is_better}.png", domain, 0.0004)
     assert (tmp_path / "True.png").read_bytes() != (tmp_path / "False.png").read_bytes()
+
+
+@pytest.mark.parametrize("lower_is_better", [True, False])
+def test_labels_of_many_keeps_stay_inside_the_frame_and_clear_of_one_another(lower_is_better):
+    """83 kept of 2,500, most of them in the first tenth; the largest gains are labelled."""
+    domain = dataclasses.replace(loop.DOMAIN, lower_is_better=lower_is_better)
+    rows = []
+    best = 1.0
+    for n in range(2500):
+        is_kept = (n < 250 and n % 4 == 0) or n % 125 == 0
+        if is_kept and n:
+            best -= (1 if lower_is_better else -1) * (0.01 if n in (40, 60, 160) else 0.0001) / (1 + n / 100)
+        rows.append(Row(f"{n:07x}", best, 1.0, "keep" if is_kept else "discard", f"change {n}: " + "word " * (n % 11)))
+    figure = draw(rows, domain, 0.0004, (14, 7), "black")
+    axes = figure.axes[0]
+    renderer = figure.canvas.get_renderer()
+    frame = axes.get_window_extent(renderer)
+    outlines = []
+    for text in axes.texts:
+        box = text.get_window_extent(renderer)
+        assert frame.x0 <= box.x0 <= box.x1 <= frame.x1, text.get_text()
+        assert frame.y0 <= box.y0 <= box.y1 <= frame.y1, text.get_text()
+        outlines.append(outline(text, renderer))
+    assert not [pair for pair in itertools.combinations(outlines, 2) if pair[0].intersects_path(pair[1])]
+    line = next(line for line in axes.lines if line.get_label() == "best")
+    xs, ys = line.get_data()
+    corners = [(xs[0], ys[0])]
+    for x, before, after in zip(xs[1:], ys, ys[1:], strict=False):
+        corners += [(x, before), (x, after)]
+    path = MatplotlibPath(axes.transData.transform(corners))
+    assert not [outline for outline in outlines if outline.intersects_path(path, filled=False)]
+    labels = " ".join(text.get_text() for text in axes.texts)
+    assert all(f"change {n}:" in labels for n in (0, 40, 60, 160))
+    assert len(axes.texts) > 15
+
+
+def outline(text, renderer) -> MatplotlibPath:
+    """The slanted rectangle that a label covers, in pixels."""
+    angle = text.get_rotation()
+    anchor = text.get_transform().transform(text.get_position())
+    text.set_rotation(0)
+    box = text.get_window_extent(renderer)
+    text.set_rotation(angle)
+    corners = [(box.x0, box.y0), (box.x1, box.y0), (box.x1, box.y1), (box.x0, box.y1), (box.x0, box.y0)]
+    turned = Affine2D().rotate_deg_around(*anchor, angle)
+    return MatplotlibPath(turned.transform(corners))
 
 
 def test_report_of_15000_rows_takes_seconds(desk):

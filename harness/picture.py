@@ -1,0 +1,266 @@
+"""The picture of a ledger: every run a dot, the best so far a line, the gains that matter most labelled.
+
+The green line is the best so far: where a commit ran more
+than once, the mean of the scores that are believed. The band around it is one sigma wide on either side: a single run
+cannot tell apart what lies within it.
+"""
+
+import itertools
+import math
+import statistics
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.contract import Domain
+from harness.ledger import Row, believed_scores
+from harness.screen import one_line
+
+GREEN = "#2e7d32"
+GREY = "#9e9e9e"
+RED = "#c0392b"
+INK = "#010203"  # the page replaces it by its own colour of text; no other artist has it
+
+MANY_DOTS = 2000  # more are drawn smaller, and in an SVG as one embedded image
+MOST_LABELS = 40  # tried, the largest gains first
+LABEL_CHARS = (45, 28, 16)  # of a description: what does not fit is tried again, cut shorter
+LABEL_ANGLE = 35  # degrees
+LABEL_REACH = 250  # pixels that a label may be moved from its point
+LABEL_STEP = 14  # pixels between the places that are tried
+LABEL_MARGIN = 2.0  # pixels around a label that stay free
+LEADER_GAP = 2.5  # pixels between two thin lines
+FONT_SIZE = 8  # points
+
+
+@dataclass(frozen=True)
+class Best:
+    """A commit that was the best from its run on."""
+
+    at: int  # index of its first row
+    score: float
+    gain: float  # on the one before; 0 for the first
+    description: str
+
+
+def plot(rows: list[Row], path: Path, domain: Domain, sigma: float) -> None:
+    """Draw the ledger to a PNG file."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here, since it takes a second to import
+
+    figure = draw(rows, domain, sigma, size=(14, 7), ink="black")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a character that the font lacks is drawn as a box
+        FigureCanvasAgg(figure).print_png(path)
+
+
+def draw(rows: list[Row], domain: Domain, sigma: float, size: tuple[float, float], ink: str):
+    """The figure, on a canvas that can measure its text."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    bests = find_bests(rows, domain)
+    kept = [(i, row.score) for i, row in enumerate(rows) if row.status == "keep"]
+    discarded = [(i, row.score) for i, row in enumerate(rows) if row.status == "discard"]
+    crashed = [i for i, row in enumerate(rows) if row.status == "crash"]
+    bottom, top = _frame([best.score for best in bests] + [score for _, score in kept], sigma, domain.lower_is_better)
+    inside = [(i, score) for i, score in discarded if bottom <= score <= top]
+    is_crowded = len(rows) > MANY_DOTS
+
+    figure = Figure(figsize=size, dpi=110)
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0.065, 0.085, 0.92, 0.86))
+    last = len(rows) - 0.5  # the line of the best ends half a run after the last: a single run has a line too
+    axes.set(xlim=(-0.02 * last - 0.5, 1.18 * last + 0.5), ylim=(bottom, top))  # room for the last labels
+    grey_size = 2 if is_crowded else 4
+    alpha = 0.5 if is_crowded else 0.9
+    style = {"color": GREY, "markersize": grey_size, "alpha": alpha, "markeredgewidth": 0, "rasterized": is_crowded}
+    axes.plot(*_columns(inside), "o", label="discarded", **style)
+    worst = top if domain.lower_is_better else bottom
+    red_size = 3 if is_crowded else 6
+    axes.plot(crashed, [worst] * len(crashed), "x", color=RED, markersize=red_size, label="crashed", clip_on=False)
+    steps = [(best.at, best.score) for best in bests]
+    steps.append((last, bests[-1].score))
+    xs, ys = _columns(steps)
+    low = [y - sigma for y in ys]
+    high = [y + sigma for y in ys]
+    band = f"±{sigma:.2g}: what one run cannot tell apart"
+    axes.fill_between(xs, low, high, step="post", color=GREEN, alpha=0.18, linewidth=0, label=band)
+    axes.step(xs, ys, where="post", color=GREEN, linewidth=1.5, label="best")
+    axes.plot(*_columns(kept), "o", color=GREEN, markersize=4 if is_crowded else 6, label="kept")
+
+    outside = len(discarded) - len(inside)
+    note = f" ({outside} of the discarded are outside the frame)" if outside else ""
+    direction = "lower" if domain.lower_is_better else "higher"
+    axes.set_xlabel(f"run{note}", color=ink)
+    axes.set_ylabel(f"{domain.score_name} ({direction} is better)", color=ink)
+    word = "run" if len(rows) == 1 else "runs"
+    title = f"{len(rows)} {word}, {len(kept)} kept: {bests[0].score:.4f} to {bests[-1].score:.4f}"
+    axes.set_title(title, color=ink)
+    axes.tick_params(colors=ink)
+    axes.ticklabel_format(axis="y", useOffset=False)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    axes.grid(color=ink, alpha=0.12)
+    for spine in axes.spines.values():
+        spine.set_color(ink)
+    corner = "upper right" if domain.lower_is_better else "lower right"
+    legend = axes.legend(loc=corner, facecolor="none", edgecolor="none", labelcolor=ink)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _Labels(figure, axes, legend, steps, kept, domain.lower_is_better, ink).place(bests)
+    return figure
+
+
+def find_bests(rows: list[Row], domain: Domain) -> list[Best]:
+    """The champions one after the other; the first scored row where nothing was kept."""
+    scores = believed_scores(rows)
+    is_kept = any(row.status == "keep" for row in rows)
+    wanted = "keep" if is_kept else "discard"
+    bests: list[Best] = []
+    seen: set[str] = set()
+    for i, row in enumerate(rows):
+        if row.status != wanted or row.commit in seen:
+            continue
+        seen.add(row.commit)
+        score = statistics.fmean(scores[row.commit])
+        gain = domain.gain(bests[-1].score, score) if bests else 0.0
+        bests.append(Best(i, score, gain, one_line(row.description)))
+        if not is_kept:
+            break
+    return bests
+
+
+def _columns(points: list[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _frame(scores: list[float], sigma: float, lower_is_better: bool) -> tuple[float, float]:
+    """The range of the vertical axis. Most failures are far on the worse side: they would flatten the rest."""
+    low = min(scores)
+    high = max(scores)
+    room = max(high - low, 4 * sigma) or 0.01 * abs(high) or 0.01
+    if lower_is_better:
+        return low - 0.10 * room - sigma, high + 0.20 * room + sigma
+    return low - 0.20 * room - sigma, high + 0.10 * room + sigma
+
+
+class _Labels:
+    """Slanted labels beside their points, each where it covers neither line, points, legend nor another label.
+
+    All labels have one slant, so in coordinates along and across the text each is an upright rectangle. Everything else
+    that must stay visible is a cloud of points: a label may hold none of them.
+    """
+
+    def __init__(self, figure, axes, legend, steps, kept, lower_is_better: bool, ink: str):
+        import numpy as np
+
+        self.np = np
+        self.axes = axes
+        self.ink = ink
+        self.up = 1 if lower_is_better else -1  # the empty side of the line
+        self.renderer = figure.canvas.get_renderer()
+        slope = math.radians(LABEL_ANGLE * self.up)
+        self.turn = np.array([[math.cos(slope), -math.sin(slope)], [math.sin(slope), math.cos(slope)]])
+        box = axes.get_window_extent(self.renderer)
+        self.low = np.array([box.x0, box.y0]) + 3
+        self.high = np.array([box.x1, box.y1]) - 3
+        corners = [(x, y) for (x, y), (_, after) in zip(steps[1:], steps, strict=False) for y in (after, y)]
+        line = axes.transData.transform([steps[0], *corners])
+        self.cloud = np.concatenate([_along(np, line, 3.0), axes.transData.transform(kept or steps[:1])]) @ self.turn
+        legend_box = legend.get_window_extent(self.renderer)
+        self.legend = _grid(np, legend_box.x0, legend_box.y0, legend_box.x1, legend_box.y1) @ self.turn
+        self.leaders = np.empty((0, 2))
+        self.boxes: list[tuple[float, float, float, float]] = []  # along and across: begin, bottom, end, top
+        distances = np.arange(0, LABEL_REACH, LABEL_STEP)
+        moves = [(dx, dy * self.up) for dx in distances for dy in distances]
+        near = [move for move in moves if math.hypot(*move) < LABEL_REACH]
+        self.moves = sorted(near, key=lambda move: math.hypot(*move))
+
+    def place(self, bests: list[Best]) -> None:
+        """Label the first and then the largest gains, as many as there is room for."""
+        later = sorted(bests[1:], key=lambda best: best.gain, reverse=True)
+        for best in [bests[0], *later][:MOST_LABELS]:
+            for length in LABEL_CHARS:
+                if self.place_one(best, cut(best.description, length)):
+                    break
+
+    def place_one(self, best: Best, text: str) -> bool:
+        """Draw the label at the nearest free place, with a thin line to its point; whether there was one."""
+        from matplotlib.font_manager import FontProperties
+
+        if not text:
+            return True
+        np = self.np
+        font = FontProperties(size=FONT_SIZE)
+        width, height, _ = self.renderer.get_text_width_height_descent(text, font, False)
+        point = self.axes.transData.transform((best.at, best.score))
+        start = point + np.array([6.0, 7.0 * self.up])
+        size = np.array([width, height])
+        rise = 0 if self.up > 0 else -height  # the text stands on its anchor, or hangs from it
+        for move in self.moves:
+            anchor = start + move
+            begin = anchor @ self.turn + (0, rise)
+            end = begin + size
+            corners = np.array([begin, (end[0], begin[1]), (begin[0], end[1]), end]) @ self.turn.T
+            if (corners < self.low).any() or (corners > self.high).any():
+                continue
+            rectangle = (*(begin - LABEL_MARGIN), *(end + LABEL_MARGIN))
+            leader = _along(np, np.array([point + (anchor - point) * 0.15, anchor]), 3.0)[:-1] @ self.turn
+            if self.is_free(rectangle, leader):
+                self.draw(best, text, anchor, is_moved=any(move))
+                self.boxes.append(rectangle)
+                if any(move):
+                    self.leaders = np.concatenate([self.leaders, leader])
+                return True
+        return False
+
+    def is_free(self, rectangle: tuple[float, float, float, float], leader) -> bool:
+        begin, bottom, end, top = rectangle
+        for other in self.boxes:
+            is_beside = end < other[0] or other[2] < begin or top < other[1] or other[3] < bottom
+            if not is_beside or self.holds(other, leader):
+                return False
+        gaps = self.leaders[:, None, :] - leader[None, :, :]
+        if (self.np.abs(gaps).max(axis=2) < LEADER_GAP).any():
+            return False
+        return not any(self.holds(rectangle, points) for points in (self.cloud, self.legend, self.leaders))
+
+    def holds(self, rectangle: tuple[float, float, float, float], points) -> bool:
+        begin, bottom, end, top = rectangle
+        along = points[:, 0]
+        across = points[:, 1]
+        return bool(((along > begin) & (along < end) & (across > bottom) & (across < top)).any())
+
+    def draw(self, best: Best, text: str, anchor, is_moved: bool) -> None:
+        to_data = self.axes.transData.inverted()
+        if is_moved:
+            ends = [(best.at, best.score), tuple(to_data.transform(anchor))]
+            self.axes.plot(*zip(*ends, strict=True), color=GREEN, linewidth=0.5, alpha=0.7)
+        self.axes.text(
+            *to_data.transform(anchor),
+            text,
+            rotation=LABEL_ANGLE * self.up,
+            rotation_mode="anchor",
+            ha="left",
+            va="bottom" if self.up > 0 else "top",
+            fontsize=FONT_SIZE,
+            color=self.ink,
+            parse_math=False,
+        )
+
+
+def _along(np, corners, step: float):
+    """Points on the line through the corners, at most `step` pixels apart."""
+    pieces = [corners[:1]]
+    for begin, end in itertools.pairwise(corners):
+        count = max(1, math.ceil(float(np.hypot(*(end - begin))) / step))
+        pieces.append(begin + (end - begin) * (np.arange(1, count + 1) / count)[:, None])
+    return np.concatenate(pieces)
+
+
+def _grid(np, left: float, bottom: float, right: float, top: float):
+    """Points all over a box, closer together than a label is high."""
+    xs, ys = np.meshgrid(np.arange(left, right, 6), np.arange(bottom, top, 6))
+    return np.column_stack([xs.ravel(), ys.ravel()])
+
+
+def cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1].rstrip() + "…"
