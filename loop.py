@@ -27,6 +27,7 @@ if __name__ == "__main__":
 import difflib
 import math
 import secrets
+import statistics
 import time
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -105,7 +106,7 @@ class Experiment:
     """An idea on its way to a verdict: the runs that it needs, and what they gave."""
 
     description: str
-    purpose: str  # baseline, experiment or audit
+    purpose: str  # baseline, experiment, repeat (a champion, present or former, once more) or audit
     base: str  # the commit that it is compared with
     commit: str = ""  # once its first run has a number
     source: bytes | None = None  # the edited file; None: the commit exists already
@@ -123,7 +124,7 @@ class PlannedRun:
     """A run that is to be made, or is in flight."""
 
     experiment: Experiment
-    purpose: str  # baseline, experiment, second look, audit
+    purpose: str  # baseline, experiment, repeat, second look, audit
     description: str
     seed: int
     commit: str = ""  # "": the experiment's, which is made when its first run is launched
@@ -441,6 +442,8 @@ class Ratchet:
             training_seconds=outcome.training_seconds,
             summary=outcome.summary,
             marks=find_marks(outcome.record, outcome.startup_seconds, base),
+            busy_others=outcome.record.busy_others,
+            device_others=outcome.record.device_others,
         )
 
     def run_of(self, commit: str) -> Run | None:
@@ -478,7 +481,7 @@ class Ratchet:
         verdict = self.judge(experiment)
         if verdict == "look again":
             self.plan_second_look(experiment)
-        elif verdict == "keep" and experiment.purpose != "baseline" and experiment.base != self.store.champion:
+        elif verdict == "keep" and experiment.purpose == "experiment" and experiment.base != self.store.champion:
             self.record(experiment, "stale")
         else:
             self.record(experiment, verdict)
@@ -489,13 +492,28 @@ class Ratchet:
             return "crash"
         if experiment.purpose == "baseline":
             return "keep"
+        if experiment.purpose == "repeat":
+            return "keep" if experiment.commit == self.store.champion else "discard"
         scores = experiment.scores(experiment.commit)
         base_score = self.store.estimate(experiment.base)
-        if self.is_simpler(experiment, base_score, scores[0]):
+        score = self.score_of_all_runs(experiment)
+        if self.is_simpler(experiment, base_score, score):
             return "keep"
         if self.limits.confirm:
             return self.judge_confirmed(experiment, scores)
-        return "keep" if ledger.is_gain(base_score, scores[0], DOMAIN) else "discard"
+        return "keep" if ledger.is_gain(base_score, score, DOMAIN) else "discard"
+
+    def score_of_all_runs(self, experiment: Experiment) -> float:
+        """What decides. Of an attempt that is run again: the mean of all its scores but the first.
+
+        The first chose it to be run again, for being nearly good enough, or bad on a busy machine. So runs after the
+        first say what it is worth, all of them: running it until one is lucky does not help.
+        """
+        scores = experiment.scores(experiment.commit)
+        earlier = self.store.scores(experiment.commit)
+        if not earlier:
+            return scores[0]
+        return statistics.fmean([*earlier, *scores][1:])
 
     def judge_confirmed(self, experiment: Experiment, scores: list[float]) -> str:
         """With --confirm the first score only buys a second look; fresh seeds of both decide."""
@@ -597,6 +615,24 @@ class Ratchet:
             description = "baseline" if is_first else f"baseline (seed {seed})"
             number = min(self.store.attempts) if is_first else 0
             self.planned.append(PlannedRun(experiment, "baseline", description, seed, commit, number))
+
+    def plan_again(self, commit: str) -> None:
+        """A commit of an earlier run once more, on a fresh seed: a row of its own, beside those that it has.
+
+        An attempt is compared with its own base, as ever. A commit that is or was the champion is only measured: then
+        later candidates are compared with a better known score.
+        """
+        seed = fresh_seed()
+        description = f"{one_line(self.store.description(commit), 160)} (again, seed {seed})"
+        bases = [run.base for run in self.store.runs_of(commit) if run.base]
+        was_champion = any(row.commit == commit[:7] and row.status == "keep" for row in self.store.rows)
+        if was_champion or not bases:
+            experiment = Experiment(description, "repeat", base="", commit=commit, outstanding=1)
+        else:
+            source = self.repository.read(commit, EDITABLE)
+            experiment = Experiment(description, "experiment", base=bases[0], commit=commit, source=source)
+            experiment.outstanding = 1
+        self.planned.append(PlannedRun(experiment, experiment.purpose, description, seed, commit))
 
     def plan_stale_gains(self) -> None:
         """Gains on former champions that a session which was stopped did not run again."""

@@ -5,6 +5,7 @@ line and never a traceback.
 """
 
 import argparse
+import functools
 import math
 import os
 import signal
@@ -140,13 +141,17 @@ def command_try(domain: Domain, checkout: Path, open_session: Callable, args: ar
         log.unlink(missing_ok=True)
         with open_regular(editable) as file:
             source = file.read()
+        if args.again is not None or args.base:
+            commit = commit_to_repeat(store, args.again)
+            session = functools.partial(repeat_in_session, store, open_session, commit)
+        else:
+            session = functools.partial(try_in_session, store, open_session, source, one_line(args.description))
         child = os.fork()  # it inherits the lock
         if child == 0:
             code = 1
             try:
                 _detach(log)
-                description = one_line(args.description)
-                code = guarded(lambda: try_in_session(store, open_session, source, description))
+                code = guarded(session)
             finally:
                 os._exit(code)
     for number in (signal.SIGINT, signal.SIGTERM):  # from here on they end the waiting only
@@ -158,6 +163,25 @@ def command_try(domain: Domain, checkout: Path, open_session: Callable, args: ar
     is_refused = last_line.startswith("error: ") or len(store.rows) == rows_before
     print(last_line if is_refused else report.verdict_text(store))
     return code
+
+
+def commit_to_repeat(store: Store, number: int | None) -> str:
+    """The commit of an earlier run, the champion's for None. Raises UserError for what cannot be run again."""
+    if not store.rows:
+        raise UserError("no run has a verdict yet: begin with 'uv run loop.py try baseline'", 2)
+    if number is None:
+        return store.champion
+    runs = {run.number: run for run in store.read_runs()}
+    run = runs.get(number)
+    if run is None:
+        known = f"this tag has runs {min(runs)} to {max(runs)}" if runs else "this tag has none"
+        raise UserError(f"--again {number}: there is no such run, {known}", 2)
+    if run.purpose == "audit":
+        remedy = "give the number of an experiment's run, or --base for the champion"
+        raise UserError(f"--again {number}: that run was part of an audit: {remedy}", 2)
+    if run.commit not in store.attempts.values():  # a baseline that crashed
+        raise UserError(f"--again {number}: commit {run.commit[:7]} is not kept any more: give another run", 2)
+    return run.commit
 
 
 def _detach(log: Path) -> None:
@@ -172,11 +196,10 @@ def _detach(log: Path) -> None:
 def try_in_session(store: Store, open_session: Callable, source: bytes, description: str) -> int:
     """Measure one edit; the baseline first, where there is none. The edit of an agent that went on is not ours."""
     repository = store.repository
-    editable = repository.checkout / repository.editable
     is_baseline = not store.rows and source == repository.read(store.champion, repository.editable)
     problem = "" if is_baseline else find_problem(store, source)
     if problem:
-        raise UserError(f"refused: {problem}", 2)
+        raise UserError(f"refused: {problem}{_how_to_repeat(store, source)}", 2)
     with Interrupts(repository.checkout / "STOP") as interrupts:
         ratchet = open_session(store, Limits(), interrupts, None, keep_edit=True)
         try:
@@ -185,10 +208,53 @@ def try_in_session(store: Store, open_session: Callable, source: bytes, descript
             ratchet.run()
         finally:
             ratchet.close()
+    _put_back(store, source)
+    return _exit_code(store)
+
+
+def _how_to_repeat(store: Store, source: bytes) -> str:
+    """The end of a refusal: the command that measures an earlier attempt with this content once more."""
+    row = store.find_attempt(store.repository.hash_of_data(source))
+    if row is None:
+        return ""
+    commit = store.full(row.commit)
+    if commit == store.champion:
+        return ": 'uv run loop.py try --base' runs it once more"
+    number = min(number for number, attempt in store.attempts.items() if attempt == commit)
+    return f": 'uv run loop.py try --again {number}' runs it once more"
+
+
+def repeat_in_session(store: Store, open_session: Callable, commit: str) -> int:
+    """Measure a commit of an earlier run once more. An edit that is in the checkout stays there."""
+    champion = store.champion
+    untouched = store.repository.read(champion, store.repository.editable)
+    with Interrupts(store.repository.checkout / "STOP") as interrupts:
+        ratchet = open_session(store, Limits(), interrupts, None, keep_edit=True)
+        try:
+            ratchet.plan_again(commit)
+            ratchet.run()
+        finally:
+            ratchet.close()
+    has_edit = _put_back(store, untouched)
+    if has_edit and store.champion != champion:
+        name = store.repository.editable
+        say(f"note: {name} still holds your edit of the former champion {champion[:7]}: 'git diff' shows it")
+    return _exit_code(store)
+
+
+def _put_back(store: Store, source: bytes) -> bool:
+    """Put the checkout to the champion; an edit other than `source` stays, and the answer is whether there is one."""
+    repository = store.repository
+    editable = repository.checkout / repository.editable
     later = editable.read_bytes() if editable.is_file() and not editable.is_symlink() else source
     repository.reset(repository.checkout, store.champion, store.branch)
-    if later != source:  # the agent is at its next idea already
+    has_edit = later != source
+    if has_edit:  # the agent is at its next idea already
         editable.write_bytes(later)
+    return has_edit
+
+
+def _exit_code(store: Store) -> int:
     has_crashed = bool(store.rows) and store.rows[-1].status == "crash"
     return 1 if has_crashed else 0
 
@@ -249,7 +315,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     run.add_argument("--ray", default="", metavar="ADDRESS", help=ray_help)
 
     trying = commands.add_parser("try", help="one experiment on the edit now in the editable file")
-    trying.add_argument("description", help="what the edit does: one line for the ledger")
+    what = trying.add_mutually_exclusive_group(required=True)
+    what.add_argument("description", nargs="?", help="what the edit does: one line for the ledger")
+    what.add_argument("--again", type=int, metavar="RUN", help="an earlier run's commit once more, on a fresh seed")
+    what.add_argument("--base", action="store_true", help="the champion once more, on a fresh seed")
 
     status = commands.add_parser("status", help="where the run stands, one screen")
     status.add_argument("--wait", action="store_true", help="wait for the verdict of the experiment that runs now")

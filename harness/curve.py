@@ -16,6 +16,7 @@ from harness.contract import Domain
 from harness.files import open_regular
 
 MAX_LOG_BYTES = 24 * 2**20  # of one log: more than the loop keeps of it
+HEAD_BYTES = 2**20  # of a log: what is printed before the training begins
 MAX_POINTS = 4096  # of one curve: a longer one is thinned
 TOO_MANY = 10**15  # steps, or tokens a step: no run makes so many
 TOO_FAR = 0.05  # of the budget, beyond the first or the last point: there the curve says nothing
@@ -36,7 +37,7 @@ class Training:
     """What a log tells of the training."""
 
     points: list[Point]  # steps and shares rise
-    batch: int | None = None  # how much one step takes in; None: the log does not say
+    batch: int | None = None  # how much one step takes in, 1 where the domain only counts steps; None: not known
 
     @property
     def total(self) -> int | None:
@@ -51,7 +52,22 @@ def read_training(folder: Path, domain: Domain) -> Training:
     if not domain.curve_pattern:
         return Training([])
     text = _read_log(folder / "run.log")
-    return Training(read_curve(text, domain.curve_pattern), read_batch(text, domain.batch_pattern))
+    batch = read_batch(text, domain.batch_pattern) if domain.batch_pattern else 1
+    return Training(read_curve(text, domain.curve_pattern), batch)
+
+
+def unit_of(domain: Domain) -> str:
+    """What a training takes in."""
+    return domain.batch_unit if domain.batch_pattern else "steps"
+
+
+def read_batch_of(folder: Path, domain: Domain) -> int | None:
+    """How much one step of a run takes in: only the head of its log is read."""
+    if not domain.batch_pattern:
+        return 1
+    with contextlib.suppress(OSError), open_regular(folder / "run.log") as file:
+        return read_batch(file.read(HEAD_BYTES).decode(errors="replace"), domain.batch_pattern)
+    return None
 
 
 def _read_log(path: Path) -> str:

@@ -29,7 +29,7 @@ from harness.opening import false_rows
 from harness.prompt import summary
 from harness.screen import ERROR_CHARS, UserError, duration, say
 from harness.store import PROFILE_TRAILER, Run, Store
-from harness.verdict import compare
+from harness.verdict import explain, is_weak
 
 POLL_SECONDS = 0.2
 
@@ -57,11 +57,15 @@ def print_status(store: Store, wait: bool) -> int:
 
 
 def _wait_for_verdict(store: Store, rows_before: int) -> None:
-    """Return once a row came that decides more than the baseline, or no loop runs any more."""
+    """Return once a row came that decides more than the baseline, or no loop runs any more.
+
+    A gain on a former champion is no verdict yet: it runs again on the present one.
+    """
     size = 0
     while store.is_busy():
+        stale = {run.commit[:7] for run in store.read_runs() if run.decision == "stale"}
         new = store.rows[rows_before:]
-        if any(row.commit != store.rows[0].commit for row in new):
+        if any(row.commit not in (store.rows[0].commit, *stale) for row in new):
             return
         time.sleep(POLL_SECONDS)
         now = store.ledger.stat().st_size if store.ledger.exists() else 0
@@ -113,7 +117,8 @@ def _pace(events: list[dict]) -> str:
 
 def verdict_text(store: Store) -> str:
     """The last row and what it means, for an agent that waited for it; or why the newest `try` made none."""
-    refused = read_tail(store.home / "try.log", 1, ERROR_CHARS)
+    log = store.home / "try.log"
+    refused = read_tail(log, 1, ERROR_CHARS)
     if refused.startswith("error: "):
         return refused
     row = store.rows[-1]
@@ -121,16 +126,31 @@ def verdict_text(store: Store) -> str:
     runs = [run for run in store.runs_of(store.full(row.commit)) if run.decision and run.purpose != "audit"]
     if runs:
         run = runs[-1]
-        if run.decision != "crash":
-            lines.append(compare(run, _first_run(store, run.base), store.domain))
-        lines += run.marks
+        lines += explain(store, run)
+        lines += _scores_of_repeated(store, row.commit)
+        if is_weak(run):
+            lines.append(f"once the machine is quiet, run it again: uv run loop.py {again(store, run)}")
+    # A gain on a former champion that could not be run again on the present one.
+    lines += [line for line in read_tail(log, 20, ERROR_CHARS).splitlines() if line.startswith("dropped: ")]
+    if runs:
         lines.append(f"log runs/{run.number:04d}/run.log")
     return "\n".join(lines)
 
 
-def _first_run(store: Store, commit: str) -> Run | None:
-    runs = [run for run in store.runs_of(commit) if run.decision in ("keep", "discard", "stale")] if commit else []
-    return runs[0] if runs else None
+def _scores_of_repeated(store: Store, commit: str) -> list[str]:
+    """All scores of a commit that ran more than once, and which of them are believed."""
+    scores = store.scores(commit)
+    if len(scores) < 2:
+        return []
+    listed = ", ".join(f"{score:.6f}" for score in scores)
+    believed = believed_scores([row for row in store.rows if row.commit in (commit, store.rows[0].commit)])[commit]
+    how = "their mean" if len(believed) == len(scores) else "the mean without the first, which chose it"
+    return [f"{commit} ran {len(scores)} times: {listed}; believed is {how}, {statistics.fmean(believed):.6f}"]
+
+
+def again(store: Store, run: Run) -> str:
+    """The arguments of loop.py that measure the commit of a run once more."""
+    return "try --base" if run.commit == store.champion else f"try --again {run.number}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

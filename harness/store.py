@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -39,7 +40,7 @@ class Run:
     base: str  # the commit that its edit changes; "" for the baseline
     seed: int
     description: str
-    purpose: str  # baseline, experiment, second look, audit
+    purpose: str  # baseline, experiment, repeat, second look, audit
     again_of: int = 0  # the run whose gain on a former champion is run again here
     decision: str = ""  # keep, discard, crash; stale: a gain on a former champion
     score: float = 0.0
@@ -49,6 +50,8 @@ class Run:
     training_seconds: float | None = None
     summary: dict[str, str] = field(default_factory=dict)
     marks: tuple[str, ...] = ()  # what makes the score weaker than it looks
+    busy_others: float | None = None  # share of the processors that others used meanwhile, 0 to 1
+    device_others: int | None = None  # other processes on the device
 
 
 class Store:
@@ -144,6 +147,11 @@ class Store:
             if commit and self._blobs[commit] == blob:
                 return row
         return None
+
+    def description(self, commit: str) -> str:
+        """What an attempt changes, as its commit says it."""
+        subject = self.repository("log", "-1", "--format=%s", commit)
+        return re.sub(r"^run \d+: ", "", subject)
 
     def scores(self, commit: str) -> list[float]:
         return scores_by_commit(self.rows).get(commit[:7], [])

@@ -1,8 +1,9 @@
 """`loop.py try`: one experiment for an agent that loops by itself, on the ledger that `loop.py run` uses too.
 
-    uv run pytest tests/test_try.py
+uv run pytest tests/test_try.py
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -42,12 +43,16 @@ def start_held(desk, description: str) -> subprocess.Popen:
     return waiter
 
 
-def test_try_prints_verdict_best_and_log_in_three_lines(desk):
+def test_try_prints_row_best_comparison_and_log(desk):
     process = attempt(desk, "raise depth to 5", DEPTH=5)
-    row, best, compared, log = process.stdout.splitlines()
+    row, best, *compared, log = process.stdout.splitlines()
     assert row.split("\t")[1:] == ["1.070000", "0.5", "keep", "raise depth to 5"]
     assert best.startswith(f"Best val_bpb 1.070000 ({row[:7]}), -0.010000 to the baseline")
-    assert compared.startswith("val_bpb 1.070000 (-0.010000 to its base), 0.5 GB (+0.0), ")
+    baseline = desk.rows()[0][0]
+    assert compared[0].split() == ["run", "0002", "base", baseline, "change"]
+    assert compared[1].split() == ["val_bpb", "1.070000", "1.080000", "-0.010000"]
+    assert compared[2].startswith("start-up seconds  ") and compared[3].split()[-3:] == ["0.5", "0.5", "+0.0"]
+    assert compared[4:] == ["* the run's own words: the judge did not measure them"]
     assert log == "log runs/0002/run.log" and "val_bpb:" in (desk.path / "runs/0002/run.log").read_text()
     assert [row[4] for row in desk.rows()] == ["baseline", "raise depth to 5"]  # the baseline came first
     assert len(process.stderr.splitlines()) == 1
@@ -77,12 +82,81 @@ def test_try_with_an_unchanged_file_runs_the_baseline_once(desk):
     assert len(desk.rows()) == 1
 
 
-def test_try_of_a_repeat_is_refused_and_names_the_row(desk):
-    attempt(desk, "fewer layers", DEPTH=3)
-    process = attempt(desk, "fewer layers again", code=2, DEPTH=3)
-    row = desk.rows()[1]
-    assert f"refused: train.py repeats {row[0]} (discard: fewer layers)" in process.stdout + process.stderr
-    assert len(desk.rows()) == 2
+@pytest.fixture
+def moody(desk):
+    """A desk whose runs with DEPTH = 5 score badly while a file `busy` exists, which the judge records."""
+    busy = 'DEPTH == 5 and (prepare.CACHE / "busy").exists()'
+    desk.replace(
+        "train.py", "prepare.finish(1.0 + ", f"busy = {busy}\nWIDTH = 1\nprepare.finish(1.1 + busy / 20 - WIDTH / 50 + "
+    )
+    desk.replace("train.py", "(seed - 42))", "(seed - 42), busy_others=0.4 * busy)")
+    desk.commit("a run that others disturb")
+    (desk.cache / "busy").touch()
+    return desk
+
+
+def test_attempt_that_lost_to_a_busy_machine_is_run_again_by_its_number(moody):
+    desk = moody
+    verdict = attempt(desk, "deeper", DEPTH=5).stdout
+    row, _, *_, advice, _log = verdict.splitlines()
+    assert row.split("\t")[1::2] == ["1.200000", "discard"] and "others used 40% of the machine" in verdict
+    assert advice == "once the machine is quiet, run it again: uv run loop.py try --again 2"
+
+    refused = attempt(desk, "deeper once more", code=2, DEPTH=5).stdout
+    remedy = "'uv run loop.py try --again 2' runs it once more"
+    assert refused == f"error: refused: train.py repeats {row[:7]} (discard: deeper): {remedy}\n"
+    desk.git("checkout", "train.py")
+    attempt(desk, "wider", WIDTH=2)
+    champion = desk.rows()[-1][0]
+
+    (desk.cache / "busy").unlink()
+    desk.set_knob(DEPTH=9)  # the agent's next idea
+    again = desk.loop("try", "--again", "0002")
+    rows = desk.rows()
+    assert [row[3] for row in rows] == ["keep", "discard", "keep", "discard", "keep"]
+    assert rows[3][:2] == [row[:7], "1.150000"] and rows[3][4].startswith("deeper (again, seed ")
+    assert rows[3][4].endswith("runs again on the present one")  # its base is not the champion any more
+    assert rows[4][1] == "1.130000" and desk.git("show", "HEAD:train.py").count("DEPTH = 5") == 1
+    assert again.stdout.startswith(rows[4][0]) and f"base {champion}" in again.stdout
+    assert "DEPTH = 9" in (desk.path / "train.py").read_text()  # it was not touched
+
+    base = desk.loop("try", "--base").stdout
+    assert desk.rows()[-1][:4] == rows[4][:4] and f"{rows[4][0]} ran 2 times: 1.130000, 1.130000; believed is " in base
+    assert "DEPTH = 9" in (desk.path / "train.py").read_text()
+    seeds = [json.loads((desk.path / f"runs/000{number}/run.json").read_text())["seed"] for number in (2, 4, 6)]
+    assert seeds[0] == 42 and len(set(seeds)) == 3
+
+    for number in ("99", "-1"):
+        error = errors(desk.loop("try", "--again", number, code=2))[0]
+        assert error == f"error: --again {number}: there is no such run, this tag has runs 1 to 6"
+    assert len(desk.rows()) == 6
+
+
+@pytest.mark.slow
+def test_crash_baseline_and_detached_attempt_are_run_again(moody):
+    desk = moody
+    assert "begin with 'uv run loop.py try baseline'" in errors(desk.loop("try", "--base", code=2))[0]
+    with open(desk.path / "train.py", "a") as file:
+        file.write("assert not busy, 'boom'\n")
+    attempt(desk, "fragile", code=1, DEPTH=5)
+    (desk.cache / "busy").unlink()
+    assert desk.loop("try", "--again", "2").stdout.split("\t")[3] == "keep"  # its first score decides
+    assert desk.loop("try", "--again", "1").stdout.split("\t")[3] == "discard"  # the baseline is the champion no more
+    champion = desk.git("rev-parse", "HEAD")
+    assert [row[3] for row in desk.rows()] == ["keep", "crash", "keep", "discard"]
+
+    desk.hold.touch()
+    waiter = desk.popen("try", "--again", "3")
+    hear(waiter, "running; ")
+    wait_for(lambda: desk.events()[-1]["event"] == "training")
+    os.killpg(waiter.pid, signal.SIGKILL)
+    wait = desk.popen("status", "--wait")
+    desk.hold.unlink()
+    assert ended(wait).stdout.split("\t")[3] == "keep"
+    wait_for(lambda: "no loop is running" in desk.loop("status").stdout)
+    assert desk.git("rev-parse", "HEAD") == champion and len(desk.rows()) == 5
+    desk.loop("audit", "--replicates", "1")
+    assert "was part of an audit" in errors(desk.loop("try", "--again", "6", code=2))[0]
 
 
 def test_try_of_a_file_that_does_not_compile_is_refused_and_the_edit_stays(desk):
@@ -161,7 +235,7 @@ def test_experiment_survives_its_waiter_and_status_tells_the_verdict(desk, numbe
     with pytest.raises(subprocess.TimeoutExpired):  # it has not begun, or it waits
         wait.wait(0.7)
     desk.hold.unlink()
-    row, best, _, log = ended(wait).stdout.splitlines()
+    row, best, *_, log = ended(wait).stdout.splitlines()
     assert row.split("\t")[3:] == ["keep", "deeper"] and "Best val_bpb 1.070000" in best and log.endswith("run.log")
     assert (desk.path / log.removeprefix("log ")).exists()
     wait_for(lambda: "no loop is running" in desk.loop("status").stdout)
