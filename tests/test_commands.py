@@ -118,7 +118,9 @@ NO_SENSE = [
     (["--workers", "0", "--agent-cmd", "true"], "--workers 0: give 1 or more"),
     (["--ahead", "-1", "--agent-cmd", "true"], "--ahead -1: give 0 or more"),
     (["--hours", "nan", "--agent-cmd", "true"], "--hours nan: give 0 or more"),
-    (["try"], "the following arguments are required: description"),
+    (["try"], "one of the arguments description --again --base is required"),
+    (["try", "an idea", "--base"], "argument --base: not allowed with argument description"),
+    (["try", "--again", "x"], "argument --again: invalid int value: 'x'"),
     (["frobnicate"], "unrecognized arguments: frobnicate"),
     (["status", "--agent", "x"], "unrecognized arguments: --agent x"),
 ]
