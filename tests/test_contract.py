@@ -47,6 +47,7 @@ batches = prepare.make_dataloader(tokenizer, 4, prepare.MAX_SEQ_LEN, "train", de
 next(batches)
 prepare.evaluate_bpb(Model(), tokenizer, 4)
 """
+REAL = pytest.param("the real judge", marks=pytest.mark.slow)
 STAND_IN_RUN = """
 import sys
 sys.path.append(".")
@@ -60,7 +61,7 @@ def keys_of(kind: type) -> set[str]:
     return {RENAMED.get(entry.name, entry.name) for entry in dataclasses.fields(kind)}
 
 
-@pytest.fixture(scope="module", params=["the real judge", "the stand-in"])
+@pytest.fixture(scope="module", params=[REAL, "the stand-in"])
 def judge(request, tmp_path_factory):
     """(The folder of a prepare.py with its data prepared, its processes' variables, the code of a run, the runs.)"""
     folder = tmp_path_factory.mktemp("judge")

@@ -95,6 +95,7 @@ def test_token_bytes_are_raw_lengths(judge):
     assert int(lengths[tokenizer.encode(text)].sum()) == len(text.encode())
 
 
+@pytest.mark.slow
 def test_true_model_of_a_markov_chain_scores_its_entropy_rate(tmp_path):
     """Parquet to bpb: four letters, a token each, of which the next depends on the last; the model is that chain."""
     rng = np.random.default_rng(11)

@@ -1,7 +1,8 @@
 """Kill -9 at every step: the loop, its agent, its training, or all of them at once as when the plug is pulled.
 
-    uv run pytest tests/test_loop_kill.py            # 20 kills, half of them with four workers
-    uv run pytest tests/test_loop_kill.py -m slow    # 300 kills: at state transitions, at random moments, of children
+    uv run pytest tests/test_loop_kill.py                      # four kills
+    uv run pytest tests/test_loop_kill.py -m slow              # 100: at state transitions, at random, of children
+    KILLS=150 uv run pytest tests/test_loop_kill.py -m slow    # 300
 
 A state transition is whatever loop.py does to the outside: a process started (git, agent, training), a file of the
 desk opened, renamed or removed, a folder made. An audit hook, put into the loop's interpreter from outside by a
@@ -21,6 +22,7 @@ from conftest import Desk, ended, wait_for
 from harness.files import is_locked
 from harness.store import read_run
 
+KILLS = int(os.environ.get("KILLS", 50))  # with one worker, and as many with four
 HOOK = """
 import os, sys
 
@@ -241,19 +243,13 @@ def many_kills(night: Night, count: int, seed: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 4])
-def test_kill_at_steps_and_at_random_loses_nothing(desk, workers):
-    many_kills(Night(desk, workers), 6, seed=random.randrange(10**6))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 4])
 def test_kill_at_every_step_loses_nothing(desk, workers):
-    many_kills(Night(desk, workers), 150, seed=random.randrange(10**6))
+    many_kills(Night(desk, workers), KILLS, seed=random.randrange(10**6))
 
 
 def test_kill_while_the_checkout_moves_leaves_no_change_in_it(desk):
     night = Night(desk, workers=2)
-    for command in ("update-ref", "read-tree", "restore"):
+    for command in ("read-tree", "restore"):
         night.kill_at_move(command)
 
 

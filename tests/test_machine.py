@@ -114,7 +114,7 @@ def test_ledger_on_a_full_disk_ends_with_one_line_and_resumes(small_disk):
     assert desk.rows()[:2] == rows and desk.statuses() == ["keep"] * 3
 
 
-@pytest.mark.parametrize("change", ["deleted", "edited"])
+@pytest.mark.parametrize("change", [pytest.param("deleted", marks=pytest.mark.slow), "edited"])
 @pytest.mark.parametrize("when", [("measured", 2), ("training", 3)])  # between two runs, under a run
 def test_changed_data_ends_the_night_and_blames_nobody(desk, change, when):
     seconds = 'knob("SECONDS", 1 if count() > 1 else 0)'
@@ -277,6 +277,7 @@ def test_read_only_checkout_is_one_line(desk, mount):
     assert len(errors(done)) == 1 and "Read-only file system" in errors(done)[0]
 
 
+@pytest.mark.slow
 def test_clock_that_jumps_hurts_nothing(desk):
     """The wall clock jumps a day ahead and two back at every look; limits are kept by another clock."""
     (desk.outside / "sitecustomize.py").write_text(

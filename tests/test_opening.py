@@ -45,6 +45,7 @@ def test_start_after_an_ordinary_stop_notes_nothing(night):
     assert "note:" not in night.loop(*BASELINE).stderr
 
 
+@pytest.mark.slow
 def test_tag_that_an_older_loop_began_is_refused_and_nothing_is_changed(desk):
     """Its attempts were numbered from 0 and its run folders lay elsewhere."""
     desk.git("update-ref", "refs/autoresearch/t/0", "HEAD")

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import DEEPER, Desk, ended, errors, has_event, hear, wait_for
 
-MODES = ["--ahead=0", "--ahead=1"]
+MODES = [pytest.param("--ahead=0", marks=pytest.mark.slow), "--ahead=1"]
 
 
 def start_held(desk: Desk, *options: str) -> subprocess.Popen:

@@ -147,7 +147,7 @@ def test_fresh_model_has_nanochats_names_and_the_stated_statistics():
             assert p.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.01), name
 
 
-@pytest.mark.parametrize("backend", ["sdpa_attention", "flex_attention", "flash"])
+@pytest.mark.parametrize("backend", ["sdpa_attention", pytest.param("flex_attention", marks=pytest.mark.slow), "flash"])
 def test_exported_model_gives_the_same_logits_and_holds_only_torchs_operators(monkeypatch, backend):
     """An audit scores the graph where neither train.py nor its kernels are; whatever trained is exported as SDPA."""
     function = getattr(train, backend, lambda *_: pytest.fail("a kernel of the hub was exported"))
@@ -262,6 +262,7 @@ def test_flex_agrees_with_sdpa(window):
     )
 
 
+@pytest.mark.slow
 def test_flex_is_traced_into_one_graph_with_masks_that_were_built_before(monkeypatch):
     config = GPTConfig(128, 64, 2, 2, 2, 32, "SL")
     model = shake(build(config))

@@ -316,6 +316,7 @@ def test_first_timed_step_starts_from_the_initial_state(monkeypatch):
     assert [state["step"] for state in optimizer.state.values() if "step" in state] == [1] * adamw_parameters
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_after_warm_up(monkeypatch):
     model, optimizer = fresh()
     train.choose_attention(CONFIG, torch.device("cpu"))

@@ -221,7 +221,7 @@ def test_edits_made_while_the_experiment_runs_survive(desk):
     assert attempt(desk, "deeper still").stdout.split("\t")[1] == "1.060000"
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_experiment_survives_its_waiter_and_status_tells_the_verdict(desk, number):
     attempt(desk, "baseline")
     desk.set_knob(DEPTH=5)

@@ -38,6 +38,7 @@ def run(checkout: Path, *command: str, **env: str) -> subprocess.CompletedProces
     )
 
 
+@pytest.mark.slow
 def test_loop_goes_from_nothing_to_a_ledger(checkout):
     told = run(checkout, "train.py")
     assert told.returncode == 1
