@@ -50,7 +50,7 @@ from harness.ray_fleet import OFF, RayFleet
 from harness.report import Audited
 from harness.screen import UserError, duration, is_terminal, one_line, say, show
 from harness.store import Run, Store, read_run
-from harness.verdict import compare, find_marks
+from harness.verdict import compare, find_marks, mean_pace
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a fork for another domain changes: this block, the judge and the file that is edited
@@ -665,6 +665,7 @@ class Ratchet:
         measurement = experiment.measurements[0]
         clean_score, clean_test_score = measurement.rescored or (None, None)
         was_exported = measurement.record.exported is not None
+        steps, pace = mean_pace(self.store, experiment.runs)
         return Audited(
             name=f"{role} {experiment.commit[:7]}",
             score=measurement.record.score,
@@ -674,6 +675,8 @@ class Ratchet:
             problem=measurement.rescore_problem,
             was_refused=was_exported and bool(DOMAIN.score_command) and measurement.rescored is None,
             device=self.facts.device,
+            steps=steps,
+            pace=pace,
         )
 
     # What a person sees

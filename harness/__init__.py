@@ -18,7 +18,8 @@
     fleet             where jobs run: submit(Job) -> Future
     ray_fleet         the same on Ray, on one machine or many; ray_driver is the process that has Ray, ray_node what a
                       node does with a job
-    verdict           what stands beside a score: marks, and how it differs from its base
+    curve             the training curve in a run's log: the run's own words
+    verdict           what stands beside a score: marks, and how and why it differs from its base
     report, picture   status, report and audit as text; the picture
     commands          arguments and exit codes
 """

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from harness import picture
 from harness.contract import Domain
+from harness.curve import unit_of
 from harness.files import read_tail
 from harness.ledger import (
     GIVEN_AWAY_SIGMAS,
@@ -29,7 +30,7 @@ from harness.opening import false_rows
 from harness.prompt import summary
 from harness.screen import ERROR_CHARS, UserError, duration, say
 from harness.store import PROFILE_TRAILER, Run, Store
-from harness.verdict import explain, is_weak
+from harness.verdict import explain, is_weak, mean_of_known, mean_pace
 
 POLL_SECONDS = 0.2
 
@@ -166,6 +167,8 @@ class Kept:
     gain: float  # on the one before; 0 for the baseline
     resolved: bool  # larger than the noise
     description: str
+    steps: float | None = None  # and what was taken in a second: the means of its runs; None where none says so
+    pace: float | None = None
 
 
 @dataclass(frozen=True)
@@ -221,7 +224,7 @@ def compute(store: Store | None, rows: list[Row], path: Path, domain: Domain) ->
     events = store.read_timeline() if store is not None else []
     return Findings(
         rows=rows,
-        kept=_kept_changes(rows, sigma, domain),
+        kept=_kept_changes(rows, sigma, domain, store),
         sigma=sigma,
         sigma_source=source,
         given_away=given_away(rows, domain),
@@ -241,7 +244,7 @@ def _noise(rows: list[Row], profile: str, domain: Domain) -> tuple[float, str]:
     return domain.sigma_of(profile), "assumed; --confirm measures it here"
 
 
-def _kept_changes(rows: list[Row], sigma: float, domain: Domain) -> list[Kept]:
+def _kept_changes(rows: list[Row], sigma: float, domain: Domain, store: Store | None = None) -> list[Kept]:
     descriptions: dict[str, str] = {}
     for row in rows:
         if row.status == "keep":
@@ -257,9 +260,18 @@ def _kept_changes(rows: list[Row], sigma: float, domain: Domain) -> list[Kept]:
         score = statistics.fmean(scores)
         gain = 0.0 if before is None else domain.gain(kept[-1].score, score)
         resolved = before is not None and is_resolved(before, scores, sigma, domain)
-        kept.append(Kept(commit, score, gain, resolved, description))
+        steps, pace = _speed_of(store, commit)
+        kept.append(Kept(commit, score, gain, resolved, description, steps, pace))
         before = scores
     return kept
+
+
+def _speed_of(store: Store | None, commit: str) -> tuple[float | None, float | None]:
+    """Steps and tokens a second of a commit's runs; None in a ledger without run folders."""
+    if store is None:
+        return None, None
+    runs = [run for run in store.runs_of(store.full(commit)) if run.score and run.purpose != "audit"]
+    return mean_pace(store, runs)
 
 
 def _warnings(store: Store | None) -> list[str]:
@@ -289,11 +301,12 @@ def print_findings(findings: Findings, domain: Domain) -> None:
     gain_text = f"gain {gain:.6f} {domain.unit} ({share:.2%})"
     print(f"best {best.score:.6f} ({best.commit}), baseline {first.score:.6f}, {gain_text}")
     print()
-    print(f"{'kept':8} {domain.metric:>8} {'gain':>9}  {'':12} description")
-    print(f"{first.commit:8} {first.score:8.6f} {'':9}  {'':12} {first.description}")
-    for change in findings.kept[1:]:
+    speeds = speed_columns([(change.steps, change.pace) for change in findings.kept], domain)
+    print(f"{'kept':8} {domain.metric:>8} {'gain':>9}  {'':12}{speeds[0]} description")
+    print(f"{first.commit:8} {first.score:8.6f} {'':9}  {'':12}{speeds[1]} {first.description}")
+    for change, speed in zip(findings.kept[1:], speeds[2:], strict=True):
         word = "resolved" if change.resolved else "within noise"
-        print(f"{change.commit:8} {change.score:8.6f} {change.gain:9.6f}  {word:12} {change.description}")
+        print(f"{change.commit:8} {change.score:8.6f} {change.gain:9.6f}  {word:12}{speed} {change.description}")
     print()
     print(f"noise of one run: {findings.sigma:.6f} {domain.unit} ({findings.sigma_source})")
     print("resolved: the gain is over 2 standard errors")
@@ -302,6 +315,20 @@ def print_findings(findings: Findings, domain: Domain) -> None:
         print(f"given away for simplicity: {findings.given_away:.6f} of at most {limit:.6f} {domain.unit}")
     for warning in findings.warnings:
         print(f"mark: {warning}")
+
+
+def speed_columns(speeds: list[tuple[float | None, float | None]], domain: Domain) -> list[str]:
+    """Steps and tokens a second as columns of a table, the heading first; "" for each where nothing is known."""
+    headings = ("steps", f"{unit_of(domain)}/s")
+    lines = [""] * (len(speeds) + 1)
+    for column, heading in enumerate(headings):
+        values = [speed[column] for speed in speeds]
+        if all(value is None for value in values) or (column == 1 and not domain.batch_pattern):
+            continue
+        cells = [heading, *("-" if value is None else f"{value:,.0f}" for value in values)]
+        width = max(map(len, cells))
+        lines = [f"{line} {cell:>{width}}" for line, cell in zip(lines, cells, strict=True)]
+    return [f"{line} " if line else "" for line in lines]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -323,6 +350,8 @@ class Audited:
     problem: str  # why there are no clean scores
     was_refused: bool  # there is an exported network, and the clean process gave it no scores
     device: str
+    steps: float | None = None  # and what it took in a second, as the run says
+    pace: float | None = None
 
 
 def print_audit(audited: list[Audited], domain: Domain) -> int:
@@ -331,13 +360,14 @@ def print_audit(audited: list[Audited], domain: Domain) -> int:
     replicates = sum(run.name == names[0] for run in audited)
     headings = f"{'validation ' + domain.unit:>21} {'sealed test ' + domain.unit:>21}"
     seeds = "1 fresh seed" if replicates == 1 else f"{replicates} fresh seeds"
-    print(f"{'':27} {headings}   ({seeds} each)")
+    speeds = speed_columns([_mean_speed([run for run in audited if run.name == name]) for name in names], domain)
+    print(f"{'':27} {headings}{speeds[0]}   ({seeds} each)")
     means = {}
-    for name in names:
+    for name, speed in zip(names, speeds[1:], strict=True):
         runs = [run for run in audited if run.name == name]
         columns = ([run.score for run in runs], [run.test_score for run in runs])
         means[name] = [statistics.fmean(column) for column in columns]
-        print(f"{name:27} {_cell(columns[0])} {_cell(columns[1])}")
+        print(f"{name:27} {_cell(columns[0])} {_cell(columns[1])}{speed}".rstrip())
         clean = [run for run in runs if run.clean_score is not None]
         if clean:
             cells = f"{_cell([run.clean_score for run in clean])} {_cell([run.clean_test_score for run in clean])}"
@@ -355,6 +385,10 @@ def print_audit(audited: list[Audited], domain: Domain) -> int:
     for doubt in doubts:
         say(f"error: {doubt}")
     return 1 if doubts else 0
+
+
+def _mean_speed(runs: list[Audited]) -> tuple[float | None, float | None]:
+    return mean_of_known([run.steps for run in runs]), mean_of_known([run.pace for run in runs])
 
 
 def _cell(scores: list[float]) -> str:

@@ -74,10 +74,10 @@ def mean_pace(store: Store, runs: list[Run]) -> tuple[float | None, float | None
     for run in runs:
         steps.append(number(run, store.domain.steps))
         paces.append(pace(run, read_batch_of(store.folder(run.number), store.domain), store.domain))
-    return _mean_of_known(steps), _mean_of_known(paces)
+    return mean_of_known(steps), mean_of_known(paces)
 
 
-def _mean_of_known(values: list[float | None]) -> float | None:
+def mean_of_known(values: list[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 

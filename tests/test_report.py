@@ -65,6 +65,7 @@ def test_report_tells_what_was_kept_and_what_it_gained(night):
     assert [words[0] for words in table] == [rows[0][0], rows[1][0], rows[3][0]]
     assert table[1][1:] == ["1.070000", "0.010000", "resolved     idea 1"]
     assert table[2][1:] == ["1.069900", "0.000100", "within noise idea 3"]
+    assert lines[4].split() == ["kept", "val_bpb", "gain", "description"]  # no run says its steps
     assert lines[9] == "noise of one run: 0.000400 bpb (assumed; --confirm measures it here)"
     assert not [line for line in lines if line.startswith(("mark:", "given away"))]
     assert (night.path / "progress.png").read_bytes().startswith(PNG)
@@ -383,3 +384,22 @@ def test_audit_that_cannot_be_is_one_error_line(night, desk):
         assert done.stdout == ""
     process = desk.loop("audit", "--tag", "t", code=1)
     assert process.stderr == "error: there are no rows to audit: 'uv run loop.py --agent random' starts a run\n"
+
+
+def test_report_and_audit_print_steps_and_tokens_a_second_where_runs_say_them(desk):
+    desk.replace("train.py", "time.sleep(SECONDS)", 'time.sleep(0.02); print("batch 2,048 tokens = 8 rows")')
+    with open(desk.path / "train.py", "a") as file:
+        file.write("print(f'num_steps: {100 * DEPTH}')\n")
+    desk.commit("a run that counts its steps")
+    agent = desk.agent('knob("DEPTH", 5)')
+    desk.loop("--agent-cmd", agent, "--tag", "t", "--max-experiments", "1")
+    runs = [json.loads((desk.home() / f"runs/000{number}/run.json").read_text()) for number in (1, 2)]
+    speeds = [f"{steps * 2048 / run['training_seconds']:,.0f}" for steps, run in zip((400, 500), runs, strict=True)]
+    lines = desk.loop("report").stdout.splitlines()
+    assert lines[4].split() == ["kept", "val_bpb", "gain", "steps", "tokens/s", "description"]
+    assert lines[5].split()[2:4] == ["400", speeds[0]] and lines[6].split()[4:6] == ["500", speeds[1]]
+    audit = desk.loop("audit", "--replicates", "1").stdout.splitlines()
+    assert " steps " in audit[0] and " tokens/s " in audit[0]
+    assert [audit[line].split()[4] for line in (1, 3)] == ["400", "500"]
+    foreign = report_of(desk, (desk.home() / "results.tsv").read_text()).stdout
+    assert "steps" not in foreign and foreign.splitlines()[3].split() == [*lines[4].split()[:3], "description"]
