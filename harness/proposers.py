@@ -13,9 +13,11 @@ from harness import environment
 from harness.agents import Agent
 from harness.desk import Assignment, Desk, NoProposal, Proposal, compile_problem
 from harness.files import read_text
-from harness.prompt import write_prompt
+from harness.ledger import measured_sigma
+from harness.prompt import Background, write_prompt
 from harness.screen import duration, say
 from harness.store import Store
+from harness.verdict import discarded_when_busy, latest_verdicts
 
 FIRST_BACKOFF = 5  # seconds to wait after a failed proposal; doubles
 LAST_BACKOFF = 600  # seconds, the longest wait
@@ -32,6 +34,7 @@ class Proposers:
         self._store = store
         self._desks = desks
         self._agent = agent
+        self._profile = profile
         self._variables = environment.variables_for_agent(profile)
         self._limit = limit
         self._stop = stop
@@ -52,13 +55,25 @@ class Proposers:
         assignment = self.assignments.popleft() if self.assignments else Assignment(champion, start)
         instructions = self._instructions()
         text = write_prompt(
-            instructions, self._store.rows, running, self._refusal, assignment.text, self._store.domain
+            instructions,
+            self._store.rows,
+            self._background(),
+            running,
+            self._refusal,
+            assignment.text,
+            self._store.domain,
         )
         desk.lay_out(champion, assignment, text)
         self._refusal = ""
         future = self._threads.submit(desk.ask, self._agent, assignment, self._variables, self._limit, self._stop)
         self.asked[future] = desk
         return True
+
+    def _background(self) -> Background:
+        store = self._store
+        sigma = measured_sigma(store.rows) or store.domain.sigma_of(self._profile)
+        merged = {run.commit[:7] for run in store.read_runs() if run.decision == "stale"}
+        return Background(sigma, discarded_when_busy(store), merged, latest_verdicts(store))
 
     def _instructions(self) -> str:
         """The human's file, from the checkout: an edit counts from the next proposal on."""

@@ -1,6 +1,6 @@
 """What stands beside a score: the marks that make it weaker, how it differs from its base, and why that may be so.
 
-`explain` reads the two runs' folders; the rest are pure functions.
+`explain` and what calls it read the run folders; the rest are pure functions.
 """
 
 import math
@@ -15,6 +15,8 @@ from harness.store import Run, Store
 BUSY_SHARE = 0.10  # of the machine, used by others: over it a score is weak
 STARTUP_FACTOR = 2  # a start-up this many times the base's,
 STARTUP_EXTRA = 30  # and this many seconds longer, is marked: compilation may explain it, training before the clock too
+LATEST = 3  # verdicts that an agent is told
+LOOK_BACK = 30  # rows among which they are looked for
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of the budget, at which the training losses are compared
 CLEAR_PACE = 0.05  # of the base's steps: fewer or more than this is slower or faster
 CLEAR_LOSS = 0.01  # of the base's training loss: higher or lower than this is worse or better
@@ -128,6 +130,28 @@ def explain(store: Store, run: Run) -> list[str]:
     if base is not None and is_weak(base):
         lines.append(f"its base, run {base.number:04d}, was measured on a busy machine: the difference is weak")
     return lines
+
+
+def latest_verdicts(store: Store) -> list[str]:
+    """The newest scored experiments, oldest first: their rows, and how they stand beside their bases."""
+    texts = []
+    for row in reversed(store.rows[-LOOK_BACK:]):
+        runs = [run for run in store.runs_of(store.full(row.commit)) if run.base and run.decision and run.score]
+        if row.status != "crash" and runs and not any(text.startswith(row.commit) for text in texts):
+            texts.append("\n".join([str(row).rstrip(), *explain(store, runs[-1])]))
+        if len(texts) == LATEST:
+            break
+    return texts[::-1]
+
+
+def discarded_when_busy(store: Store) -> set[str]:
+    """Commits (7 characters) that were discarded, and whose every run was disturbed by others."""
+    disturbed: dict[str, bool] = {}
+    for run in store.read_runs():
+        if run.decision == "discard":
+            commit = run.commit[:7]
+            disturbed[commit] = disturbed.get(commit, True) and is_weak(run)
+    return {commit for commit, is_so in disturbed.items() if is_so}
 
 
 def base_run(store: Store, run: Run) -> Run | None:

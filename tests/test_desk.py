@@ -321,7 +321,7 @@ def test_instructions_that_are_missing_come_from_the_champion(desk):
 def test_prompt_holds_instructions_best_and_the_last_20_rows(desk):
     run(desk, desk.agent('knob("DEPTH", 3)\nsay("idea 1")\n'), experiments=1)
     with open(desk.home() / "results.tsv", "a") as ledger:
-        ledger.writelines(f"{desk.rows()[1][0]}\t1.090000\t0.5\tdiscard\tidea {n}\n" for n in range(2, 24))
+        ledger.writelines(f"{n:07x}\t1.090000\t0.5\tdiscard\tidea {n}\n" for n in range(2, 24))
     run(desk, desk.agent('(OUTSIDE / "prompt").write_text(prompt)\n' + EDIT), experiments=1)
     prompt = (desk.outside / "prompt").read_text()
     assert prompt.startswith("# Instructions\n\nLower val_bpb.\n")
@@ -330,7 +330,8 @@ def test_prompt_holds_instructions_best_and_the_last_20_rows(desk):
     assert re.findall(r"\tdiscard\t(.*)", last_rows) == [f"idea {n}" for n in range(4, 24)]
     near_misses = prompt.partition("Near misses")[2].partition("\n\n")[2].partition("\n\n")[0]
     assert re.findall(r"\tdiscard\t(.*)", near_misses) == [f"idea {n}" for n in range(1, 11)]
-    assert "Nothing was kept in the last 23 runs: leave this neighbourhood" in prompt and "\tkeep\t" not in prompt
+    assert "Nothing was kept in the last 23 experiments: leave this neighbourhood" in prompt
+    assert "\tkeep\t" not in prompt
     assert "edit train.py once" in prompt and "experiment.txt" in prompt and "Running or waiting" not in prompt
 
 
