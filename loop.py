@@ -44,6 +44,7 @@ from harness.files import read_tail
 from harness.fleet import LocalFleet
 from harness.interrupts import Interrupts, StopNow
 from harness.ledger import Row
+from harness.notify import Notifier
 from harness.opening import Use, check_packages, mark, open_tag, stale_gains, summary_of_baseline
 from harness.proposers import Proposers, find_problem
 from harness.ray_fleet import OFF, RayFleet
@@ -96,6 +97,7 @@ FIRST_SEED = 42  # of every attempt's first run; further runs take seeds that no
 BASELINE_RUNS = 3  # with --confirm
 POLL_SECONDS = 0.2  # between looks at results, signals and the clock
 LIVE_RUNS = 3  # that the live line lists; more are summed up
+LONG_WAIT = 1800  # seconds of waiting after which --notify tells it
 
 # ---------------------------------------------------------------------------------------------------------------------
 # An experiment, and the runs that it needs
@@ -163,15 +165,24 @@ class Ratchet:
         self.deadline = time.monotonic() + 3600 * limits.hours
         self.usual_seconds = facts.time_budget  # that a run takes; later the last one's
         self.waiting_for = ""  # what the machine lacks, as a person was last told
+        self.waiting_since = 0.0  # time.monotonic(), where it lacks something
+        self.has_told_wait = False
+        self.without_keep = 0  # experiments of this session that were decided since the last keep
+        self.enough = ""  # why no new candidate begins, where --patience or --target say so
+        self.why_ended = ""  # for --notify
+        self.notifier = Notifier(limits.notify, store.home / "notify.log")
 
     def run(self) -> None:
         """The loop. Raises StopNow at the second Ctrl-C."""
         self.plan_baseline()
         self.plan_stale_gains()
+        self.look_for_target()
         while not self.is_finished():
             self.ask()
             self.launch()
             self.settle()
+            self.tell_long_wait()
+        self.why_ended = self.reason_to_end()
 
     def close(self) -> None:
         """End what runs, and put the checkout to the champion."""
@@ -179,7 +190,9 @@ class Ratchet:
         self.fleet.close()
         if self.proposers:
             self.proposers.close()
-        self.store.note("stopped")
+        self.store.note("stopped", description=self.why_ended)
+        self.tell(f"the loop ended: {self.why_ended}")
+        self.notifier.close()
 
     def is_finished(self) -> bool:
         """Whether nothing runs, and nothing more is to be begun."""
@@ -187,17 +200,33 @@ class Ratchet:
             return False
         if self.is_stopping():
             return True
-        nobody_proposes = self.proposers is None or self.begun >= self.limits.max_experiments
+        if self.proposers is None:
+            nobody_proposes = True
+        elif self.proposers.have_spent_all():
+            nobody_proposes = not self.proposers.asked
+        else:
+            nobody_proposes = self.begun >= self.limits.max_experiments
         return nobody_proposes and not self.waiting
 
     def is_stopping(self) -> bool:
-        """Whether no new candidate may begin: Ctrl-C, a file STOP, --hours."""
-        return self.interrupts.is_stopping or time.monotonic() > self.deadline
+        """Whether no new candidate may begin: Ctrl-C, a file STOP, --hours, --patience, --target."""
+        return bool(self.enough) or self.interrupts.is_stopping or time.monotonic() > self.deadline
+
+    def reason_to_end(self) -> str:
+        if self.enough:
+            return self.enough
+        if self.interrupts.is_stopping:
+            return "stopped by request"
+        if time.monotonic() > self.deadline:
+            return f"--hours {self.limits.hours:g} are over"
+        if self.proposers and self.proposers.have_spent_all():
+            return f"--max-usd {self.limits.max_usd:g} is spent"
+        return "all experiments are done"
 
     # Ask: every idle desk, while too few candidates wait
 
     def ask(self) -> None:
-        if self.proposers is None or self.is_stopping():
+        if self.proposers is None or self.is_stopping() or self.proposers.have_spent_all():
             return
         wanted = self.free_places() + self.limits.ahead * self.fleet.capacity
         while True:
@@ -404,6 +433,8 @@ class Ratchet:
 
     def try_again(self, planned: PlannedRun, reason: str) -> None:
         """The machine's fault: the run is made again, as the same run, when it may have recovered."""
+        if not self.waiting_for:
+            self.waiting_since = time.monotonic()
         if reason != self.waiting_for:
             say(f"waiting: {reason}")
             self.store.note("waiting", planned.number, reason)
@@ -578,6 +609,7 @@ class Ratchet:
             self.move_champion(former)
             self.same = summary_of_baseline(self.store)
         self.store.publish(self.repository.checkout)
+        self.count_verdict(experiment, verdict, former)
 
     def close_run(self, run: Run, verdict: str) -> Row:
         """Write the verdict to a run's folder; its row."""
@@ -598,6 +630,56 @@ class Ratchet:
             self.store.move_branch(former)
         if self.proposers:
             self.proposers.clear_idle()
+
+    # Enough, and telling it: --patience, --target, --notify
+
+    def count_verdict(self, experiment: Experiment, verdict: str, former: str) -> None:
+        """Tell of a kept change, and see whether the session has done enough."""
+        if experiment.purpose == "experiment" and verdict == "keep":
+            self.without_keep = 0
+            score = self.store.estimate(experiment.commit)
+            gain = DOMAIN.gain(self.store.estimate(former), score)
+            run = min(experiment.runs, key=run_number)
+            scored = f"{score:.6f} (gain {gain:.6f} {DOMAIN.unit}, run {run.number:04d})"
+            self.tell(f"kept {METRIC} {scored}: {experiment.description}")
+        elif experiment.purpose == "experiment" and verdict != "stale":  # that one is run again, and counts then
+            self.without_keep += 1
+        self.look_for_target()
+        if self.without_keep >= self.limits.patience and not self.enough:
+            self.end_because(f"no keep in {self.without_keep} experiments (--patience)")
+
+    def look_for_target(self) -> None:
+        target = self.limits.target
+        score = self.store.estimate(self.store.champion)
+        if target is None or score is None or self.enough:
+            return
+        if DOMAIN.gain(target, score) >= 0:
+            self.end_because(f"the champion's {score:.6f} reaches --target {target:g}")
+
+    def end_because(self, reason: str) -> None:
+        """As Ctrl-C once does: what runs is finished, nothing new begins."""
+        self.enough = reason
+        say(f"enough: {reason}; finishing what runs, then stopping")
+
+    def tell_long_wait(self) -> None:
+        """Once for every time that the loop waits for long: for the machine, or for agents that all fail."""
+        waits = []
+        if self.waiting_for:
+            waits.append((self.waiting_since, f"for the machine: {self.waiting_for}"))
+        if self.proposers and self.proposers.failing_since is not None:
+            waits.append((self.proposers.failing_since, "for a proposal: the agents give none"))
+        if not waits:
+            self.has_told_wait = False
+            return
+        since, what = min(waits)
+        seconds = time.monotonic() - since
+        if seconds > LONG_WAIT and not self.has_told_wait:
+            self.has_told_wait = True
+            self.tell(f"waiting for {duration(seconds)} {what}")
+
+    def tell(self, news: str) -> None:
+        """To --notify: only what the ledger would show anybody, no log and no path."""
+        self.notifier.tell(f"{self.store.branch}: {news}\n{prompt.summary(self.store.rows, DOMAIN)}")
 
     # What goes before every candidate
 
@@ -747,7 +829,7 @@ def open_session(
     proposers = None
     if agent is not None:
         desks = make_desks(store, in_checkout, limits.workers)
-        proposers = Proposers(store, desks, agent, facts.profile, limits.agent_timeout, interrupts.stop)
+        proposers = Proposers(store, desks, agent, facts.profile, limits.agent_timeout, limits.max_usd, interrupts.stop)
     say(f"{store.branch}: profile {facts.profile} ({facts.reason}), {facts.device_name}, {facts.time_budget:g} s a run")
     store.note("session")
     return Ratchet(store, facts, fleet, proposers, limits, interrupts)

@@ -10,6 +10,8 @@
     ledger            rows, noise, the decision: pure functions
     store             one tag's folder: ledger, attempts, run folders, timeline
     opening           whatever a killed loop left behind is put right, once a session
+    costs             what an agent's CLI says in its JSON mode: its words, tokens and dollars
+    notify            tells a person, by a command of theirs
     agents            how each coding agent's CLI is called; random_search is the one without a model
     desk              a checkout that one agent edits: asked, it gives a proposal or says why there is none
     prompt            what an agent is told

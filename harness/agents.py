@@ -27,18 +27,20 @@ class Agent:
     check: str = ""  # arguments of a quick command that tells, without network, whether it is logged in
     refused: str = ""  # the pattern in the check's output that says no; anything else passes
     login: str = ""  # the remedy where it is not logged in
+    reports_usd: bool = False  # it can tell what a call cost (see costs.py); of an unknown command nobody knows
 
 
 AGENTS = {
     "claude": Agent(
-        command=["claude", "-p", "--dangerously-skip-permissions"],
+        command=["claude", "-p", "--dangerously-skip-permissions", "--output-format", "json"],
         install="npm install -g @anthropic-ai/claude-code",
         check="auth status",
         refused=r'"loggedIn": *false',
         login="claude auth login, or export ANTHROPIC_API_KEY",
+        reports_usd=True,
     ),
     "codex": Agent(
-        command=["codex", "exec", "--dangerously-bypass-approvals-and-sandbox", "-"],
+        command=["codex", "exec", "--dangerously-bypass-approvals-and-sandbox", "--json", "-"],
         install="npm install -g @openai/codex",
         check="login status",
         refused="Not logged in",
@@ -58,7 +60,11 @@ AGENTS = {
         refused="exit code 41",
         login="gemini, or export GEMINI_API_KEY",
     ),
-    "opencode": Agent(command=["opencode", "run", "--auto"], install="npm install -g opencode-ai"),
+    "opencode": Agent(
+        command=["opencode", "run", "--auto", "--format", "json"],
+        install="npm install -g opencode-ai",
+        reports_usd=True,
+    ),
     "random": Agent(command=[sys.executable, "-P", str(Path(__file__).with_name("random_search.py"))]),
 }
 

@@ -43,6 +43,10 @@ class Limits:
     max_experiments: float = math.inf
     hours: float = math.inf
     agent_timeout: float = AGENT_TIMEOUT
+    max_usd: float = math.inf  # that the agents of this session may cost
+    patience: float = math.inf  # experiments without a keep
+    target: float | None = None  # score that is enough
+    notify: str = ""  # a shell command that tells a person; "": nobody is told
 
 
 def main(domain: Domain, checkout: Path, open_session: Callable) -> int:
@@ -88,6 +92,7 @@ def open_store(checkout: Path, domain: Domain, tag: str | None) -> Store:
 
 def command_run(domain: Domain, checkout: Path, open_session: Callable, args: argparse.Namespace) -> int:
     check_limits(args)
+    check_target(args.target, domain)
     agent = choose_agent(args.agent, args.agent_cmd)
     store = open_store(checkout, domain, args.tag)
     limits = Limits(
@@ -98,6 +103,10 @@ def command_run(domain: Domain, checkout: Path, open_session: Callable, args: ar
         max_experiments=args.max_experiments,
         hours=args.hours,
         agent_timeout=args.agent_timeout,
+        max_usd=args.max_usd,
+        patience=args.patience,
+        target=args.target,
+        notify=args.notify or "",
     )
     with store.locked(), Interrupts(checkout / "STOP") as interrupts:
         (store.home / "try.log").unlink(missing_ok=True)  # the refusal of an earlier `try` is no news any more
@@ -105,7 +114,11 @@ def command_run(domain: Domain, checkout: Path, open_session: Callable, args: ar
         try:
             ratchet.run()
         except StopNow:
+            ratchet.why_ended = "stopped at once"
             say("stopped: what was in flight is dropped, ledger and branch are as the last row says")
+        except Exception as error:
+            ratchet.why_ended = f"error: {one_line(str(error))}"
+            raise
         finally:
             ratchet.close()
     say(f"{summary(store.rows, domain)} Read it with: uv run loop.py report")
@@ -115,11 +128,24 @@ def command_run(domain: Domain, checkout: Path, open_session: Callable, args: ar
 def check_limits(args: argparse.Namespace) -> None:
     """Raises UserError for numbers that mean nothing."""
     lowest = {"workers": 1, "ahead": 0, "max_experiments": 0, "hours": 0, "agent_timeout": 0}
+    lowest |= {"max_usd": 0, "patience": 1}
     for name, least in lowest.items():
         value = getattr(args, name)
         if value is not None and not value >= least:  # NaN too
             raise UserError(f"--{name.replace('_', '-')} {value}: give {least} or more", 2)
+    if args.max_usd < math.inf and args.agent in AGENTS and not AGENTS[args.agent].reports_usd:
+        able = ", ".join(name for name, agent in AGENTS.items() if agent.reports_usd)
+        raise UserError(f"--max-usd {args.max_usd:g}: {args.agent} reports no dollars: {able} do", 2)
+    if args.notify is not None and not args.notify.strip():
+        raise UserError(f"--notify {args.notify!r}: give a shell command", 2)
     check_extra(args.workers, args.ray)
+
+
+def check_target(target: float | None, domain: Domain) -> None:
+    """Raises UserError for a score that cannot be."""
+    lowest, highest = domain.score_range
+    if target is not None and not lowest <= target <= highest:  # NaN too
+        raise UserError(f"--target {target}: give a {domain.metric} from {lowest:g} to {highest:g}", 2)
 
 
 # try
@@ -308,6 +334,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     run.add_argument("--max-experiments", type=int, default=math.inf, metavar="N", help="stop after N (default: never)")
     run.add_argument("--hours", type=float, default=math.inf, metavar="H", help="stop after H hours (default: never)")
     run.add_argument("--agent-timeout", type=float, default=AGENT_TIMEOUT, metavar="S", help="seconds for one proposal")
+    usd_help = "ask for nothing more once this session's agents have cost X (of restarts each counts its own)"
+    run.add_argument("--max-usd", type=float, default=math.inf, metavar="X", help=usd_help)
+    patience_help = "stop after N experiments of this session without a keep"
+    run.add_argument("--patience", type=int, default=math.inf, metavar="N", help=patience_help)
+    run.add_argument("--target", type=float, metavar="SCORE", help="stop once the champion's score is as good")
+    notify_help = "shell command that gets a text on standard input: of a keep, of the end, of a wait of half an hour"
+    run.add_argument("--notify", metavar="CMD", help=notify_help)
     run.add_argument("--confirm", action="store_true", help="a gain counts once fresh seeds have confirmed it")
     run.add_argument("--ahead", type=int, metavar="N", help="candidates that wait for each device (1 on CUDA, else 0)")
     run.add_argument("--workers", type=int, default=1, metavar="N", help="experiments at a time (default 1)")

@@ -7,17 +7,19 @@ import contextlib
 import os
 import re
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from harness.agents import Agent
-from harness.files import open_regular, read_tail, write_atomically
-from harness.processes import run_child
+from harness.costs import Answer, Cost, read_answer
+from harness.files import open_regular, open_to_append, read_tail, write_atomically
+from harness.processes import Ending, run_child
 from harness.repository import Repository
 from harness.screen import one_line
 
 DESCRIPTION_FILE = "experiment.txt"  # one line by the agent
 MAX_EDIT_BYTES = 4 * 2**20
+MAX_LOG_BYTES = 16 * 2**20  # that are read of an agent's log; what is kept of its output is less
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Assignment:
     base: str  # the commit that its edit changes
     start: bytes  # the editable file as the agent finds it
     text: str = ""  # what it is told beyond the usual
+    failures: int = 0  # of agents that got it
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Proposal:
     base: str
     description: str
     again_of: int = 0  # the run whose gain on a former champion is to be run again
+    cost: Cost = field(default_factory=Cost)  # of the call that gave it
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class NoProposal:
 
     reason: str
     is_refusal: bool = False  # there was an edit, and it did not pass: the next agent is told
+    is_failure: bool = False  # the agent did not work at all, of a rate limit say
+    cost: Cost = field(default_factory=Cost)
 
 
 class Desk:
@@ -97,7 +103,13 @@ class Desk:
                 stdin=os.devnull if takes_file else prompt,
             )
         except OSError as error:  # while it updates itself, say
-            return NoProposal(f"the agent does not start: {error}")
+            return NoProposal(f"the agent does not start: {error}", is_failure=True)
+        said = self._read_log()
+        answer = self._look(assignment, ending, said, limit)
+        return replace(answer, cost=said.cost)
+
+    def _look(self, assignment: Assignment, ending: Ending, said: Answer, limit: float) -> Proposal | NoProposal:
+        """What the agent made of the editable file."""
         name = self.repository.editable
         try:
             with open_regular(self.editable) as file:
@@ -109,9 +121,22 @@ class Desk:
         if source != assignment.start:
             return Proposal(source, assignment.base, self._description(assignment.start, source))
         if ending.problem:
-            last_line = one_line(read_tail(self.log, 1), 90)
-            return NoProposal(f"the agent ended with {ending.problem}: {last_line}")
+            last_words = one_line(said.words[-1] if said.words else read_tail(self.log, 1), 90)
+            has_used_its_time = ending.seconds >= limit
+            return NoProposal(f"the agent ended with {ending.problem}: {last_words}", is_failure=not has_used_its_time)
         return NoProposal(f"the agent left {name} as it was")
+
+    def _read_log(self) -> Answer:
+        """What the agent printed. Where that is JSON, it stands at the end of its log in plain words too."""
+        with contextlib.suppress(OSError):
+            with open_regular(self.log) as file:
+                said = read_answer(file.read(MAX_LOG_BYTES).decode(errors="replace"))
+            if said.words:
+                words = "\n".join(said.words)
+                with open_to_append(self.log) as file:
+                    file.write(f"\n--- In plain words ({said.cost}):\n\n{words}\n")
+            return said
+        return Answer()
 
     def _description(self, start: bytes, source: bytes) -> str:
         with contextlib.suppress(OSError), open_regular(self.place / DESCRIPTION_FILE) as file:

@@ -3,11 +3,13 @@
 Agents run in threads of their own; everything here is called by the one deciding thread.
 """
 
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 from harness import environment
 from harness.agents import Agent
@@ -21,27 +23,44 @@ from harness.verdict import discarded_when_busy, latest_verdicts
 
 FIRST_BACKOFF = 5  # seconds to wait after a failed proposal; doubles
 LAST_BACKOFF = 600  # seconds, the longest wait
+OFFERS = 3  # of an assignment in a row: if every agent fails of it, it may be the reason
 
 
 class Proposers:
     """Desks, the agents at work on them, and what the next one is to be told."""
 
     def __init__(
-        self, store: Store, desks: list[Desk], agent: Agent, profile: str, limit: float, stop: threading.Event
+        self,
+        store: Store,
+        desks: list[Desk],
+        agent: Agent,
+        profile: str,
+        limit: float,
+        max_usd: float,
+        stop: threading.Event,
     ):
         self.asked: dict[Future, Desk] = {}
-        self.assignments: deque[Assignment] = deque()  # crashes and conflicts, each offered once
+        self.assignments: deque[Assignment] = deque()  # crashes and conflicts, each for one agent that works
+        self.failing_since: float | None = None  # time.monotonic() of the first call in a row that gave no proposal
         self._store = store
         self._desks = desks
+        self._given: dict[Future, Assignment] = {}
+        self._has_unknown_cost = False  # and a person was told
         self._agent = agent
         self._profile = profile
         self._variables = environment.variables_for_agent(profile)
         self._limit = limit
+        self._max_usd = max_usd
+        self._spent_usd = 0.0  # by the calls that said what they cost
         self._stop = stop
         self._threads = ThreadPoolExecutor(max(1, len(desks)), "agent")
         self._failures = 0  # in a row
         self._not_before = 0.0  # time.monotonic()
         self._refusal = ""  # why the last edit was refused
+
+    def have_spent_all(self) -> bool:
+        """Whether the agents have cost as much as they may: nothing more is to be asked for."""
+        return self._spent_usd >= self._max_usd
 
     def ask(self, running: Iterable[str]) -> bool:
         """Ask an idle desk for a proposal; False if none is idle, or the agents are given a rest."""
@@ -52,7 +71,7 @@ class Proposers:
         desk = idle[0]
         champion = self._store.champion
         start = self._store.repository.read(champion, self._store.domain.editable)
-        assignment = self.assignments.popleft() if self.assignments else Assignment(champion, start)
+        assignment = self._next_assignment() or Assignment(champion, start)
         instructions = self._instructions()
         text = write_prompt(
             instructions,
@@ -67,7 +86,16 @@ class Proposers:
         self._refusal = ""
         future = self._threads.submit(desk.ask, self._agent, assignment, self._variables, self._limit, self._stop)
         self.asked[future] = desk
+        self._given[future] = assignment
         return True
+
+    def _next_assignment(self) -> Assignment | None:
+        """A crash or a conflict, if one waits; None for the champion's file."""
+        if not self.assignments:
+            return None
+        if self._failures and self.assignments[0].failures >= OFFERS:
+            return None  # first see whether agents fail without it too
+        return self.assignments.popleft()
 
     def _background(self) -> Background:
         store = self._store
@@ -86,20 +114,37 @@ class Proposers:
     def take(self, future: Future, pending: set[bytes]) -> Proposal | None:
         """What an agent came back with, if it passes the gate. `pending`: edits that wait or run already."""
         desk = self.asked.pop(future)
+        assignment = self._given.pop(future)
         answer = future.result()
+        self._note_cost(answer)
         desk.clear(self._store.champion)
         if isinstance(answer, Proposal):
             problem = find_problem(self._store, answer.source, pending)
             if not problem:
                 self._failures = 0
+                self.failing_since = None
                 return answer
             answer = NoProposal(problem, is_refusal=True)
         if self._stop.is_set():
             return None
+        if answer.is_failure and assignment.text and assignment.failures <= OFFERS:
+            self.assignments.appendleft(replace(assignment, failures=assignment.failures + 1))
         self._refuse(answer, desk)
         return None
 
+    def _note_cost(self, answer: Proposal | NoProposal) -> None:
+        """Every call counts, also one that gave no proposal."""
+        description = answer.description if isinstance(answer, Proposal) else f"no proposal: {answer.reason}"
+        self._store.note("proposal", description=description, cost=answer.cost)
+        if answer.cost.usd is not None:
+            self._spent_usd += answer.cost.usd
+        elif self._max_usd < math.inf and not self._has_unknown_cost:
+            say(f"note: this agent did not say what a call cost: --max-usd {self._max_usd:g} cannot count it")
+            self._has_unknown_cost = True
+
     def _refuse(self, answer: NoProposal, desk: Desk) -> None:
+        if self.failing_since is None:
+            self.failing_since = time.monotonic()
         # Agents that work side by side fail together, of a rate limit say: that is one failure.
         is_resting = time.monotonic() < self._not_before
         if not is_resting:
@@ -126,7 +171,11 @@ class Proposers:
     def close(self) -> None:
         """Wait for the agents, which the event `stop` ends, and clear every desk."""
         self._threads.shutdown(cancel_futures=True)
+        for future in self.asked:
+            if not future.cancelled() and future.exception() is None:
+                self._note_cost(future.result())
         self.asked.clear()
+        self._given.clear()
         self.clear_idle()
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from harness import picture
 from harness.contract import Domain
+from harness.costs import spending
 from harness.curve import unit_of
 from harness.files import read_tail
 from harness.ledger import (
@@ -50,7 +51,11 @@ def print_status(store: Store, wait: bool) -> int:
     print(f"{store.branch}: {state}")
     print(summary(store.rows, store.domain))
     if store.rows:
-        print(_pace(store.read_timeline()))
+        events = store.read_timeline()
+        print(_pace(events))
+        spent = spending(events, _number_kept(store.rows))
+        if spent:
+            print(spent)
         print()
         for row in store.rows[-10:]:
             print(str(row).rstrip())
@@ -114,6 +119,12 @@ def _pace(events: list[dict]) -> str:
             wall += max(0.0, after["at"] - before["at"])
     wall = wall or 1e-9
     return f"{len(runs) / wall * 3600:.1f} runs an hour, {sum(runs) / wall:.2f} devices busy on average"
+
+
+def _number_kept(rows: list[Row]) -> int:
+    """Kept changes; the baseline is none."""
+    kept = {row.commit for row in rows if row.status == "keep"}
+    return max(0, len(kept) - 1)
 
 
 def verdict_text(store: Store) -> str:
@@ -182,6 +193,7 @@ class Findings:
     given_away: float
     has_simpler: bool
     pace: str
+    spent: str  # by the agents
     warnings: list[str]
 
 
@@ -230,6 +242,7 @@ def compute(store: Store | None, rows: list[Row], path: Path, domain: Domain) ->
         given_away=given_away(rows, domain),
         has_simpler=any(row.status == "keep" and wants_simpler_rule(row.description) for row in rows),
         pace=_pace(events) if events else "",
+        spent=spending(events, _number_kept(rows)),
         warnings=_warnings(store),
     )
 
@@ -313,6 +326,8 @@ def print_findings(findings: Findings, domain: Domain) -> None:
     if findings.has_simpler:
         limit = GIVEN_AWAY_SIGMAS * findings.sigma
         print(f"given away for simplicity: {findings.given_away:.6f} of at most {limit:.6f} {domain.unit}")
+    if findings.spent:
+        print(findings.spent)
     for warning in findings.warnings:
         print(f"mark: {warning}")
 

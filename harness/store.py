@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness.contract import Domain
+from harness.costs import Cost
 from harness.files import is_locked, open_regular, open_to_append, read_text, take_lock, write_atomically
 from harness.ledger import Row, best_estimate, fresh_scores, parse_ledger, scores_by_commit
 from harness.repository import Repository
@@ -271,9 +272,13 @@ class Store:
         else:
             self.repository("update-ref", f"refs/heads/{self.branch}", self.champion)
 
-    def note(self, event: str, run: int = 0, description: str = "", seconds: float = 0.0) -> None:
-        """A line of the timeline."""
+    def note(
+        self, event: str, run: int = 0, description: str = "", seconds: float = 0.0, cost: Cost | None = None
+    ) -> None:
+        """A line of the timeline; with the cost of an agent's call, its unknown parts are null."""
         entry = {"at": time.time(), "event": event, "run": run, "description": description, "seconds": seconds}
+        if cost is not None:
+            entry |= dataclasses.asdict(cost)
         with contextlib.suppress(OSError), open_to_append(self.timeline) as file:
             file.write(json.dumps(entry) + "\n")
 

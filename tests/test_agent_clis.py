@@ -161,6 +161,10 @@ def test_edit_is_run_and_kept_or_discarded(lab):
     assert PROGRAM.strip() in prompt
     assert "raise depth to 8" in prompt
     assert any(prompt.strip() in request.user_text for request in lab.server.requests)
+    for event in [event for event in lab.desk.events() if event["event"] == "proposal"]:
+        if lab.name in ("claude", "codex"):  # opencode, where the machine is busy, may be ended after the edit
+            assert (event["tokens_in"], event["tokens_out"]) == (2, 2)  # one each for the edit and for the word
+        assert (event["usd"] is not None) == (lab.name == "claude")  # opencode knows no price of this model
 
 
 @every_cli_some_slow
@@ -175,7 +179,9 @@ def test_server_errors_and_rate_limits_cost_no_row(lab):
     lab.server.play(Status(500))
     limit = partial(lab.server.play, Status(429, retry_after_seconds=1))
     recover = partial(lab.server.play, *edit(8, "raise depth to 8"))
-    assert lab.run(1, on_failure=[limit, recover]).count("no proposal: the agent ended with") >= 2
+    said = lab.run(1, on_failure=[limit, recover])
+    assert said.count("no proposal: the agent ended with") >= 2
+    assert not re.search(r"exit code \d+: *[;{]", said), said  # the CLI's own words say why, in no JSON
     assert ledger(lab.desk) == [("keep", "baseline"), ("keep", "raise depth to 8")]
 
 
@@ -220,8 +226,8 @@ LOGGED_IN = {
     "gemini": ("--list-sessions", "No previous sessions found for this project.", 0),
 }
 NEEDED = {  # without these a real CLI asks a person, who sleeps, or edits nothing
-    "claude": ["-p", "--dangerously-skip-permissions"],
-    "codex": ["exec", "--dangerously-bypass-approvals-and-sandbox", "-"],
+    "claude": ["-p", "--dangerously-skip-permissions", "--output-format", "json"],
+    "codex": ["exec", "--dangerously-bypass-approvals-and-sandbox", "--json", "-"],
     "vibe": ["-p", "--auto-approve"],
     "gemini": ["-p", "--approval-mode", "yolo", "--skip-trust"],
 }

@@ -121,6 +121,11 @@ NO_SENSE = [
     (["try"], "one of the arguments description --again --base is required"),
     (["try", "an idea", "--base"], "argument --base: not allowed with argument description"),
     (["try", "--again", "x"], "argument --again: invalid int value: 'x'"),
+    (["--max-usd", "-1", "--agent-cmd", "true"], "--max-usd -1.0: give 0 or more"),
+    (["--max-usd", "5", "--agent", "codex"], "--max-usd 5: codex reports no dollars: claude, opencode do"),
+    (["--patience", "0", "--agent-cmd", "true"], "--patience 0: give 1 or more"),
+    (["--target", "nan", "--agent-cmd", "true"], "--target nan: give a val_bpb from 0.01 to 100"),
+    (["--notify", " ", "--agent-cmd", "true"], "--notify ' ': give a shell command"),
     (["frobnicate"], "unrecognized arguments: frobnicate"),
     (["status", "--agent", "x"], "unrecognized arguments: --agent x"),
 ]

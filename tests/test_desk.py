@@ -473,16 +473,18 @@ def test_crash_is_mended_once_from_the_crashed_file_and_its_log(desk):
             with open("train.py", "a") as file:
                 file.write("raise ValueError('boom')\\n")
         elif n == 2:
-            pass  # the agent fails: the mend is not offered again
+            sys.exit("rate limited")  # it did not work: the next one is to mend
+        elif n == 3:
+            pass  # it worked, and would not: the mend is not offered again
         else:
             knob("DEPTH", 4 + n)
         """
     )
     run(desk, agent, experiments=2)
-    start, prompt = ([(desk.outside / f"{name}{n}").read_text() for n in (1, 2, 3)] for name in ("start", "prompt"))
-    assert "boom" not in start[0] and "boom" in start[1]
-    assert "holds an experiment that crashed" in prompt[1] and "ValueError: boom" in prompt[1]
-    assert "holds an experiment" not in prompt[0]
+    start, prompt = ([(desk.outside / f"{name}{n}").read_text() for n in (1, 2, 3, 4)] for name in ("start", "prompt"))
+    assert ["boom" in text for text in start] == [False, True, True, False]
+    assert ["holds an experiment that crashed" in text for text in prompt] == [False, True, True, False]
+    assert "ValueError: boom" in prompt[2]
     assert desk.statuses() == ["keep", "crash", "keep"]
     assert_unharmed(desk)
 

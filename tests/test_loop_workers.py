@@ -103,8 +103,12 @@ class Agents:
         self.chance = chance
         self.asked: dict[Future, Proposal] = {}
         self.assignments: deque[Assignment] = deque()
+        self.failing_since = None
         self.told: list[str] = []  # what agents heard beyond the usual
         self.count = 0
+
+    def have_spent_all(self) -> bool:
+        return False
 
     def ask(self, running: list[str]) -> bool:
         if len(self.asked) == 4:

@@ -67,6 +67,7 @@ def test_report_tells_what_was_kept_and_what_it_gained(night):
     assert table[2][1:] == ["1.069900", "0.000100", "within noise idea 3"]
     assert lines[4].split() == ["kept", "val_bpb", "gain", "description"]  # no run says its steps
     assert lines[9] == "noise of one run: 0.000400 bpb (assumed; --confirm measures it here)"
+    assert "4 agent calls: dollars unknown; tokens unknown" in lines
     assert not [line for line in lines if line.startswith(("mark:", "given away"))]
     assert (night.path / "progress.png").read_bytes().startswith(PNG)
     assert night.git("status", "--porcelain") == ""
