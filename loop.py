@@ -3,7 +3,7 @@
     uv run loop.py --agent claude             # all night (Ctrl-C once: finish what runs and stop; twice: stop now)
     uv run loop.py try "raise depth to 10"    # one experiment on the edit now in train.py, for an agent that loops
     uv run loop.py status [--wait]            # where the run stands
-    uv run loop.py report [LEDGER]            # the morning read: what was kept, what it gained, progress.png
+    uv run loop.py report [LEDGER]            # the morning read: what was kept, progress.png, report.html
     uv run loop.py audit                      # baseline and champion again: fresh seeds, sealed split, a clean judge
 
 Words. desk: a checkout that an agent edits. bench: a fresh folder in which one run trains. champion: the commit of the
@@ -89,6 +89,7 @@ DOMAIN = Domain(
     steps="num_steps",
     curve_pattern=r"step (?P<step>\d{1,12}) \| (?P<percent>[\d.]{1,12})% \| loss (?P<loss>[^ |]{1,30}) ",
     batch_pattern=r"batch (?P<size>[\d,]{1,20}) tokens = ",
+    sample="sample",
 )
 
 STARTUP_ALLOWANCE = 300  # seconds for compilation and evaluation: a run may take 2 * its budget + this

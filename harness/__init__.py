@@ -22,6 +22,7 @@
                       node does with a job
     curve             the training curve in a run's log: the run's own words
     verdict           what stands beside a score: marks, and how and why it differs from its base
-    report, picture   status, report and audit as text; the picture
+    report, picture   status, report and audit as text; progress.png and the curves
+    page, morning     report.html: how text gets onto it; what it says
     commands          arguments and exit codes
 """

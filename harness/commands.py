@@ -5,7 +5,9 @@ line and never a traceback.
 """
 
 import argparse
+import contextlib
 import functools
+import io
 import math
 import os
 import signal
@@ -16,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness import report
+from harness import morning, report
 from harness.agents import AGENTS, choose_agent
 from harness.contract import Domain
 from harness.desk import Proposal
@@ -294,7 +296,10 @@ def command_status(domain: Domain, checkout: Path, open_session: Callable, args:
 
 def command_report(domain: Domain, checkout: Path, open_session: Callable, args: argparse.Namespace) -> int:
     store = None if args.ledger else open_store(checkout, domain, args.tag)
-    return report.print_report(store, args.ledger, checkout, domain)
+    is_live = store is not None and store.is_busy()
+    findings = report.print_report(store, args.ledger, checkout, domain)
+    print(f"page: {morning.write_page(store, findings, checkout, domain, is_live)}")
+    return 0
 
 
 def command_audit(domain: Domain, checkout: Path, open_session: Callable, args: argparse.Namespace) -> int:
@@ -309,7 +314,12 @@ def command_audit(domain: Domain, checkout: Path, open_session: Callable, args: 
             audited = ratchet.audit(args.replicates)
         finally:
             ratchet.close()
-    return report.print_audit(audited, domain)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        code = report.print_audit(audited, domain)
+    print(printed.getvalue(), end="")
+    morning.keep_audit(store, printed.getvalue(), report.find_doubts(audited))
+    return code
 
 
 COMMANDS = {
@@ -356,7 +366,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     status = commands.add_parser("status", help="where the run stands, one screen")
     status.add_argument("--wait", action="store_true", help="wait for the verdict of the experiment that runs now")
 
-    reading = commands.add_parser("report", help="what was kept, what it gained, progress.png")
+    reading = commands.add_parser("report", help="what was kept, what it gained, progress.png, report.html")
     reading.add_argument("ledger", nargs="?", metavar="LEDGER", help="another ledger than this run's")
 
     audit = commands.add_parser("audit", help="baseline and champion again: fresh seeds, sealed split, a clean judge")

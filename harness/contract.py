@@ -42,6 +42,7 @@ class Domain:
     curve_pattern: str = ""  # of a log line that is a point of the training curve: groups step, percent, loss; "": none
     batch_pattern: str = ""  # of the log line that says how much one step takes in: group size; "": none
     batch_unit: str = "tokens"  # of that size
+    sample: str = ""  # key of the summary: text that the trained model wrote, for people; "": there is none
 
     def __post_init__(self):
         for pattern, groups in ((self.curve_pattern, {"step", "percent", "loss"}), (self.batch_pattern, {"size"})):

@@ -29,6 +29,13 @@ def read_text(path: Path) -> str:
     return ""
 
 
+def read_head(path: Path, size: int) -> str:
+    """The first bytes of a regular file as text; "" where there is none."""
+    with contextlib.suppress(OSError), open_regular(path) as file:
+        return file.read(size).decode(errors="replace")
+    return ""
+
+
 def read_tail(path: Path, lines: int, width: int = 300) -> str:
     """The last lines of a log, each cut to `width` characters; "" where there is none."""
     with contextlib.suppress(OSError), open_regular(path) as file:
@@ -55,11 +62,11 @@ def open_to_append(path: Path):
     return os.fdopen(os.open(path, flags, 0o666), "a")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Put a text into a file so that a reader, or a power cut, meets the old one or the new one whole."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Put a text or bytes into a file so that a reader, or a power cut, meets the old one or the new one whole."""
     temporary = path.with_name(f".{path.name}")
     with new_file(temporary) as file:
-        file.write(text.encode())
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

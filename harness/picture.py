@@ -1,27 +1,39 @@
-"""The picture of a ledger: every run a dot, the best so far a line, the gains that matter most labelled.
+"""Pictures. Of a ledger: every run a dot, the best so far a line, the gains that matter most labelled.
 
 The green line is the best so far: where a commit ran more
 than once, the mean of the scores that are believed. The band around it is one sigma wide on either side: a single run
-cannot tell apart what lies within it.
+cannot tell apart what lies within it. Of the training: loss curves, at equal time and at equal tokens.
 """
 
 import itertools
 import math
+import re
 import statistics
 import warnings
 from dataclasses import dataclass
+from io import BytesIO, StringIO
 from pathlib import Path
 
 from harness.contract import Domain
+from harness.curve import Training
+from harness.files import write_atomically
 from harness.ledger import Row, believed_scores
 from harness.screen import one_line
 
 GREEN = "#2e7d32"
 GREY = "#9e9e9e"
 RED = "#c0392b"
-INK = "#010203"  # the page replaces it by its own colour of text; no other artist has it
+BLUE = "#2b6cb0"
+INK = "#010203"  # in an SVG: the page's own colour of text
+PAGE_COLOURS = {  # -> a variable of the page's style
+    GREEN: "var(--kept)",
+    GREY: "var(--discarded)",
+    RED: "var(--crashed)",
+    BLUE: "var(--baseline)",
+    INK: "currentColor",
+}
 
-MANY_DOTS = 2000  # more are drawn smaller, and in an SVG as one embedded image
+MANY_DOTS = 1000  # more are drawn smaller, and in an SVG as one embedded image
 MOST_LABELS = 40  # tried, the largest gains first
 LABEL_CHARS = (45, 28, 16)  # of a description: what does not fit is tried again, cut shorter
 LABEL_ANGLE = 35  # degrees
@@ -47,9 +59,17 @@ def plot(rows: list[Row], path: Path, domain: Domain, sigma: float) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # here, since it takes a second to import
 
     figure = draw(rows, domain, sigma, size=(14, 7), ink="black")
+    picture = BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a character that the font lacks is drawn as a box
-        FigureCanvasAgg(figure).print_png(path)
+        FigureCanvasAgg(figure).print_png(picture)
+    write_atomically(path, picture.getvalue())
+
+
+def progress_svg(rows: list[Row], domain: Domain, sigma: float) -> str:
+    """The same as an element of a page, in the page's colours."""
+    figure = draw(rows, domain, sigma, size=(11, 5.8), ink=INK)
+    return _to_svg(figure, "progress", f"every run: {domain.score_name} over runs")
 
 
 def draw(rows: list[Row], domain: Domain, sigma: float, size: tuple[float, float], ink: str):
@@ -76,7 +96,8 @@ def draw(rows: list[Row], domain: Domain, sigma: float, size: tuple[float, float
     axes.plot(*_columns(inside), "o", label="discarded", **style)
     worst = top if domain.lower_is_better else bottom
     red_size = 3 if is_crowded else 6
-    axes.plot(crashed, [worst] * len(crashed), "x", color=RED, markersize=red_size, label="crashed", clip_on=False)
+    style = {"color": RED, "markersize": red_size, "rasterized": is_crowded}
+    axes.plot(crashed, [worst] * len(crashed), "x", label="crashed", clip_on=False, **style)
     steps = [(best.at, best.score) for best in bests]
     steps.append((last, bests[-1].score))
     xs, ys = _columns(steps)
@@ -140,6 +161,113 @@ def _frame(scores: list[float], sigma: float, lower_is_better: bool) -> tuple[fl
     if lower_is_better:
         return low - 0.10 * room - sigma, high + 0.20 * room + sigma
     return low - 0.20 * room - sigma, high + 0.10 * room + sigma
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Curves of the training
+
+CURVE_POINTS = 80  # of one run, as far as a picture shows them
+EARLY_SHARE = 0.05  # of the budget: the steep fall before it is cut off
+BEYOND = 1.15  # of the longest curve that is drawn at first: room for others
+
+
+class Curves:
+    """Loss over time and over what was taken in (tokens, say), for a few runs; and the same scales for any other."""
+
+    def __init__(self, named: list[tuple[str, Training]], unit: str):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        self.figure = Figure(figsize=(11, 4.2), dpi=72)
+        FigureCanvasAgg(self.figure)
+        self.named = [(name, training) for name, training in named if len(training.points) > 1]
+        longest = max((training.total or 0 for _, training in self.named), default=0)
+        self.scale = 1e6 if longest >= 1e6 else 1.0
+        headings = ["% of the time"]
+        if longest:
+            headings.append(f"million {unit}" if self.scale > 1 else unit)
+        self.axes = [self.figure.add_subplot(1, len(headings), place + 1) for place in range(len(headings))]
+        for axes, heading, limit in zip(self.axes, headings, (100.0, longest / self.scale * BEYOND), strict=False):
+            axes.set_xlabel(heading, color=INK)
+            axes.set_xlim(0, limit)
+            axes.set_ylim(*self._limits())
+            axes.tick_params(colors=INK)
+            axes.grid(color=INK, alpha=0.12)
+            for spine in axes.spines.values():
+                spine.set_color(INK)
+        self.axes[0].set_ylabel("training loss", color=INK)
+        self.figure.subplots_adjust(left=0.07, right=0.985, top=0.97, bottom=0.13, wspace=0.14)
+
+    def _limits(self) -> tuple[float, float]:
+        later = []
+        for _, training in self.named:
+            later += [point.loss for point in training.points if point.share >= EARLY_SHARE]
+        low = min(later, default=0.0)
+        high = max(later, default=1.0)
+        room = (high - low) or 0.01 * abs(high) or 0.01
+        return low - 0.08 * room, high + 0.02 * room
+
+    def svg(self) -> str:
+        """The named curves as an element of a page, with an empty line in each part for one more run."""
+        for (name, training), colour in zip(self.named, (BLUE, GREEN), strict=False):
+            for axes, points in zip(self.axes, self._coordinates(training), strict=True):
+                axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.6, label=name)
+        self.axes[0].legend(loc="upper right", facecolor="none", edgecolor="none", labelcolor=INK)
+        lines = "".join(f'<polyline class="chosen" id="chosen{place}"/>' for place in range(len(self.axes)))
+        return _to_svg(self.figure, "curves", "training loss").replace("</svg>", f"{lines}</svg>")
+
+    def lines(self, training: Training) -> list[str]:
+        """The same curves of any run: for each part the points of an SVG polyline."""
+        height = self.figure.get_figheight() * 72
+        found = []
+        for axes, points in zip(self.axes, self._coordinates(training), strict=True):
+            box = axes.bbox
+            words = []
+            for x, y in axes.transData.transform(points) if points else ():
+                if box.x0 <= x <= box.x1:
+                    words.append(f"{x:.1f},{height - min(max(y, box.y0), box.y1):.1f}")
+            found.append(" ".join(words))
+        return found
+
+    def _coordinates(self, training: Training) -> list[list[tuple[float, float]]]:
+        """The points for each part, thinned."""
+        stride = max(1, math.ceil(len(training.points) / CURVE_POINTS))
+        points = training.points[::stride]
+        if training.points and points[-1] != training.points[-1]:
+            points = [*points, training.points[-1]]
+        found = [[(100 * point.share, point.loss) for point in points]]
+        if len(self.axes) > 1:
+            batch = training.batch
+            known = points if batch else []
+            found.append([(point.step * batch / self.scale, point.loss) for point in known])
+        return found
+
+
+def _to_svg(figure, name: str, title: str) -> str:
+    """A figure as one element, without fonts, dates or addresses; colours are those of the page's style."""
+    from matplotlib import rc_context
+
+    figure.patch.set_visible(False)
+    for axes in figure.axes:
+        axes.patch.set_visible(False)
+    text = StringIO()
+    settings = {"svg.fonttype": "none", "svg.hashsalt": name, "path.simplify_threshold": 1.0}
+    with rc_context(settings), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a character that the font lacks: the page has other fonts
+        figure.savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' id="[a-zA-Z0-9]+_[0-9]+"', "", svg)  # two pictures on a page would share them
+    view = re.search(r'viewBox="[^"]*"', svg)[0]
+    svg = f'<svg {view} role="img" aria-label="{title}">' + svg[svg.index(">") + 1 :]
+    for colour, variable in PAGE_COLOURS.items():
+        svg = svg.replace(colour, variable)
+    return svg
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Labels
 
 
 class _Labels:

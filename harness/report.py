@@ -197,8 +197,8 @@ class Findings:
     warnings: list[str]
 
 
-def print_report(store: Store | None, ledger: str | None, checkout: Path, domain: Domain) -> int:
-    """Print the table of kept changes and draw progress.png; of a tag, or of any ledger file."""
+def print_report(store: Store | None, ledger: str | None, checkout: Path, domain: Domain) -> Findings:
+    """Print the table of kept changes and draw progress.png; of a tag, or of any ledger file. What was found."""
     rows, path, bad = read_rows(store, ledger, checkout)
     if bad:
         say(f"warning: {bad} lines of {path} are no rows and were left out")
@@ -207,7 +207,7 @@ def print_report(store: Store | None, ledger: str | None, checkout: Path, domain
     path = checkout / "progress.png"
     picture.plot(rows, path, domain, findings.sigma)
     print(f"picture: {path}")
-    return 0
+    return findings
 
 
 def read_rows(store: Store | None, ledger: str | None, checkout: Path) -> tuple[list[Row], Path, int]:
@@ -396,7 +396,7 @@ def print_audit(audited: list[Audited], domain: Domain) -> int:
         print(f"{'gain':27} {gains[0]:>21.6f} {gains[1]:>21.6f}")
     else:
         print("nothing was kept: the baseline is the champion")
-    doubts = _find_doubts(audited)
+    doubts = find_doubts(audited)
     for doubt in doubts:
         say(f"error: {doubt}")
     return 1 if doubts else 0
@@ -413,7 +413,7 @@ def _cell(scores: list[float]) -> str:
     return f"{text:>21}"
 
 
-def _find_doubts(audited: list[Audited]) -> list[str]:
+def find_doubts(audited: list[Audited]) -> list[str]:
     """The runs whose own score the clean process did not bear out, a line each."""
     doubts = []
     for run in audited:

@@ -116,7 +116,7 @@ prepare.finish(1.0 + abs(DEPTH - 12) / 100 + abs(LR - 0.1) / 10 + NOISE * (seed 
 BASELINE = "--tag", "t", "--agent-cmd", "true", "--max-experiments", "0"  # for Desk.loop: the first row, no more
 DEEPER = 'knob("DEPTH", knob("DEPTH") + 1)'  # for Desk.agent: a proposal that is better, up to 12
 
-IGNORED = "results.tsv\nrun.log\nruns\nexperiment.txt\nSTOP\nprogress.png\n__pycache__/\n"
+IGNORED = "results.tsv\nrun.log\nruns\nexperiment.txt\nSTOP\nprogress.png\nreport.html\n__pycache__/\n"
 
 
 @functools.cache
@@ -127,7 +127,7 @@ def desk_template() -> Path:
     desk = Desk.__new__(Desk)
     desk.path = folder / "desk"
     (desk.path / "harness").mkdir(parents=True)
-    for source in (ROOT / "loop.py", *(ROOT / "harness").glob("*.py")):
+    for source in (ROOT / "loop.py", *(ROOT / "harness").glob("*.py"), ROOT / "harness" / "page.html"):
         (desk.path / source.relative_to(ROOT)).write_text(source.read_text())
     desk.set_constant("harness/processes.py", "KILL_GRACE", "0.5")
     desk.set_constant("harness/proposers.py", "FIRST_BACKOFF", "0.05")

@@ -71,6 +71,7 @@ FORBIDDEN = {  # room -> what DESIGN has it know nothing of
     "desk": {"bench", "fleet", "ledger"},
     "repository": {"store", "ledger", "desk", "bench"},
     "processes": {"repository", "store", "ledger", "desk", "bench"},
+    "page": {"agents", "store", "bench"},
     "picture": {"agents", "store", "bench"},
 }
 
@@ -116,7 +117,10 @@ def test_documented_loop_command_is_accepted(command):
     commands.parse_arguments(words)  # argparse ends the test with SystemExit where it is not
 
 
-@pytest.mark.parametrize("name", ["results.tsv", "run.log", "runs", "experiment.txt", "STOP", "progress.png"])
+LEFTOVERS = ["results.tsv", "run.log", "runs", "experiment.txt", "STOP", "progress.png", "report.html"]
+
+
+@pytest.mark.parametrize("name", LEFTOVERS)
 def test_what_a_run_leaves_is_ignored_by_git(name):
     assert subprocess.run(["git", "check-ignore", "-q", name], cwd=ROOT).returncode == 0
 

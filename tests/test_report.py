@@ -5,6 +5,7 @@
 
 import copy
 import dataclasses
+import html
 import itertools
 import json
 import re
@@ -89,9 +90,10 @@ def test_report_and_status_work_from_another_worktree_and_branch(night):
             )
             out = ended(process).stdout
             if command[0] == "report":
-                without_picture = [line for line in out.splitlines() if "progress.png" not in line]
-                assert without_picture == [line for line in from_the_desk.splitlines() if "progress.png" not in line]
+                places = re.compile(r"(?m)^(picture|page): .*\n")
+                assert places.sub("", out) == places.sub("", from_the_desk)
                 assert (other / "progress.png").read_bytes().startswith(PNG)
+                assert (other / "report.html").exists()
             else:
                 assert out == night.loop("status").stdout
     finally:
@@ -240,6 +242,13 @@ def test_report_of_15000_rows_takes_seconds(desk):
     out = report_of(desk, HEADER + "".join(map(str, rows))).stdout
     assert out.startswith("15000 rows: 750 keep (5%), 13500 discard (90%), 750 crash (5%)\n")
     assert time.monotonic() - begin < 30  # a few seconds where nothing else runs
+    page = (desk.path / "report.html").read_text()
+    assert len(page) < 3e6
+    shown = page.count('class="run row ')
+    counts = re.search(r"([\d,]+) of 15,000 rows are left out \((.*) keep, (.*) discard, (.*) crash\)", page)
+    left_out, *parts = (int(count.replace(",", "")) for count in counts.groups())
+    assert left_out == sum(parts) == 15000 - shown
+    assert shown > 500
 
 
 # ---- status ----------------------------------------------------------------------------------------------------------
@@ -316,6 +325,8 @@ def test_audit_runs_baseline_and_champion_on_fresh_seeds_on_both_splits_and_in_a
     records = {path.parent.name: path.read_text() for path in (noisy.home() / "runs").glob("*/result.json")}
     assert [name for name in sorted(records) if "test_bpb" in records[name]] == ["0003", "0004", "0005", "0006"]
     assert "mark:" not in noisy.loop("report").stdout  # an audit's scores are not held against the rows
+    page = html.unescape((noisy.path / "report.html").read_text())
+    assert process.stdout.strip() in page
 
 
 def test_audit_says_loudly_where_the_clean_process_scores_something_else_or_refuses(desk):

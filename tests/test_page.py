@@ -1,0 +1,140 @@
+"""report.html, the morning page: what it shows, what it leaves out, and that nothing on it runs or asks for anything.
+
+    uv run pytest tests/test_page.py
+    uv run pytest -n 0 -m slow tests/test_page.py    # in a browser: needs Debian's chromium
+"""
+
+import dataclasses
+import html
+import html.parser
+import json
+import subprocess
+
+import pytest
+
+import loop
+from harness import morning, page
+from harness.ledger import Row
+from harness.report import compute
+from harness.repository import Repository
+from harness.store import Run, Store
+
+CLOSING = "</style></title></pre></svg>]]>-->"
+EVIL = f"<script>alert(1)</script>{CLOSING}<img src=x onerror=alert(1)> \0\x1b[31m\u202e & {{{{ 7*7 }}}}"
+LOUD = '"><script>alert(2)</script>'
+PARTS = ("description", "diff", "log", "sample", "audit", "wait", "mark")
+
+
+class Reader(html.parser.HTMLParser):
+    """What a browser makes of a page: its elements, attributes, scripts and text."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.scripts: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+
+    def handle_endtag(self, tag):
+        self.tags.append(f"/{tag}")
+
+    def handle_data(self, data):
+        is_script = bool(self.tags) and self.tags[-1] == "script"
+        (self.scripts if is_script else self.words).append(data)
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=person", "-c", "user.email=person@localhost"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "start"], check=True)
+    store = Store(Repository(tmp_path, "train.py", "program.md"), "t", loop.DOMAIN)
+    store.home.mkdir(parents=True)
+    return store
+
+
+def add_runs(store: Store, scores: list[float], text: str = "", details: int = 30) -> None:
+    """Rows with their run folders; every second one is kept; every text has its part's name and `text` in it."""
+    said = {part: f"{part} {text}" for part in PARTS}
+    for number, score in enumerate(scores, 1):
+        folder = store.folder(store.new_folder())
+        status = "keep" if number % 2 else "discard"
+        if number <= details:
+            lines = [f"step {step} | {step:.1f}% | loss {9 - step / 20} |" for step in range(1, 101)]
+            head = f"batch 524,288 tokens = {text}"
+            (folder / "run.log").write_text("\n".join([head, *lines, said["log"]]))
+            (folder / "change.diff").write_text(f"-old {number}\n+new {said['diff']}\n")
+        run = Run(
+            number, f"{number:040x}"[::-1], "", 42, said["description"], "experiment", decision=status, score=score,
+            summary={"sample": said["sample"]}, marks=(said["mark"],),
+        )  # fmt: skip
+        store.write_run(run)
+        record = {loop.METRIC: score}
+        (folder / "result.json").write_text(json.dumps(record))
+        store.rows.append(Row(run.commit[:7], score, 44.0, status, said["description"]))
+    (store.home / "audit.txt").write_text(said["audit"])
+    store.note("waiting", 1, said["wait"])
+
+
+def compose(store: Store, is_live: bool = False) -> str:
+    findings = compute(store, store.rows, store.ledger, loop.DOMAIN)
+    return morning.compose(store, findings, loop.DOMAIN, is_live, page.read_template())
+
+
+def test_page_shows_what_agents_wrote_as_text_and_asks_for_nothing(store):
+    add_runs(store, [1.0, 1.1, 0.9, 0.95], f"{EVIL}{LOUD}")
+    text = compose(store)
+    read = Reader(text)
+    assert len(read.scripts) == 1
+    assert not {"img", "iframe", "object", "embed", "base", "form", "a"} & set(read.tags)
+    asked = [value for name, value in read.attributes if name in ("src", "href", "xlink:href", "action", "srcset")]
+    assert all(value.startswith(("#", "data:")) for value in asked), asked
+    assert not [name for name, _ in read.attributes if name.startswith("on")]
+    assert not set(text) & set("\0\x1b\u202e")
+    shown = "".join(read.words)
+    for part in PARTS:
+        assert f"{part} <script>alert(1)</script>" in shown, part
+    assert "49" not in text.split("7*7")[1][:20]
+    policy = next(value for name, value in read.attributes if value and value.startswith("default-src 'none'"))
+    assert page._digest(read.scripts[0]) in policy
+
+
+def test_page_of_a_night_of_huge_texts_stays_small_and_says_what_it_cut(store):
+    add_runs(store, [1.0 - n / 1000 for n in range(40)], ("<&\"'" * 200 + "\n") * 100, details=40)
+    text = compose(store)
+    assert len(text.encode()) < 3e6
+    assert "more characters)" in text
+    assert text.count("<details") == 41  # each row, and the marks
+
+
+def test_page_reloads_itself_only_while_a_loop_runs(store):
+    add_runs(store, [1.0])
+    refresh = ("http-equiv", "refresh")
+    assert refresh in Reader(compose(store, is_live=True)).attributes
+    assert refresh not in Reader(compose(store)).attributes
+
+
+def test_page_without_curves_samples_audit_or_runs_says_what_is_unknown(store):
+    store.rows.append(Row("a", 1.0, 1.0, "keep", "baseline"))
+    text = compose(store)
+    assert "unknown" in text
+    assert "uv run loop.py audit" in text
+    assert "<h2>Loss curves" not in text
+    assert "<h2>What the models wrote" not in text
+    domain = dataclasses.replace(loop.DOMAIN, curve_pattern="", batch_pattern="", sample="", lower_is_better=False)
+    findings = compute(None, store.rows, store.ledger, domain)
+    assert "<script>" not in morning.compose(None, findings, domain, False, page.read_template())
+
+
+def test_small_texts_stay_whole_where_large_ones_are_cut():
+    assert page.fair_limit([10, 20, 1000], 130) == 100
+    assert page.fair_limit([10, 20], 130) == 130
+    assert page.cut_to("one\ntwo\nthree", 8) == "one\ntwo\n… 1 more lines"
+    assert page.cut_to("one\ntwo\nthree", 8, keep_end=True) == "… 2 more lines\nthree"
+    assert page.cut_to("<" * 10, 30) == "… 1 more lines"
