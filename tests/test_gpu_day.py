@@ -1,0 +1,200 @@
+"""The GPU day's machinery with stand-ins for its stages; and, slow, three of the real stages on the CPU.
+
+uv run pytest -n 0 -m 'slow or not slow' tests/test_gpu_day.py
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import gpu_day
+import pytest
+from gpu_day import ROOT, Day, Stage
+
+from harness.processes import find_processes
+
+HIDES = """
+import os, subprocess, sys, time
+quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+subprocess.Popen(["sleep", "60"], start_new_session=True, env=os.environ | {"AUTORESEARCH_MARK": sys.argv[1]}, **quiet)
+print("waits", flush=True)
+time.sleep(60)
+"""
+
+
+def read_speed(text: str) -> dict:
+    return gpu_day.find_numbers(text, {"speed_ms": r"^speed ([\d.]+)"})
+
+
+def stand_in(name: str, *command: str, most_seconds: float = 30.0, least_seconds: float = 0.0) -> Stage:
+    def run(day: Day) -> None:
+        day.step(sys.executable, "-c", *command)
+
+    return Stage(name, run, read_speed, lambda day: least_seconds, lambda day: most_seconds)
+
+
+def raises(day: Day) -> None:
+    raise KeyError("no such figure")
+
+
+def test_day_goes_on_after_failures_and_reports_every_figure(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    day = Day(out, 1, scratch, facts={"cpu": "a | b", "gpu": "", "cores": 2})
+    stages = [
+        stand_in("crashes", "print('speed 1.5'); print('``` what went wrong'); raise SystemExit(3)"),
+        stand_in("hangs", HIDES, f"{scratch}/hidden", most_seconds=0.5),
+        Stage("faulty", raises, read_speed, lambda day: 0, lambda day: 30),
+        stand_in("long", "print('speed 9')", least_seconds=1000),
+        Stage("elsewhere", raises, read_speed, lambda day: 0, lambda day: 30, lambda day: "no CUDA device here"),
+        stand_in("works", "print('speed 1234.25')"),
+    ]
+    gpu_day.run_stages(day, stages)
+    assert not find_processes("environ", re.escape(str(scratch)).encode())
+
+    saved = json.loads((out / "report.json").read_text())
+    assert [(stage["name"], stage["status"]) for stage in saved["stages"]] == [
+        ("crashes", "failed"),
+        ("hangs", "timed out"),
+        ("faulty", "failed"),
+        ("long", "skipped"),
+        ("elsewhere", "skipped"),
+        ("works", "ok"),
+    ]
+    problems = [stage["problem"] for stage in saved["stages"]]
+    assert problems[0] == "exit code 3"
+    assert problems[1] == "timeout after 1 s"
+    assert problems[2] == "KeyError: 'no such figure'"
+    assert re.fullmatch(r"it needs about 1000 s, \d\d s are left", problems[3])
+    assert problems[4:] == ["no CUDA device here", ""]
+    assert saved["stages"][0]["figures"] == {"speed_ms": 1.5}  # what was printed before the failure counts
+    assert saved["stages"][5]["figures"] == {"speed_ms": 1234.25}
+
+    report = (out / "report.md").read_text()
+    assert "No GPU was here" in report
+    assert (
+        "| cpu | a \\| b |\n| cores | 2 |\n| profile | smoke |\n| speed ms | 1.5 |\n| speed ms | 1,234.25 |" in report
+    )
+    assert "## Stages (3 failed, 1 minutes were given)" in report
+    assert "| hangs | timed out | " in report
+    assert "    ``` what went wrong\n    [exit code 3, " in report  # the end of its log, as a block that nothing ends
+    assert sorted(path.name for path in out.iterdir()) == [
+        "crashes.log", "faulty.log", "hangs.log", "report.json", "report.md", "works.log"
+    ]  # fmt: skip
+
+
+def test_day_that_is_stopped_or_out_of_time_skips_what_is_left_by_name(tmp_path):
+    day = Day(tmp_path, 1, tmp_path)
+    day.deadline -= 60
+    assert gpu_day.run_stage(day, gpu_day.STAGES[-1]).problem == "it needs about 1440 s, 0 s are left"
+    day.stop.set()
+    assert gpu_day.run_stage(day, gpu_day.STAGES[-1]).problem == "stopped by a signal"
+
+
+def test_loop_takes_a_shorter_profile_where_four_runs_no_longer_fit(tmp_path):
+    day = Day(tmp_path, 30, tmp_path, "code", {"profiles": {"code": 300, "pocket": 30, "smoke": 2}})
+    assert gpu_day.loop_profile(day) == "code"
+    day.deadline -= 600
+    assert gpu_day.loop_profile(day) == "pocket"
+    day.profile = "smoke"
+    assert gpu_day.loop_profile(day) == "smoke"
+
+
+def test_profile_is_the_largest_one_that_has_its_data():
+    on_gpu = {"gpu": "NVIDIA H200", "climbmix_is_prepared": False}
+    assert gpu_day.choose_profile(None, on_gpu) == "code"
+    assert gpu_day.choose_profile(None, on_gpu | {"climbmix_is_prepared": True}) == "climbmix"
+    assert gpu_day.choose_profile(None, {}) == "pocket"
+    assert gpu_day.choose_profile("smoke", on_gpu) == "smoke"
+
+
+def test_figures_are_read_from_what_the_benches_and_a_run_print():
+    attention = """back-end              window  forward ms  + backward ms
+sdpa                     128       21.68         140.79
+flex                     128       32.45  none on a CPU
+flash-attention-3       1024        0.50           1.25
+"""
+    assert gpu_day.read_attention(attention) == {
+        "sdpa_window_128_forward_ms": 21.68,
+        "sdpa_window_128_forward_backward_ms": 140.79,
+        "flex_window_128_forward_ms": 32.45,
+        "flash-attention-3_window_1024_forward_ms": 0.5,
+        "flash-attention-3_window_1024_forward_backward_ms": 1.25,
+    }
+    loader = """losses of 16 x 2048 rows, V 8192, on cpu: at once +2053 MB, 1756 ms; in pieces +260 MB, 1390 ms
+tokenizer trained on 39 MB: 1.5 s
+tokenization of a 234 MB shard on 2 cores: 2.13 M tokens/s, 8.8 MB/s; peak memory 3094 MB before, 3094 MB after
+loader, batch of 262,144 tokens: plain 127.6 ms, ours 1.02 ms: 125 times faster
+make_dataloader on cpu, nothing else to do: 3.82 ms a batch, 69 M tokens/s
+"""
+    assert list(gpu_day.read_loader(loader).values()) == [127.6, 1.02, 3.82, 1.5, 2.13, 2053, 260]
+    run = """$ python prepare.py
+digest: 6d9a8577d1f7
+
+[ok, 13.6 s]
+
+$ python train.py
+attention: no flash-attention-3: ModuleNotFoundError: No module named 'kernels'
+batch 524,288 tokens = 64 rows x 2048 x 4 micro-steps
+---
+val_bpb:          0.997913
+training_seconds: 300.0
+num_steps:        900
+seed:             42
+sample:           def read: 7
+attention:        flex
+"""
+    assert gpu_day.read_budget(run) == {
+        "prepare_seconds": 13.6,
+        "val_bpb": 0.997913,
+        "training_seconds": 300.0,
+        "num_steps": 900.0,
+        "attention": "flex",
+        "rows_per_micro_step": 64.0,
+        "tokens_per_second": 1_572_864,
+        "why_not_flash-attention-3": "ModuleNotFoundError: No module named 'kernels'",
+    }
+    assert gpu_day.read_budget("Traceback\nRuntimeError: no kernel\n") == {}
+    assert gpu_day.read_tests("SKIPPED [1] x: needs 2\n1 failed, 14 passed, 3 skipped in 3.39s\n") == {
+        "tests_passed": 14, "tests_failed": 1, "tests_skipped": 3
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_real_stages_run_on_the_cpu_and_leave_the_checkout_alone(tmp_path):
+    def state_of_checkout() -> list[str]:
+        commands = (["status", "--porcelain"], ["for-each-ref"], ["worktree", "list"])
+        return [
+            subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True).stdout for command in commands
+        ]
+
+    before = state_of_checkout()
+    out = tmp_path / "out"
+    env = os.environ | {"AUTORESEARCH_CACHE": str(tmp_path / "cache"), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "tests/gpu_day.py", str(out), "--profile", "smoke", "--minutes", "8"]
+    command += ["--only", "tests", "budget", "startup", "loop"]
+    day = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    print(day.stdout, day.stderr)
+    assert day.returncode == 0
+    assert state_of_checkout() == before
+
+    saved = json.loads((out / "report.json").read_text())
+    stages = {stage["name"]: stage for stage in saved["stages"]}
+    assert [stage["status"] for stage in stages.values()] == ["ok", "skipped", "ok", "ok", "ok"]
+    assert stages["tests"]["problem"] == "no CUDA device here"
+    figures = stages["budget"]["figures"]
+    assert {"val_bpb", "peak_vram_mb", "mfu_percent", "tokens_per_second", "startup_seconds"} <= set(figures)
+    assert figures["attention"] == "sdpa"
+    assert stages["startup"]["figures"]["startup_seconds_cache_filled"] > 0
+    loop = stages["loop"]["figures"]
+    assert loop["loop_profile"] == "smoke"
+    assert sum(int(number) for number in re.findall(r"\d+", loop["loop_rows"])) == 4
+    assert loop["loop_runs_per_hour"] > 0
+    assert day.stdout.strip() == (out / "report.md").read_text().strip()
+    assert len(list(out.iterdir())) <= 8  # as many as are sent back from a lent machine
+    assert not list(Path(tmp_path).glob("gpu-day-*"))
