@@ -1,6 +1,6 @@
 """The GPU day's machinery with stand-ins for its stages; and, slow, three of the real stages on the CPU.
 
-uv run pytest -n 0 -m 'slow or not slow' tests/test_gpu_day.py
+Run: uv run pytest -n 0 -m 'slow or not slow' tests/test_gpu_day.py
 """
 
 import json
@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import gpu_day
 import pytest
@@ -167,11 +166,10 @@ attention:        flex
 
 @pytest.mark.slow
 def test_real_stages_run_on_the_cpu_and_leave_the_checkout_alone(tmp_path):
-    def state_of_checkout() -> list[str]:
-        commands = (["status", "--porcelain"], ["for-each-ref"], ["worktree", "list"])
-        return [
-            subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True).stdout for command in commands
-        ]
+    def state_of_checkout() -> list:
+        commands = (["rev-parse", "HEAD"], ["status", "--porcelain", "train.py"], ["branch", "--list", "*/gpu-day"])
+        said = [subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout for words in commands]
+        return [*said, (ROOT / "results.tsv").exists(), (ROOT / "runs").exists()]
 
     before = state_of_checkout()
     out = tmp_path / "out"
@@ -197,4 +195,3 @@ def test_real_stages_run_on_the_cpu_and_leave_the_checkout_alone(tmp_path):
     assert loop["loop_runs_per_hour"] > 0
     assert day.stdout.strip() == (out / "report.md").read_text().strip()
     assert len(list(out.iterdir())) <= 8  # as many as are sent back from a lent machine
-    assert not list(Path(tmp_path).glob("gpu-day-*"))

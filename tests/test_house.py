@@ -1,6 +1,6 @@
 """The house in order: what stands where, which way imports run, what an agent must read, what documents promise.
 
-    uv run pytest tests/test_house.py
+uv run pytest tests/test_house.py
 """
 
 import ast
@@ -16,8 +16,8 @@ from harness import commands
 
 ROOT = Path(__file__).resolve().parents[1]
 TOP_LEVEL = {
-    ".ci", ".gitignore", "LICENSE", "README.md", "docs", "harness", "loop.py", "prepare.py", "program.md",
-    "pyproject.toml", "tests", "train.py", "uv.lock",
+    ".ci", ".gitignore", "CONTRIBUTING.md", "LICENSE", "README.md", "docs", "harness", "loop.py", "prepare.py",
+    "program.md", "pyproject.toml", "tests", "train.py", "uv.lock",
 }  # fmt: skip
 CHARACTERS_PER_TOKEN = 3.6
 ROOMS = {path.stem: ast.parse(path.read_text()) for path in (ROOT / "harness").glob("*.py") if path.stem != "__init__"}
@@ -63,6 +63,20 @@ def test_imports_of_harness_run_one_way():
         circle = sorted(set(ROOMS) - placed)
         assert ready, f"a circle among {circle}"
         placed |= ready
+
+
+def test_picture_of_the_rooms_is_as_the_imports_are():
+    """In CONTRIBUTING.md each line of rooms imports only from the lines below it."""
+    picture = (ROOT / "CONTRIBUTING.md").read_text().partition("```\nloop ")[2].partition("```")[0]
+    lines = [re.match(r"[a-z_ ]*?(?=   )", line)[0].split() for line in picture.splitlines()[1:]]
+    drawn = {room for line in lines for room in line}
+    assert drawn <= set(ROOMS)
+    for number, line in enumerate(lines):
+        below = {room for other in lines[number + 1 :] for room in other}
+        for room in line:
+            modules = imported_modules(ROOMS[room])
+            above_or_beside = {other for other in drawn - below if f"harness.{other}" in modules}
+            assert not above_or_beside, f"{room} imports {above_or_beside}: CONTRIBUTING.md draws it lower"
 
 
 FORBIDDEN = {  # room -> what DESIGN has it know nothing of
