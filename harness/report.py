@@ -31,7 +31,7 @@ from harness.opening import false_rows
 from harness.prompt import summary
 from harness.screen import ERROR_CHARS, UserError, duration, say
 from harness.store import PROFILE_TRAILER, Run, Store
-from harness.verdict import explain, is_weak, mean_of_known, mean_pace
+from harness.verdict import base_run, explain, is_weak, mean_of_known, mean_pace
 
 POLL_SECONDS = 0.2
 
@@ -140,8 +140,10 @@ def verdict_text(store: Store) -> str:
         run = runs[-1]
         lines += explain(store, run)
         lines += _scores_of_repeated(store, row.commit)
-        if is_weak(run):
-            lines.append(f"once the machine is quiet, run it again: uv run loop.py {again(store, run)}")
+        base = base_run(store, run)
+        weak = [again(store, weak) for weak in (run, base) if weak is not None and is_weak(weak)]
+        if weak:
+            lines.append(f"once the machine is quiet, measure again: {' and '.join(weak)}")
     # A gain on a former champion that could not be run again on the present one.
     lines += [line for line in read_tail(log, 20, ERROR_CHARS).splitlines() if line.startswith("dropped: ")]
     if runs:
@@ -161,8 +163,9 @@ def _scores_of_repeated(store: Store, commit: str) -> list[str]:
 
 
 def again(store: Store, run: Run) -> str:
-    """The arguments of loop.py that measure the commit of a run once more."""
-    return "try --base" if run.commit == store.champion else f"try --again {run.number}"
+    """The command that measures the commit of a run once more."""
+    which = "--base" if run.commit == store.champion else f"--again {run.number}"
+    return f"uv run loop.py try {which}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ def moody(desk):
     """A desk whose runs with DEPTH = 5 score badly while a file `busy` exists, which the judge records."""
     busy = 'DEPTH == 5 and (prepare.CACHE / "busy").exists()'
     desk.replace(
-        "train.py", "prepare.finish(1.0 + ", f"busy = {busy}\nWIDTH = 1\nprepare.finish(1.1 + busy / 20 - WIDTH / 50 + "
+        "train.py", "prepare.finish(1.0 + ", f"busy = {busy}\nWIDTH = 1\nprepare.finish(1.1 + busy / 10 - WIDTH / 50 + "
     )
     desk.replace("train.py", "(seed - 42))", "(seed - 42), busy_others=0.4 * busy)")
     desk.commit("a run that others disturb")
@@ -99,8 +99,8 @@ def test_attempt_that_lost_to_a_busy_machine_is_run_again_by_its_number(moody):
     desk = moody
     verdict = attempt(desk, "deeper", DEPTH=5).stdout
     row, _, *_, advice, _log = verdict.splitlines()
-    assert row.split("\t")[1::2] == ["1.200000", "discard"] and "others used 40% of the machine" in verdict
-    assert advice == "once the machine is quiet, run it again: uv run loop.py try --again 2"
+    assert row.split("\t")[1::2] == ["1.250000", "discard"] and "others used 40% of the machine" in verdict
+    assert advice == "once the machine is quiet, measure again: uv run loop.py try --again 2"
 
     refused = attempt(desk, "deeper once more", code=2, DEPTH=5).stdout
     remedy = "'uv run loop.py try --again 2' runs it once more"
