@@ -44,6 +44,7 @@ from harness.files import read_tail
 from harness.fleet import LocalFleet
 from harness.interrupts import Interrupts, StopNow
 from harness.ledger import Row
+from harness.live_page import LivePage
 from harness.notify import Notifier
 from harness.opening import Use, check_packages, mark, open_tag, stale_gains, summary_of_baseline
 from harness.proposers import Proposers, find_problem
@@ -163,6 +164,7 @@ class Ratchet:
         self.begun = 0  # candidates of this session that were launched
         self.decided: list[Experiment] = []  # of this session
         self.same = summary_of_baseline(store)
+        self.live_page = LivePage(store)
         self.deadline = time.monotonic() + 3600 * limits.hours
         self.usual_seconds = facts.time_budget  # that a run takes; later the last one's
         self.waiting_for = ""  # what the machine lacks, as a person was last told
@@ -192,6 +194,7 @@ class Ratchet:
         if self.proposers:
             self.proposers.close()
         self.store.note("stopped", description=self.why_ended)
+        self.live_page.close()
         self.tell(f"the loop ended: {self.why_ended}")
         self.notifier.close()
 
@@ -393,6 +396,8 @@ class Ratchet:
             if proposal is not None:
                 self.waiting.append(proposal)
         self.note_places()
+        # On a CPU a rewrite would slow the runs: there it waits for a moment at which one has just ended.
+        self.live_page.keep_fresh(is_quiet=self.facts.device != "cpu" or len(self.flying) < self.fleet.capacity)
         if is_terminal():  # the line takes a look at every row and at a log
             show(self.live_line())
 

@@ -23,6 +23,6 @@
     curve             the training curve in a run's log: the run's own words
     verdict           what stands beside a score: marks, and how and why it differs from its base
     report, picture   status, report and audit as text; progress.png and the curves
-    page, morning     report.html: how text gets onto it; what it says
+    page, morning     report.html: how text gets onto it; what it says. live_page rewrites it while a loop runs
     commands          arguments and exit codes
 """

@@ -24,6 +24,7 @@ from harness.contract import Domain
 from harness.desk import Proposal
 from harness.files import open_regular, read_tail
 from harness.interrupts import Interrupts, StopNow
+from harness.page import read_template
 from harness.prompt import summary
 from harness.proposers import find_problem
 from harness.ray_fleet import check_extra
@@ -297,8 +298,10 @@ def command_status(domain: Domain, checkout: Path, open_session: Callable, args:
 def command_report(domain: Domain, checkout: Path, open_session: Callable, args: argparse.Namespace) -> int:
     store = None if args.ledger else open_store(checkout, domain, args.tag)
     is_live = store is not None and store.is_busy()
-    findings = report.print_report(store, args.ledger, checkout, domain)
-    print(f"page: {morning.write_page(store, findings, checkout, domain, is_live)}")
+    with morning.page_lock(store):
+        findings = report.print_report(store, args.ledger, checkout, domain)
+        path = morning.write_page(store, findings, checkout, domain, is_live, read_template())
+    print(f"page: {path}")
     return 0
 
 

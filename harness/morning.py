@@ -4,15 +4,18 @@ A long ledger is not shown whole: all that was kept, the near misses and the new
 left out. Diffs, logs and verdicts together take at most DETAIL_BYTES.
 """
 
+import contextlib
+import fcntl
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from harness import page, picture
 from harness.contract import Domain
 from harness.curve import read_training, unit_of
-from harness.files import read_head, read_tail, read_text, write_atomically
+from harness.files import open_to_append, read_head, read_tail, read_text, write_atomically
 from harness.ledger import Row
 from harness.report import Findings
 from harness.screen import duration, one_line
@@ -46,12 +49,24 @@ class Entry:
     best: float | None  # kept before it
 
 
-def write_page(store: Store | None, findings: Findings, checkout: Path, domain: Domain, is_live: bool) -> Path:
+def write_page(
+    store: Store | None, findings: Findings, checkout: Path, domain: Domain, is_live: bool, template: str
+) -> Path:
     """Write report.html into a checkout; where. With `is_live` it reloads itself."""
     path = checkout / PAGE_NAME
-    text = compose(store, findings, domain, is_live, page.read_template())
-    write_atomically(path, text)
+    write_atomically(path, compose(store, findings, domain, is_live, template))
     return path
+
+
+@contextlib.contextmanager
+def page_lock(store: Store | None) -> Iterator[None]:
+    """Held while picture and page are written: two writers at once would tear them."""
+    if store is None or not store.home.is_dir():
+        yield
+        return
+    with open_to_append(store.home / "page.lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def compose(store: Store | None, findings: Findings, domain: Domain, is_live: bool, template: str) -> str:
@@ -200,7 +215,7 @@ def tell_pace(store: Store | None, findings: Findings) -> list[tuple[str, str]]:
     events = store.read_timeline() if store is not None else []
     runs = [event["seconds"] for event in events if event["event"] == "measured"]
     sessions = sum(event["event"] == "session" for event in events)
-    told = [("pace", findings.pace or "unknown")]
+    told = [("pace", findings.pace or "unknown"), ("cost", findings.spent or "unknown")]
     if runs:
         told.append(("runs", f"{len(runs):,}, {duration(sum(runs))} in all, a run {duration(statistics.median(runs))}"))
         told.append(("sessions", f"{sessions:,}"))

@@ -20,6 +20,7 @@ from harness.files import write_atomically
 from harness.ledger import Row, believed_scores
 from harness.screen import one_line
 
+PICTURE_NAME = "progress.png"
 GREEN = "#2e7d32"
 GREY = "#9e9e9e"
 RED = "#c0392b"

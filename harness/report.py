@@ -207,7 +207,7 @@ def print_report(store: Store | None, ledger: str | None, checkout: Path, domain
         say(f"warning: {bad} lines of {path} are no rows and were left out")
     findings = compute(store, rows, path, domain)
     print_findings(findings, domain)
-    path = checkout / "progress.png"
+    path = checkout / picture.PICTURE_NAME
     picture.plot(rows, path, domain, findings.sigma)
     print(f"picture: {path}")
     return findings

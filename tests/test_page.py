@@ -11,6 +11,7 @@ import json
 import subprocess
 
 import pytest
+from conftest import ended, hear, wait_for
 
 import loop
 from harness import morning, page
@@ -130,6 +131,38 @@ def test_page_without_curves_samples_audit_or_runs_says_what_is_unknown(store):
     domain = dataclasses.replace(loop.DOMAIN, curve_pattern="", batch_pattern="", sample="", lower_is_better=False)
     findings = compute(None, store.rows, store.ledger, domain)
     assert "<script>" not in morning.compose(None, findings, domain, False, page.read_template())
+
+
+@pytest.mark.slow
+def test_page_is_rewritten_while_a_loop_runs_and_at_its_end_reloads_no_more(desk):
+    """Here after every row. While it cannot be written the loop goes on, and says so once."""
+    desk.set_constant("harness/live_page.py", "PAGE_SECONDS", "0  # at once")
+    desk.set_constant("harness/live_page.py", "REST", "0  # none")
+    desk.commit("a restless page")
+    path = desk.path / "report.html"
+    path.mkdir()
+    agent = desk.agent(
+        """
+        n = count()
+        knob("DEPTH", 4 + n)
+        say(f"idea {n} <script>")
+        while n > 1 and not (OUTSIDE / f"go{n}").exists():
+            time.sleep(0.02)
+        """
+    )
+    process = desk.popen("--agent-cmd", agent, "--tag", "t", "--max-experiments", "3")
+    assert "Is a directory" in hear(process, "warning: report.html is not rewritten: ")
+    path.rmdir()
+    (desk.outside / "go2").touch()
+    wait_for(lambda: path.exists() and "idea 1 &lt;script&gt;" in path.read_text())
+    assert '<meta http-equiv="refresh"' in path.read_text()
+    (desk.outside / "go3").touch()
+    err = ended(process).stderr
+    assert "warning" not in err
+    assert desk.loop("status").stdout.startswith("autoresearch/t: no loop is running")  # the writer has no lock
+    wait_for(lambda: "idea 3 &lt;script&gt;" in path.read_text() and 'http-equiv="refresh"' not in path.read_text())
+    assert (desk.path / "progress.png").exists()
+    assert desk.git("status", "--porcelain") == ""
 
 
 def test_small_texts_stay_whole_where_large_ones_are_cut():
