@@ -711,7 +711,7 @@ class Ratchet:
         later candidates are compared with a better known score.
         """
         seed = fresh_seed()
-        description = f"{one_line(self.store.description(commit), 160)} (again, seed {seed})"
+        description = one_line(self.store.description(commit), 160)
         bases = [run.base for run in self.store.runs_of(commit) if run.base]
         was_champion = any(row.commit == commit[:7] and row.status == "keep" for row in self.store.rows)
         if was_champion or not bases:
@@ -720,7 +720,8 @@ class Ratchet:
             source = self.repository.read(commit, EDITABLE)
             experiment = Experiment(description, "experiment", base=bases[0], commit=commit, source=source)
             experiment.outstanding = 1
-        self.planned.append(PlannedRun(experiment, experiment.purpose, description, seed, commit))
+        of_run = f"{description} (again, seed {seed})"
+        self.planned.append(PlannedRun(experiment, experiment.purpose, of_run, seed, commit))
 
     def plan_stale_gains(self) -> None:
         """Gains on former champions that a session which was stopped did not run again."""
