@@ -671,7 +671,7 @@ class Ratchet:
         """Once for every time that the loop waits for long: for the machine, or for agents that all fail."""
         waits = []
         if self.waiting_for:
-            waits.append((self.waiting_since, f"for the machine: {self.waiting_for}"))
+            waits.append((self.waiting_since, "for the machine"))
         if self.proposers and self.proposers.failing_since is not None:
             waits.append((self.proposers.failing_since, "for a proposal: the agents give none"))
         if not waits:
@@ -684,7 +684,7 @@ class Ratchet:
             self.tell(f"waiting for {duration(seconds)} {what}")
 
     def tell(self, news: str) -> None:
-        """To --notify: only what the ledger would show anybody, no log and no path."""
+        """To --notify. It may go to a stranger's server: no path, no log, no error's text."""
         self.notifier.tell(f"{self.store.branch}: {news}\n{prompt.summary(self.store.rows, DOMAIN)}")
 
     # What goes before every candidate

@@ -119,8 +119,8 @@ def command_run(domain: Domain, checkout: Path, open_session: Callable, args: ar
         except StopNow:
             ratchet.why_ended = "stopped at once"
             say("stopped: what was in flight is dropped, ledger and branch are as the last row says")
-        except Exception as error:
-            ratchet.why_ended = f"error: {one_line(str(error))}"
+        except Exception:
+            ratchet.why_ended = "an error; what the loop printed last says which"
             raise
         finally:
             ratchet.close()

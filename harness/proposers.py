@@ -23,7 +23,7 @@ from harness.verdict import discarded_when_busy, latest_verdicts
 
 FIRST_BACKOFF = 5  # seconds to wait after a failed proposal; doubles
 LAST_BACKOFF = 600  # seconds, the longest wait
-OFFERS = 3  # of an assignment in a row: if every agent fails of it, it may be the reason
+OFFERS = 3  # of an assignment to agents that fail; a last one follows once an agent worked without it
 
 
 class Proposers:
@@ -103,6 +103,11 @@ class Proposers:
         merged = {run.commit[:7] for run in store.read_runs() if run.decision == "stale"}
         return Background(sigma, discarded_when_busy(store), merged, latest_verdicts(store))
 
+    def _put_back(self, assignment: Assignment) -> None:
+        """The agent that got it did not work: the next one gets it, unless it may be the reason."""
+        if assignment.text and assignment.failures < OFFERS:
+            self.assignments.appendleft(replace(assignment, failures=assignment.failures + 1))
+
     def _instructions(self) -> str:
         """The human's file, from the checkout: an edit counts from the next proposal on."""
         name = self._store.domain.instructions
@@ -127,8 +132,8 @@ class Proposers:
             answer = NoProposal(problem, is_refusal=True)
         if self._stop.is_set():
             return None
-        if answer.is_failure and assignment.text and assignment.failures <= OFFERS:
-            self.assignments.appendleft(replace(assignment, failures=assignment.failures + 1))
+        if answer.is_failure:
+            self._put_back(assignment)
         self._refuse(answer, desk)
         return None
 

@@ -8,13 +8,15 @@ Every agent here is a real process on a real checkout; most do some harm, then e
 import json
 import os
 import re
+from collections import deque
 from textwrap import dedent
 
 import pytest
 from conftest import ended, errors, hear
 
-from harness.desk import describe_edit
+from harness.desk import Assignment, describe_edit
 from harness.processes import find_processes
+from harness.proposers import Proposers
 
 EDIT = 'knob("DEPTH", 4 + count())\n'  # better than the champion, whatever the harm before did to train.py
 COMMIT = 'subprocess.run("git -c user.name=a -c user.email=a@a commit -qam mine", shell=True, check=True)\n'
@@ -487,6 +489,21 @@ def test_crash_is_mended_once_from_the_crashed_file_and_its_log(desk):
     assert "ValueError: boom" in prompt[2]
     assert desk.statuses() == ["keep", "crash", "keep"]
     assert_unharmed(desk)
+
+
+def test_assignment_that_agents_fail_of_is_given_up():
+    """An agent refuses the end of its log, say: others are asked without it, then one more with it."""
+    proposers = Proposers.__new__(Proposers)
+    proposers.assignments = deque([Assignment("base", b"", "mend this")])
+    proposers._failures = 0
+    offered = []
+    for works_without in (False, False, False, False, True, False, True):
+        assignment = proposers._next_assignment()
+        offered.append(assignment is not None)
+        if assignment is not None:
+            proposers._put_back(assignment)
+        proposers._failures = 0 if assignment is None and works_without else proposers._failures + 1
+    assert offered == [True, True, True, False, False, True, False]
 
 
 def test_mended_crash_is_an_experiment_of_its_own_and_the_next_starts_from_the_champion(desk):

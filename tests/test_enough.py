@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from conftest import DEEPER, Desk, ended, has_event, hear, wait_for
 
 from harness import notify
@@ -83,6 +84,7 @@ def test_night_without_a_keep_ends_and_a_target_that_is_reached_begins_none(desk
     assert "ended: the champion's 1.070000 reaches --target 1.07\n" in told(desk)[0] and len(told(desk)) == 1
 
 
+@pytest.mark.slow
 def test_target_ends_a_night_and_ctrl_c_does_not_reach_who_is_told(desk):
     desk.set_constant("harness/notify.py", "LAST_WAIT", "0.3")
     desk.commit("wait shortly at the end")
