@@ -179,6 +179,7 @@ def run_stage(day: Day, stage: Stage) -> StageResult:
             result.status = "timed out"
         elif result.problem == "stopped":
             result.status = "stopped"
+            result.problem = "stopped by a signal"
     except Exception as error:  # a fault of this program must not end the day
         result.status = "failed"
         result.problem = f"{type(error).__name__}: {error}"
@@ -493,7 +494,7 @@ def report_text(day: Day) -> str:
     for result in day.results:
         lines.append(f"| {result.name} | {result.status} | {result.seconds:.1f} | {shown(result.problem)} |")
     for result in bad:
-        lines += ["", f"## {result.name}: {result.status}, {result.problem}", "", "The end of its log:", ""]
+        lines += ["", f"## {result.name}: {result.problem}", "", "The end of its log:", ""]
         lines += [f"    {line}" for line in result.log_end.splitlines()]  # indented: a log may hold ``` itself
     return "\n".join(lines) + "\n"
 

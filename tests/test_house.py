@@ -70,7 +70,9 @@ def test_picture_of_the_rooms_is_as_the_imports_are():
     picture = (ROOT / "CONTRIBUTING.md").read_text().partition("```\nloop ")[2].partition("```")[0]
     lines = [re.match(r"[a-z_ ]*?(?=   )", line)[0].split() for line in picture.splitlines()[1:]]
     drawn = {room for line in lines for room in line}
-    assert drawn <= set(ROOMS)
+    assert drawn == set(ROOMS) - {"random_search", "ray_driver"}, (
+        "the picture in CONTRIBUTING.md lacks rooms, or has more"
+    )
     for number, line in enumerate(lines):
         below = {room for other in lines[number + 1 :] for room in other}
         for room in line:
