@@ -185,7 +185,10 @@ def run_stage(day: Day, stage: Stage) -> StageResult:
         result.problem = f"{type(error).__name__}: {error}"
         day.write(f"{result.problem}\n")
     result.seconds = time.monotonic() - began
-    result.figures = stage.read(read_text(day.log))
+    try:
+        result.figures = stage.read(read_text(day.log))
+    except Exception as error:  # output of another form: the log is still there
+        result.figures = {f"figures_of_{stage.name}": f"could not be read: {type(error).__name__}: {error}"}
     if result.status != "ok":
         result.log_end = read_tail(day.log, LOG_END_LINES)
     return result

@@ -87,10 +87,15 @@ def test_day_goes_on_after_failures_and_reports_every_figure(tmp_path):
     ]  # fmt: skip
 
 
-def test_day_that_is_stopped_or_out_of_time_skips_what_is_left_by_name(tmp_path):
+def test_stage_is_skipped_out_of_time_or_stopped_and_odd_output_harms_nothing(tmp_path):
     day = Day(tmp_path, 1, tmp_path)
     day.deadline -= 60
     assert gpu_day.run_stage(day, gpu_day.STAGES[-1]).problem == "it needs about 1440 s, 0 s are left"
+    day.deadline += 60
+    unreadable = Stage("odd", lambda day: None, lambda text: {"ms": float("x")}, lambda day: 0, lambda day: 30)
+    result = gpu_day.run_stage(day, unreadable)
+    assert result.figures["figures_of_odd"].startswith("could not be read: ValueError")
+    assert result.status == "ok"
     day.stop.set()
     assert gpu_day.run_stage(day, gpu_day.STAGES[-1]).problem == "stopped by a signal"
 
