@@ -52,7 +52,7 @@ from harness.ray_fleet import OFF, RayFleet
 from harness.report import Audited
 from harness.screen import UserError, duration, is_terminal, one_line, say, show
 from harness.store import Run, Store, read_run
-from harness.verdict import compare, find_marks, mean_pace
+from harness.verdict import base_run, compare, find_marks, mean_pace
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a fork for another domain changes: this block, the judge and the file that is edited
@@ -469,7 +469,7 @@ class Ratchet:
         if isinstance(outcome, Crash):
             reason = one_line(f"{outcome.reason}: {run.description}")
             return replace(run, decision="crash", description=reason, seconds=outcome.seconds)
-        base = self.run_of(planned.experiment.base) if run.base else None
+        base = base_run(self.store, run)
         return replace(
             run,
             score=round(outcome.record.score, 6),
@@ -482,11 +482,6 @@ class Ratchet:
             busy_others=outcome.record.busy_others,
             device_others=outcome.record.device_others,
         )
-
-    def run_of(self, commit: str) -> Run | None:
-        """The first run of a commit that was a champion."""
-        runs = [run for run in self.store.runs_of(commit) if run.score]
-        return runs[0] if runs else None
 
     def take_crash(self, planned: PlannedRun, crash: Crash) -> None:
         experiment = planned.experiment
@@ -593,7 +588,6 @@ class Ratchet:
         """Append all rows of the experiment in one write; a kept commit is the champion from now on."""
         of_base = [run for run in experiment.runs if run.commit != experiment.commit]
         of_candidate = [run for run in experiment.runs if run.commit == experiment.commit]
-        base_run = self.run_of(experiment.base) if experiment.purpose == "experiment" else None
         rows = []
         former = self.store.champion
         for run in sorted(of_base, key=run_number):
@@ -604,7 +598,7 @@ class Ratchet:
         self.decided.append(experiment)
         for run in sorted(of_candidate, key=run_number):
             if run.decision != "crash":
-                say(f"  run {run.number:04d} {verdict}: {compare(run, base_run, DOMAIN)}")
+                say(f"  run {run.number:04d} {verdict}: {compare(run, base_run(self.store, run), DOMAIN)}")
             for weakness in run.marks:
                 say(f"    {weakness}")
         if verdict == "stale":

@@ -13,7 +13,7 @@ from harness import environment
 from harness.bench import unpack
 from harness.contract import Description, Domain
 from harness.environment import Packages
-from harness.files import read_text, remove_folder
+from harness.files import open_to_append, read_text, remove_folder
 from harness.processes import sweep
 from harness.screen import UserError, say
 from harness.store import DIGEST_TRAILER, PROFILE_TRAILER, Run, Store
@@ -89,8 +89,9 @@ def _check_checkout(store: Store, use: Use) -> None:
     is_persons_own = use is Use.SHOWN and not store.moving.exists()
     if changed and not is_persons_own:
         path = store.home / "interrupted.diff"
-        with open(path, "ab") as file:
-            file.write(repository("diff", "--binary", champion, "--", *changed, raw=True) + b"\n")
+        difference = repository("diff", "--binary", champion, "--", *changed, raw=True)
+        with open_to_append(path) as file:
+            file.buffer.write(difference + b"\n")
         say(f"note: {', '.join(changed)} differed from the champion; the difference is saved in {path}")
 
 

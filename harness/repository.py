@@ -152,9 +152,11 @@ class Repository:
         return self("cat-file", "blob", f"{commit}:{path}", raw=True)
 
     def blobs_of(self, commits: list[str]) -> list[str]:
+        """What git names the editable file of each commit."""
         if not commits:
             return []
-        return self("rev-parse", *(f"{commit}:{self.editable}" for commit in commits)).split()
+        names = "".join(f"{commit}:{self.editable}\n" for commit in commits)
+        return self._feed(names.encode(), "cat-file", "--batch-check=%(objectname)").decode().splitlines()
 
     def hash_of_data(self, data: bytes) -> str:
         """What git names these bytes as a blob."""
@@ -246,7 +248,8 @@ class Repository:
         self("update-index", "-q", "--refresh", cwd=place, default="")  # what did not change is not written anew
         self("restore", "--worktree", "--", ".", f":(exclude){self.instructions}", cwd=place)
         if path.is_symlink() or path.read_bytes() != self.read(commit, self.editable):
-            raise UserError(f"{path} cannot be set to {commit[:7]}: a git filter or an index flag changes it")
+            remedy = "'git check-attr filter' and 'git ls-files -v' show which; take it away and start again"
+            raise UserError(f"{path} is not as {commit[:7]} has it: a git filter or an index flag changes it: {remedy}")
 
     def add_worktree(self, place: Path, commit: str) -> None:
         """A worktree with a detached HEAD, made anew."""

@@ -140,12 +140,11 @@ class Store:
 
     def find_attempt(self, blob: str) -> Row | None:
         """The first row whose commit has this blob as its editable file."""
-        for row in self.rows:
-            commit = self.full(row.commit)
-            if commit and commit not in self._blobs:
-                missing = [commit for commit in self._commits.values() if commit not in self._blobs]
-                self._blobs |= dict(zip(missing, self.repository.blobs_of(missing), strict=True))
-            if commit and self._blobs[commit] == blob:
+        missing = [commit for commit in self._commits.values() if commit not in self._blobs]
+        self._blobs |= dict(zip(missing, self.repository.blobs_of(missing), strict=True))
+        commits = {commit[:7] for commit, blob_of_commit in self._blobs.items() if blob_of_commit == blob}
+        for row in self.rows if commits else ():
+            if row.commit in commits:
                 return row
         return None
 

@@ -239,7 +239,7 @@ def test_smudge_filter_on_the_judge_does_not_reach_the_bench_and_on_train_ends_t
     run(desk, desk.agent(SMUDGE.replace("FILE", "prepare.py") + EDIT), experiments=1)
     assert [row[1] for row in desk.rows()] == ["1.080000", "1.070000"]
     process = run(desk, desk.agent(SMUDGE.replace("FILE", "train.py") + EDIT), code=1)
-    told = r"error: .*/train.py cannot be set to .*: a git filter or an index flag changes it"
+    told = r"error: .*/train.py is not as [0-9a-f]{7} has it: a git filter or an index flag changes it: .*start again"
     assert re.match(told, errors(process)[0])
     assert len(desk.rows()) == 2
     (desk.path / ".git" / "info" / "attributes").unlink()
