@@ -11,6 +11,7 @@ import json
 import subprocess
 
 import pytest
+from browser import Browser, find_chromium
 from conftest import ended, hear, wait_for
 
 import loop
@@ -23,6 +24,8 @@ from harness.store import Run, Store
 CLOSING = "</style></title></pre></svg>]]>-->"
 EVIL = f"<script>alert(1)</script>{CLOSING}<img src=x onerror=alert(1)> \0\x1b[31m\u202e & {{{{ 7*7 }}}}"
 LOUD = '"><script>alert(2)</script>'
+BRIGHTNESS = "(colour => colour.match(/\\d+/g).slice(0, 3).reduce((sum, part) => sum + Number(part), 0))"
+STYLE = ("(style => ", ")(getComputedStyle(document.body))")  # around an expression
 PARTS = ("description", "diff", "log", "sample", "audit", "wait", "mark")
 
 
@@ -171,3 +174,40 @@ def test_small_texts_stay_whole_where_large_ones_are_cut():
     assert page.cut_to("one\ntwo\nthree", 8) == "one\ntwo\n… 1 more lines"
     assert page.cut_to("one\ntwo\nthree", 8, keep_end=True) == "… 2 more lines\nthree"
     assert page.cut_to("<" * 10, 30) == "… 1 more lines"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_chromium() is None, reason="no chromium: apt-get install chromium")
+def test_page_in_a_browser_asks_for_nothing_and_fits_a_phone_and_the_dark(store, tmp_path):
+    add_runs(store, [1.0, 1.1, 0.9, 0.95, 0.8, 0.85], f"{EVIL}{LOUD} {'long' * 90}")
+    path = tmp_path / "report.html"
+    path.write_text(compose(store))
+    browser = Browser(tmp_path / "profile")
+    try:
+        for width, scheme in ((1200, "light"), (390, "light"), (390, "dark")):
+            browser.show_as(width, scheme)
+            browser.open(path)
+            assert browser.look("document.documentElement.scrollWidth") <= width
+            ink, paper = browser.look(f"[{BRIGHTNESS}(style.color), {BRIGHTNESS}(style.backgroundColor)]".join(STYLE))
+            in_picture = browser.look(f"{BRIGHTNESS}(getComputedStyle(document.querySelector('svg text')).fill)")
+            assert (ink > 500 > 200 > paper) if scheme == "dark" else (ink < 200 < 700 < paper)
+            assert in_picture == ink
+            browser.take_picture(tmp_path / f"{width}-{scheme}.png")
+        assert browser.look("document.querySelectorAll('script').length") == 1
+        assert browser.look("choice.options.length") == 5
+        assert browser.look("document.querySelector('.chosen').getAttribute('points')") == ""
+        browser.look("choice.selectedIndex = 1; choice.dispatchEvent(new Event('change'))")
+        drawn = browser.look("[...parts].map(line => line.getBBox().width)")
+        assert len(drawn) == 2
+        assert min(drawn) > 100
+        is_unfolded = "document.querySelector('details.run pre').checkVisibility({contentVisibilityAuto: true})"
+        assert not browser.look(is_unfolded)
+        browser.look("document.querySelector('details.run summary').click()")
+        assert browser.look(is_unfolded)
+        assert browser.complaints == []
+        assert set(browser.requests) == {path.as_uri()}
+        browser.call("Emulation.setScriptExecutionDisabled", value=True)
+        browser.open(path)
+        assert browser.look("document.getElementById('chooser').offsetHeight") == 0
+    finally:
+        browser.close()
