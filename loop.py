@@ -96,7 +96,7 @@ DOMAIN = Domain(
 STARTUP_ALLOWANCE = 300  # seconds for compilation and evaluation: a run may take 2 * its budget + this
 RETRY_SECONDS = 10  # between looks at an environment that must recover
 FIRST_SEED = 42  # of every attempt's first run; further runs take seeds that no edit can foresee
-BASELINE_RUNS = 3  # with --confirm
+BASELINE_RUNS = 2  # with --confirm
 POLL_SECONDS = 0.2  # between looks at results, signals and the clock
 LIVE_RUNS = 3  # that the live line lists; more are summed up
 LONG_WAIT = 1800  # seconds of waiting after which --notify tells it
@@ -509,12 +509,16 @@ class Ratchet:
     # Decide and record
 
     def decide(self, experiment: Experiment) -> None:
-        """The verdict on an experiment whose runs have ended; a promising one may get more runs first."""
+        """The verdict on an experiment whose runs have ended; a promising one may get more runs first.
+
+        No more runs beside a champion of the past: there a promising first score is enough to run on the present one.
+        """
         verdict = self.judge(experiment)
-        if verdict == "look again":
-            self.plan_second_look(experiment)
-        elif verdict == "keep" and experiment.purpose == "experiment" and experiment.base != self.store.champion:
+        is_of_former_champion = experiment.purpose == "experiment" and experiment.base != self.store.champion
+        if is_of_former_champion and verdict in ("keep", "look again"):
             self.record(experiment, "stale")
+        elif verdict == "look again":
+            self.plan_second_look(experiment)
         else:
             self.record(experiment, verdict)
 
@@ -548,15 +552,17 @@ class Ratchet:
         return statistics.fmean([*earlier, *scores][1:])
 
     def judge_confirmed(self, experiment: Experiment, scores: list[float]) -> str:
-        """With --confirm the first score only buys a second look; fresh seeds of both decide."""
+        """With --confirm the first score only buys fresh runs of both, and these decide."""
+        first, *fresh = scores
         of_base = self.store.fresh(experiment.base) + experiment.scores(experiment.base)
-        sigma = self.sigma()
-        if len(scores) == 1:
+        sigma = ledger.deciding_sigma(self.store.rows, DOMAIN.sigma_of(self.facts.profile))
+        if not fresh:
             known = of_base or self.store.scores(experiment.base)
-            is_promising = ledger.deserves_second_look(known, scores[0], sigma, DOMAIN)
+            had_its_first_look = bool(experiment.again_of)  # on a former champion
+            is_promising = had_its_first_look or ledger.deserves_second_look(known, first, sigma, DOMAIN)
             return "look again" if is_promising else "discard"
-        tried = len({row.commit for row in self.store.rows})
-        return "keep" if ledger.is_confirmed(of_base, scores[1:], sigma, tried, DOMAIN) else "discard"
+        tried, kept = ledger.count_tried_and_kept(self.store.rows)
+        return ledger.judge_fresh(of_base, fresh, sigma, tried, kept, DOMAIN)
 
     def sigma(self) -> float:
         return ledger.measured_sigma(self.store.rows) or DOMAIN.sigma_of(self.facts.profile)
@@ -572,17 +578,18 @@ class Ratchet:
         return ledger.is_simpler_keep(before, after, self.sigma(), spent, DOMAIN)
 
     def plan_second_look(self, experiment: Experiment) -> None:
-        """Fresh seeds for the candidate, and for its base where it has too few."""
-        of_base = max(0, ledger.FRESH_RUNS - len(self.store.fresh(experiment.base)))
-        for _ in range(ledger.FRESH_RUNS):
-            seed = fresh_seed()
-            description = f"{experiment.description} (seed {seed})"
-            self.planned.append(PlannedRun(experiment, "second look", description, seed, experiment.commit))
-        for _ in range(of_base):
+        """One fresh run of the candidate, and of its base where that has too few beside it."""
+        looks = len(experiment.scores(experiment.commit)) - 1
+        of_base = self.store.fresh(experiment.base) + experiment.scores(experiment.base)
+        missing = max(0, ledger.CHAMPION_RUNS[looks] - len(of_base))
+        seed = fresh_seed()
+        description = f"{experiment.description} (seed {seed})"
+        self.planned.append(PlannedRun(experiment, "second look", description, seed, experiment.commit))
+        for _ in range(missing):
             description = f"champion once more, beside: {experiment.description}"
             self.planned.append(PlannedRun(experiment, "second look", description, fresh_seed(), experiment.base))
-        experiment.outstanding = ledger.FRESH_RUNS + of_base
-        say(f"  {experiment.description}: a gain, to be confirmed by {experiment.outstanding} more runs")
+        experiment.outstanding = 1 + missing
+        say(f"  {experiment.description}: a gain so far, {experiment.outstanding} more to confirm it")
 
     def record(self, experiment: Experiment, verdict: str) -> None:
         """Append all rows of the experiment in one write; a kept commit is the champion from now on."""

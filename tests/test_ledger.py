@@ -1,32 +1,37 @@
 """Rows, noise and the decision; one session each with --confirm and with the rule of simplicity.
 
-    uv run pytest tests/test_ledger.py
+uv run pytest tests/test_ledger.py
 """
 
 import dataclasses
-import itertools
 import math
 import random
 import re
 import statistics
 
 import pytest
+from bench_noise import night_with_workers
 from hypothesis import given
 from hypothesis import strategies as st
 
 import loop
 from harness.ledger import (
+    ASSUMED_DEGREES,
+    CHAMPION_RUNS,
     FIRST_LOOK_SIGMAS,
-    LUCK_SHARE,
+    STILL_PROMISING,
     Row,
     best_estimate,
+    count_tried_and_kept,
+    deciding_sigma,
     deserves_second_look,
     fresh_scores,
     given_away,
-    is_confirmed,
     is_gain,
     is_resolved,
     is_simpler_keep,
+    judge_fresh,
+    least_confirmed_gain,
     lines_of_code,
     measured_sigma,
     parse_ledger,
@@ -110,36 +115,74 @@ def test_plain_rule_keeps_what_is_strictly_better(domain, better):
 
 @both_directions
 def test_second_look_is_for_a_first_gain_over_its_noise(domain, better):
-    error = 0.1 * math.sqrt(1 / 4 + 1)
     champion = [0.9, 1.1, 0.9, 1.1]
-    assert deserves_second_look(champion, 1.0 + better * 1.01 * FIRST_LOOK_SIGMAS * error, 0.1, domain)
-    assert not deserves_second_look(champion, 1.0 + better * 0.99 * FIRST_LOOK_SIGMAS * error, 0.1, domain)
+    assert deserves_second_look(champion, 1.0 + better * 0.101 * FIRST_LOOK_SIGMAS, 0.1, domain)
+    assert not deserves_second_look(champion, 1.0 + better * 0.099 * FIRST_LOOK_SIGMAS, 0.1, domain)
 
 
 @both_directions
-def test_confirmation_needs_more_of_a_gain_the_more_was_tried(domain, better):
+def test_fresh_runs_keep_a_gain_over_the_threshold_and_drop_one_that_looks_like_none(domain, better):
     champion = [1.0, 1.0, 1.0]
-    error = 0.1 * math.sqrt(1 / 3 + 1 / 2)
-    fresh = [1.0 + better * 0.6 * error] * 2
-    enough = [n for n in range(1, 400) if is_confirmed(champion, fresh, 0.1, n, domain)]
-    assert enough == list(range(1, len(enough) + 1))  # once it is too little, it stays so
-    last = len(enough)
-    assert LUCK_SHARE * math.sqrt(2 * math.log(last)) < 0.6 < LUCK_SHARE * math.sqrt(2 * math.log(last + 1))
+
+    def verdict(standard_errors: float, runs: int, tried: int = 60, kept: int = 4) -> str:
+        gain = standard_errors * 0.1 * math.sqrt(1 / 3 + 1 / runs)
+        return judge_fresh(champion, [1.0 + better * gain] * runs, 0.1, tried, kept, domain)
+
+    enough = least_confirmed_gain(60, 4)
+    for runs in range(1, len(CHAMPION_RUNS) + 1):
+        assert verdict(1.01 * enough, runs) == "keep"
+        assert verdict(-3 * enough, runs) == "discard"
+        if runs < len(CHAMPION_RUNS):
+            assert verdict(0.99 * enough, runs) == "look again"
+            assert verdict(1.01 * STILL_PROMISING[runs - 1], runs) == "look again"
+            assert verdict(0.99 * STILL_PROMISING[runs - 1], runs) == "discard"
+    assert verdict(0.99 * enough, len(CHAMPION_RUNS)) == "discard"
+    assert verdict(1.01 * enough, 1, tried=61) == "keep"
+    assert verdict(1.01 * enough, 1, tried=90) == verdict(1.01 * enough, 1, kept=2) == "look again"
 
 
-def test_confirmation_keeps_far_fewer_nulls_than_the_plain_rule():
+def test_threshold_of_confirmation_grows_with_what_was_tried_and_falls_with_what_was_kept():
+    of_tried = [least_confirmed_gain(tried, 0) for tried in range(2, 1000)]
+    assert of_tried == sorted(of_tried) and of_tried[0] < of_tried[-1]
+    of_kept = [least_confirmed_gain(1000, kept) for kept in range(2000)]
+    assert of_kept == sorted(of_kept, reverse=True)
+    assert of_kept[-1] > 0  # a gain of less than nothing is never kept
+
+
+def test_verdict_counts_commits_and_not_their_runs():
+    rows = [row("a", 1.0), row("a", 1.1), row("b", 1.2, "discard"), row("c", 0.9), row("a", 1.0), row("c", 0.8)]
+    assert count_tried_and_kept(rows[:2]) == (2, 0)
+    assert count_tried_and_kept(rows) == (4, 1)
+
+
+def test_sigma_that_decides_is_the_assumed_one_until_enough_was_measured():
+    assert deciding_sigma([row("a", 1.0)], 0.1) == pytest.approx(0.1)
     rng = random.Random(0)
-    plain = 0
-    confirmed = 0
-    for _ in range(10_000):
-        champion = [rng.gauss(1, 0.1) for _ in range(2)]
-        first = rng.gauss(1, 0.1)
-        fresh = [rng.gauss(1, 0.1) for _ in range(2)]
-        plain += is_gain(champion[0], first, LOWER)
-        looked_at_again = deserves_second_look(champion, first, 0.1, LOWER)
-        confirmed += looked_at_again and is_confirmed(champion, fresh, 0.1, 60, LOWER)
-    assert 0.47 < plain / 10_000 < 0.53
-    assert confirmed / 10_000 < 0.13  # a null that the champion's own luck favours passes both looks
+    rows = [row("a", rng.gauss(1, 0.3)) for _ in range(1000)]
+    two_runs = [row("b", 1.0), row("b", 1.0)]
+    assert deciding_sigma(two_runs, 0.1) == pytest.approx(0.1 * math.sqrt(ASSUMED_DEGREES / (ASSUMED_DEGREES + 1)))
+    assert deciding_sigma(rows, 0.1) == pytest.approx(0.3, rel=0.1)
+
+
+def false_keeps(confirms: bool, nights: int = 250) -> float:
+    """In a night of 125 experiments without effect, by four workers; a run takes about as long as another."""
+    total = 0
+    for seed in range(nights):
+        total += night_with_workers(confirms, [0.0] * 125, 0.1, 4, random.Random(seed))[0]
+    return total / nights
+
+
+def test_night_without_any_real_gain_keeps_nothing_with_confirm():
+    assert false_keeps(confirms=True) <= 0.1
+    assert false_keeps(confirms=False, nights=20) > 3  # the plain rule
+
+
+def test_night_of_real_gains_keeps_those_that_fresh_runs_can_tell():
+    """By one worker and by many: two gains of five sigmas, and no more than one of three of half a sigma."""
+    effects = [0.0, -0.5, -0.05, 0.1, -0.5, 0.0, -0.05, 0.3, -0.05]  # sigma is 0.1
+    for workers in (1, 8):
+        ends = [night_with_workers(True, effects, 0.1, workers, random.Random(seed))[1] for seed in range(200)]
+        assert -1.05 < statistics.fmean(ends) < -0.99, workers
 
 
 def test_estimate_leaves_out_the_score_that_chose_a_commit():
@@ -175,7 +218,7 @@ def test_lines_of_code_are_those_that_do_something():
     assert lines_of_code(SOURCE) == 7
     assert lines_of_code(b"") == 0
     assert lines_of_code("x = 'é'\n\n\ny = 1".encode()) == 2
-    assert lines_of_code(b"int main() {\n\n  printf(\"it's C\n\");\n}\n") == 4  # not Python: lines that are not empty
+    assert lines_of_code(b'int main() {\n\n  printf("it\'s C\n");\n}\n') == 4  # not Python: lines that are not empty
 
 
 @both_directions
@@ -202,49 +245,87 @@ def test_simpler_keep_is_bounded_by_one_sigma_and_all_of_them_by_two(domain, bet
 # ---- sessions --------------------------------------------------------------------------------------------------------
 
 
-def test_session_with_confirm_decides_on_fresh_seeds_alone(desk):
-    """The first score of every candidate is too low, as a lucky seed's would be: only a real gain is kept."""
+def lucky_desk(desk):
+    """Every first score can be too low by LUCK, as a lucky seed's would be; every append to the ledger is told."""
     desk.replace("train.py", "+ NOISE * (seed - 42)", "- LUCK * (seed == 42)")
     desk.replace("train.py", "NOISE = 0.0", "LUCK = 0.0")
-    desk.commit("a lucky first seed")
+    desk.replace("train.py", "LR = 0.1 ", "LR = 0.2 ")
+    desk.replace("train.py", "time.sleep(SECONDS)", "time.sleep(SECONDS * (os.getpid() * 7919 % 200))")
+    desk.replace("harness/store.py", "self.rows += rows", "self.rows += rows; self.note('rows', len(rows))")
+    desk.commit("a lucky first seed; tell each write")
+
+
+SEED = re.compile(r" \(seed \d+\)$")
+
+
+def told_experiments(rows: list[list[str]]) -> list[tuple[str, list[str]]]:
+    """Each experiment's status and the descriptions of its rows, seeds left out."""
+    found = []
+    for cells in rows:
+        description = SEED.sub(" (seed)", cells[4])
+        if description.endswith("(seed)") or "beside: " in description:
+            found[-1][1].append(description)
+        else:
+            found.append((cells[3], [description]))
+    return found
+
+
+def test_session_with_confirm_decides_on_fresh_seeds_alone(desk):
+    """The first score of every candidate is too low: only real gains are kept."""
+    lucky_desk(desk)
     agent = desk.agent(
         """
         n = count()
         if n < 4:
-            knob("DEPTH", {1: 4, 2: 6, 3: 5}[n])  # nothing, a gain, a loss of 0.01
-            knob("LUCK", {1: 0.001, 2: 0.001, 3: 0.02}[n])  # the first score says that it is a gain
+            knob("LR", {1: 0.2, 2: 0.1, 3: 0.105}[n])  # nothing, a gain of 0.01, a loss of 0.0005
+            knob("LUCK", n / 1000)  # the first score says that it is a gain
         else:
             knob("DEPTH", 3)  # a loss by its first score: no second look
         say(f"idea {n}")
         """
     )
-    # The appends are recorded: one write an experiment.
-    desk.replace("harness/store.py", "self.rows += rows", "self.rows += rows; self.note('rows', len(rows))")
-    desk.commit("tell each write")
     done = desk.loop("--agent-cmd", agent, "--tag", "t", "--max-experiments", "4", "--confirm")
     rows = desk.rows()
-    groups = [list(group) for _, group in itertools.groupby(rows, key=lambda cells: (cells[0], cells[3]))]
-    told = [(group[0][3], [cells[4] for cells in group]) for group in groups]
-    seeds = re.compile(r" \(seed \d+\)$")
-    described = [(status, [seeds.sub(" (seed)", text) for text in texts]) for status, texts in told]
-    assert described == [
-        ("keep", ["baseline", "baseline (seed)", "baseline (seed)"]),
-        ("discard", ["idea 1", "idea 1 (seed)", "idea 1 (seed)"]),
-        ("keep", ["idea 2", "idea 2 (seed)", "idea 2 (seed)"]),
-        # The new champion has two fresh scores already; its first, which chose it, is not used.
-        ("discard", ["idea 3", "idea 3 (seed)", "idea 3 (seed)"]),
+    assert told_experiments(rows) == [
+        ("keep", ["baseline", "baseline (seed)"]),
+        ("discard", ["idea 1", "idea 1 (seed)"]),
+        ("keep", ["idea 2", "idea 2 (seed)"]),
+        # The new champion has a fresh score already; its first, which chose it, is not used.
+        ("discard", ["idea 3", "idea 3 (seed)"]),
         ("discard", ["idea 4"]),
     ]
-    assert [event["run"] for event in desk.events() if event["event"] == "rows"] == [3, 3, 3, 3, 1]
+    assert [event["run"] for event in desk.events() if event["event"] == "rows"] == [2, 2, 2, 2, 1]
     used = [int(found) for cells in rows for found in re.findall(r"\(seed (\d+)\)", cells[4])]
-    assert len(set(used)) == len(used) == 8
+    assert len(set(used)) == len(used) == 4
     assert 42 not in used
-    assert "to be confirmed by 2 more runs" in done.stderr
-    assert desk.git("rev-parse", "HEAD").startswith(groups[2][0][0])
+    assert "idea 2: a gain so far, 1 more to confirm it" in done.stderr
+    assert desk.git("rev-parse", "HEAD").startswith(rows[5][0])
     report = desk.loop("report").stdout
-    best = statistics.fmean(float(cells[1]) for cells in groups[2][1:])
-    assert f"best {best:.6f}" in report  # without the lucky score
+    assert f"best {float(rows[5][1]):.6f}" in report  # without the lucky score
     assert "from commits that were run more than once" in report
+
+
+def test_session_with_confirm_and_four_workers_keeps_the_real_gain_whatever_arrives_first(desk):
+    lucky_desk(desk)
+    desk.set_knob(SECONDS=0.001)  # a run takes up to 0.2 s, by its process id
+    desk.commit("runs of any length")
+    agent = desk.agent(
+        """
+        n = count()
+        if n == 3:
+            knob("DEPTH", 8)  # one real gain among lucky ones
+        else:
+            knob("LUCK", 0.001 + n * 1e-6)
+        say(f"idea {n}")
+        """
+    )
+    desk.loop("--agent-cmd", agent, "--tag", "t", "--max-experiments", "8", "--workers", "4", "--confirm")
+    rows = desk.rows()
+    told = told_experiments(rows)
+    kept = [descriptions for status, descriptions in told if status == "keep"]
+    assert [descriptions[0] for descriptions in kept] == ["baseline", "idea 3"]
+    assert {SEED.sub("", cells[4]).split(";")[0] for cells in rows} == {"baseline", *(f"idea {n}" for n in range(1, 9))}
+    assert [len(found[1]) for found in told] == [event["run"] for event in desk.events() if event["event"] == "rows"]
 
 
 def test_session_with_confirm_measures_a_champion_again_that_was_kept_by_the_plain_rule(desk):
@@ -258,10 +339,10 @@ def test_session_with_confirm_measures_a_champion_again_that_was_kept_by_the_pla
     assert desk.loop("status", "--wait").stdout.splitlines()[0].split("\t") == rows[-1]
     champion = rows[1][0]
     again = [cells for cells in rows[2:] if cells[0] == champion]
-    assert [cells[4] for cells in again] == ["champion once more, beside: deeper"] * 2
-    assert [cells[3] for cells in again] == ["keep"] * 2
-    assert [cells[3] for cells in rows[4:]] == ["keep"] * 3
-    assert len({cells[0] for cells in rows[4:]}) == 1
+    assert [cells[4] for cells in again] == ["champion once more, beside: deeper"] * CHAMPION_RUNS[0]
+    assert {cells[3] for cells in rows[2:]} == {"keep"}
+    of_candidate = rows[2 + len(again) :]
+    assert len(of_candidate) == 2 and len({cells[0] for cells in of_candidate}) == 1
 
 
 def test_session_with_simplify_keeps_fewer_lines_within_the_noise_and_not_more_than_two_sigmas(desk):

@@ -181,4 +181,4 @@ def test_ctrl_c_finishes_every_run_of_an_experiment_that_has_begun(desk):
     assert desk.rows() == []
     desk.hold.unlink()
     ended(process)
-    assert_at_rest(desk, rows=3)
+    assert_at_rest(desk, rows=2)
