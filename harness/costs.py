@@ -2,7 +2,8 @@
 
 Pure functions from the text that a CLI printed. Three CLIs print JSON objects, one a line, as read in November 2026:
 claude 2.1 (`--output-format json`), codex 0.169 (`exec --json`) and opencode 1.18 (`run --format json`). The types of
-the objects tell which of them it was, so the same output of any other command is understood too.
+the objects tell which of them it was, so the same output of any other command is understood too. vibe 3.0 prints no
+tokens in any of its formats.
 
 Whatever is not reported, or cannot be true, is unknown (None), never 0.
 """
