@@ -18,7 +18,7 @@ from harness.curve import read_training, unit_of
 from harness.files import open_to_append, read_head, read_tail, read_text, write_atomically
 from harness.ledger import Row
 from harness.report import Findings
-from harness.screen import duration, one_line
+from harness.screen import UserError, duration, one_line
 from harness.store import Run, Store
 from harness.verdict import BUSY_SHARE, explain
 
@@ -204,9 +204,14 @@ def tell_kept(findings: Findings, domain: Domain) -> dict:
 
 
 def tell_whole_change(store: Store | None, findings: Findings) -> dict:
-    if store is None or len(findings.kept) < 2 or not store.baseline:
+    """The diff from baseline to champion; nothing where a commit of the ledger is not in this repository."""
+    difference = b""
+    if store is not None and len(findings.kept) > 1 and store.baseline:
+        with contextlib.suppress(UserError):
+            difference = store.repository.diff(store.baseline, store.champion)[:READ_BYTES]
+    if not difference:
         return {"whole_diff": ""}
-    text = store.repository.diff(store.baseline, store.champion)[:READ_BYTES].decode(errors="replace")
+    text = difference.decode(errors="replace")
     return {"whole_diff": page.diff_markup(page.cut_to(page.shorten_lines(text), READ_BYTES))}
 
 
@@ -306,7 +311,8 @@ def tell_rows(store: Store | None, entries: list[Entry], shown: list[Entry], dom
         hidden = [entry.row.status for entry in entries if entry.index not in indices]
         counts = [f"{hidden.count(status):,} {status}" for status in ("keep", "discard", "crash")]
         left_out = f"{len(hidden):,} of {len(entries):,} rows are left out ({', '.join(counts)}): results.tsv has them "
-        left_out += f"all. Shown are the newest {NEWEST_ROWS}, the {NEAR_MISSES} nearest misses and what was kept."
+        left_out += f"all. Shown are the newest {NEWEST_ROWS}, the {NEAR_MISSES} nearest misses, and of what was kept "
+        left_out += f"the {MOST_KEPT} largest gains."
     return {"rows": rows, "rows_left_out": left_out}
 
 
