@@ -24,6 +24,7 @@ from harness.contract import Domain
 from harness.desk import Proposal
 from harness.files import open_regular, read_tail
 from harness.interrupts import Interrupts, StopNow
+from harness.live_page import LivePage
 from harness.page import read_template
 from harness.prompt import summary
 from harness.proposers import find_problem
@@ -322,6 +323,7 @@ def command_audit(domain: Domain, checkout: Path, open_session: Callable, args: 
         code = report.print_audit(audited, domain)
     print(printed.getvalue(), end="")
     morning.keep_audit(store, printed.getvalue(), report.find_doubts(audited))
+    LivePage(store).close()  # the session's own last write was before this
     return code
 
 
