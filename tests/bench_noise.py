@@ -461,7 +461,8 @@ def print_frontier(sets: dict[str, np.ndarray], sigma: float, scale: float, nigh
         print(f"{rule.name:43}" + "".join(cells(rule, sets, plain, sigma)), flush=True)
     doubtful = {"half": 0.5, "twice": 2.0, "1/30 of": 1 / 30}
     for name, ratio in doubtful.items():
-        print(f"{f'--confirm, assumes {name} the true sigma':43}" + "".join(cells(CHOSEN, sets, plain, sigma, ratio * sigma)), flush=True)
+        label = f"--confirm, assumes {name} the true sigma"
+        print(f"{label:43}" + "".join(cells(CHOSEN, sets, plain, sigma, ratio * sigma)), flush=True)
 
 
 def cells(
