@@ -106,7 +106,7 @@ def test_page_shows_what_agents_wrote_as_text_and_asks_for_nothing(store):
         assert f"{part} <script>alert(1)</script>" in shown, part
     assert "49" not in text.split("7*7")[1][:20]
     policy = next(value for name, value in read.attributes if value and value.startswith("default-src 'none'"))
-    assert page._digest(read.scripts[0]) in policy
+    assert page.digest(read.scripts[0]) in policy
 
 
 def test_page_of_a_night_of_huge_texts_stays_small_and_says_what_it_cut(store):
