@@ -72,6 +72,9 @@ def guarded(command: Callable[[], int]) -> int:
     except (StopNow, KeyboardInterrupt):
         say("stopped")
         return 0
+    except ModuleNotFoundError as error:  # `python3 loop.py`: another Python than the one that has the packages
+        say(f"error: {sys.executable} has no package {error.name!r}: start this with 'uv run' in place of python")
+        return 1
     except (UserError, OSError, subprocess.SubprocessError) as error:
         say(f"error: {one_line(str(error), ERROR_CHARS - 10)}")
         return getattr(error, "code", 1)
@@ -160,6 +163,8 @@ def command_try(domain: Domain, checkout: Path, open_session: Callable, args: ar
     store = open_store(checkout, domain, None)
     if store.repository.head_branch() != store.branch:
         remedy = f"'git checkout -b {store.branch}' makes one"
+        if store.repository("rev-parse", "--verify", "--quiet", f"refs/heads/{store.branch}", default=""):
+            remedy = f"'git checkout {store.branch}' goes to it"
         raise UserError(f"this checkout is not on the branch of a run: {remedy}", 2)
     editable = checkout / domain.editable
     if editable.is_symlink() or not editable.is_file():
@@ -380,4 +385,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     for command in (run, status, reading, audit):
         command.add_argument("--tag", help="name of the run (default: the current branch's, else today's date)")
     is_named = bool(argv) and argv[0] in (*commands.choices, "-h", "--help")
+    is_word = bool(argv) and not argv[0].startswith("-")
+    if is_word and not is_named:
+        parser.error(f"no command {argv[0]!r}: use one of {', '.join(commands.choices)}")
     return parser.parse_args(argv if is_named else ["run", *argv])

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import site
 import subprocess
 import sysconfig
@@ -45,6 +46,8 @@ def variables_for_training(profile: str = "") -> dict[str, str]:
 def ask_judge(domain: Domain, place: Path, variables: dict[str, str]) -> Description:
     """The description of the judge in a folder. UserError with its own last line if it gives none."""
     child = subprocess.run(domain.describe_command, cwd=place, env=variables, capture_output=True, text=True)
+    if child.returncode == -signal.SIGINT:  # Ctrl-C at a terminal goes to the judge too
+        raise KeyboardInterrupt
     if child.returncode:
         lines = child.stderr.strip().splitlines() or ["the judge cannot describe itself"]
         raise UserError(one_line(lines[-1].removeprefix("error: "), 500), 2 if child.returncode == 2 else 1)

@@ -50,6 +50,13 @@ def test_explicit_run_and_bare_options_are_the_same_command(desk):
 # ---- Where it is started ---------------------------------------------------------------------------------------------
 
 
+def test_python_without_the_packages_is_an_error_that_names_uv_run(desk):
+    command = [sys.executable, "-S", str(desk.path / "loop.py"), "status"]  # -S: no site-packages
+    process = subprocess.run(command, env=desk.env, capture_output=True, text=True)
+    expected = f"error: {sys.executable} has no package 'git': start this with 'uv run' in place of python\n"
+    assert (process.returncode, process.stderr) == (1, expected)
+
+
 def test_folder_that_is_no_git_repository_is_an_error(desk):
     shutil.rmtree(desk.path / ".git")
     assert "is not the top level of a git repository" in refused(desk, "--agent-cmd", "true", code=1)
@@ -126,7 +133,7 @@ NO_SENSE = [
     (["--patience", "0", "--agent-cmd", "true"], "--patience 0: give 1 or more"),
     (["--target", "nan", "--agent-cmd", "true"], "--target nan: give a val_bpb from 0.01 to 100"),
     (["--notify", " ", "--agent-cmd", "true"], "--notify ' ': give a shell command"),
-    (["frobnicate"], "unrecognized arguments: frobnicate"),
+    (["frobnicate"], "no command 'frobnicate': use one of run, try, status, report, audit"),
     (["status", "--agent", "x"], "unrecognized arguments: --agent x"),
 ]
 

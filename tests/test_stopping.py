@@ -64,6 +64,13 @@ def test_ctrl_c_twice_or_term_stops_now(desk, signals, mode):
     assert_at_rest(desk, rows=2)
 
 
+def test_ctrl_c_that_the_judge_hears_too_is_no_error(desk):
+    """A terminal sends it to every process of the group, and the judge dies of it."""
+    desk.replace("prepare.py", "def describe():\n", "def describe():\n    os.kill(os.getpid(), 2)\n")
+    desk.commit("a judge that dies of Ctrl-C")
+    assert ended(desk.popen("--tag", "t", "--agent-cmd", "true")).stderr == "stopped\n"
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_term_while_an_agent_hangs_stops_now(desk, mode):
     agent = desk.agent('knob("DEPTH", 5)\ncount()\ntime.sleep(60)')

@@ -59,6 +59,15 @@ def test_try_prints_row_best_comparison_and_log(desk):
     assert desk.git("rev-parse", "HEAD")[:7] == row[:7]
 
 
+def test_try_on_another_branch_names_the_command_that_goes_to_the_runs(desk):
+    """Which makes the branch only where there is none of this name."""
+    desk.git("checkout", "-q", "main")
+    branch = desk.loop("status").stdout.split(":")[0]  # autoresearch/<today>
+    assert f"'git checkout -b {branch}' makes one" in desk.loop("try", "x", code=2).stderr
+    desk.git("branch", branch)
+    assert f"'git checkout {branch}' goes to it" in desk.loop("try", "x", code=2).stderr
+
+
 def test_try_that_is_not_better_puts_the_champion_back(desk):
     attempt(desk, DEPTH=5)
     process = attempt(desk, "shallower", DEPTH=3)
