@@ -20,6 +20,8 @@ from harness.files import new_file, open_regular
 MARK = "AUTORESEARCH_MARK"  # the variable that holds a child's mark
 POLL_SECONDS = 0.2  # between looks at a child
 KILL_GRACE = 2  # seconds from TERM to KILL
+STARTS = 3  # at most, of a child that a Ctrl-C kills before it begins
+KILLED_BY_CTRL_C = "killed by SIGINT"
 LOG_CAP = 8 * 2**20  # bytes kept of a log's head
 TAIL_CAP = 256 * 2**10  # bytes kept of what follows
 
@@ -40,6 +42,16 @@ def run_child(command, *, cwd: Path, env: dict, mark: str, log: Path, limit: flo
     Its output goes to the file `log`, its head and its tail where it is long. No process that it started is left.
     Raises OSError if the command does not start.
     """
+    for _ in range(STARTS):
+        ending = _run_once(command, cwd=cwd, env=env, mark=mark, log=log, limit=limit, stop=stop, stdin=stdin)
+        # A terminal's Ctrl-C kills a child that has been forked but is not in its own session yet: it never began.
+        never_began = ending.problem == KILLED_BY_CTRL_C and log.stat().st_size == 0
+        if not never_began:
+            break
+    return ending
+
+
+def _run_once(command, *, cwd: Path, env: dict, mark: str, log: Path, limit: float, stop, stdin) -> Ending:
     began_at = time.time()
     begin = time.monotonic()
     output = new_file(log, buffering=0)

@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import shutil
+import signal
 import tempfile
 import time
 from dataclasses import dataclass
@@ -111,6 +112,8 @@ class Repository:
                     start_new_session=True,  # Ctrl-C is for the loop, not for its git
                 )
             except self._failure as error:
+                if error.status == -signal.SIGINT:
+                    continue  # a terminal's Ctrl-C met it between its fork and its own session: it did nothing yet
                 message = error.stderr.removeprefix("\n  stderr: '").rstrip("'") or str(error)
             lock = re.search(r"'([^']+\.lock)': File exists", message)
             if lock is None and default is not None:

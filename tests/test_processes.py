@@ -72,6 +72,21 @@ def test_run_child_tells_how_it_ended(child, code, ended):
     assert child.left() == set()
 
 
+@pytest.mark.parametrize(("output", "starts"), [("", 2), ("begun", 1)])
+def test_child_that_a_ctrl_c_met_before_it_began_is_started_again(child, output, starts):
+    """The first start stands in for the moment between fork and the child's own session, where the signal kills."""
+    code = f"""
+print({output!r}, end="", flush=True)
+with open("starts", "a") as file:
+    file.write("x")
+if os.path.getsize("starts") == 1:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGINT)
+"""
+    assert child.run(code).problem == ("" if starts == 2 else "killed by SIGINT")
+    assert (child.folder / "starts").read_text() == "x" * starts
+
+
 def test_run_child_merges_output_in_order(child):
     code = "for i in range(3):\n    print(i, flush=True); print(i, file=sys.stderr, flush=True)"
     assert child.run(code).problem == ""

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -171,6 +172,18 @@ def test_worktree_is_made_anew_after_a_crash_in_the_middle(desk, git, state):
             desk.git("ls-tree", "--name-only", "HEAD").split()
         )
     assert desk.git("symbolic-ref", "HEAD") == "refs/heads/main"
+
+
+def test_git_that_a_ctrl_c_met_before_it_began_is_started_again(git, tmp_path, monkeypatch):
+    """The stand-in kills itself once, as a terminal's signal does between git's fork and its own session."""
+    stand_in = tmp_path / "bin" / "git"
+    stand_in.parent.mkdir()
+    once = "if mkdir killed 2>/dev/null; then kill -INT $$; fi"
+    stand_in.write_text(f'#!/bin/sh\ncd {tmp_path} && {once}; cd - >/dev/null; exec {shutil.which("git")} "$@"\n')
+    stand_in.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{stand_in.parent}:{os.environ['PATH']}")
+    assert len(git.head()) == 40
+    assert (tmp_path / "killed").exists()
 
 
 def test_branch_moves_under_a_checkout_only_if_no_person_works_there(desk, git):
