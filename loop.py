@@ -45,7 +45,6 @@ from harness.fleet import LocalFleet
 from harness.interrupts import Interrupts, StopNow
 from harness.ledger import Row
 from harness.live_page import LivePage
-from harness.notify import Notifier
 from harness.opening import Use, check_packages, mark, open_tag, stale_gains, summary_of_baseline
 from harness.proposers import Proposers, find_problem
 from harness.ray_fleet import OFF, RayFleet
@@ -53,6 +52,7 @@ from harness.report import Audited
 from harness.screen import UserError, duration, is_terminal, one_line, say, show
 from harness.store import Run, Store, read_run
 from harness.verdict import base_run, compare, find_marks, mean_pace
+from harness.watch import Watch
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a fork for another domain changes: this block, the judge and the file that is edited
@@ -99,7 +99,6 @@ FIRST_SEED = 42  # of every attempt's first run; further runs take seeds that no
 BASELINE_RUNS = 2  # with --confirm
 POLL_SECONDS = 0.2  # between looks at results, signals and the clock
 LIVE_RUNS = 3  # that the live line lists; more are summed up
-LONG_WAIT = 1800  # seconds of waiting after which --notify tells it
 
 # ---------------------------------------------------------------------------------------------------------------------
 # An experiment, and the runs that it needs
@@ -169,23 +168,19 @@ class Ratchet:
         self.usual_seconds = facts.time_budget  # that a run takes; later the last one's
         self.waiting_for = ""  # what the machine lacks, as a person was last told
         self.waiting_since = 0.0  # time.monotonic(), where it lacks something
-        self.has_told_wait = False
-        self.without_keep = 0  # experiments of this session that were decided since the last keep
-        self.enough = ""  # why no new candidate begins, where --patience or --target say so
-        self.why_ended = ""  # for --notify
-        self.notifier = Notifier(limits.notify, store.home / "notify.log")
+        self.watch = Watch(store, limits.patience, limits.target, limits.notify)
 
     def run(self) -> None:
         """The loop. Raises StopNow at the second Ctrl-C."""
         self.plan_baseline()
         self.plan_stale_gains()
-        self.look_for_target()
+        self.watch.look_for_target()
         while not self.is_finished():
             self.ask()
             self.launch()
             self.settle()
-            self.tell_long_wait()
-        self.why_ended = self.reason_to_end()
+            self.watch.look_for_long_wait(self.waits())
+        self.watch.why_ended = self.reason_to_end()
 
     def close(self) -> None:
         """End what runs, and put the checkout to the champion."""
@@ -193,10 +188,9 @@ class Ratchet:
         self.fleet.close()
         if self.proposers:
             self.proposers.close()
-        self.store.note("stopped", description=self.why_ended)
+        self.store.note("stopped", description=self.watch.why_ended)
         self.live_page.close()
-        self.tell(f"the loop ended: {self.why_ended}")
-        self.notifier.close()
+        self.watch.close()
 
     def is_finished(self) -> bool:
         """Whether nothing runs, and nothing more is to be begun."""
@@ -214,11 +208,11 @@ class Ratchet:
 
     def is_stopping(self) -> bool:
         """Whether no new candidate may begin: Ctrl-C, a file STOP, --hours, --patience, --target."""
-        return bool(self.enough) or self.interrupts.is_stopping or time.monotonic() > self.deadline
+        return bool(self.watch.enough) or self.interrupts.is_stopping or time.monotonic() > self.deadline
 
     def reason_to_end(self) -> str:
-        if self.enough:
-            return self.enough
+        if self.watch.enough:
+            return self.watch.enough
         if self.interrupts.is_stopping:
             return "stopped by request"
         if time.monotonic() > self.deadline:
@@ -226,6 +220,15 @@ class Ratchet:
         if self.proposers and self.proposers.have_spent_all():
             return f"--max-usd {self.limits.max_usd:g} is spent"
         return "all experiments are done"
+
+    def waits(self) -> dict[str, float]:
+        """What the loop waits for -> time.monotonic() since when."""
+        found = {}
+        if self.waiting_for:
+            found["for the machine"] = self.waiting_since
+        if self.proposers and self.proposers.failing_since is not None:
+            found["for a proposal: the agents give none"] = self.proposers.failing_since
+        return found
 
     # Ask: every idle desk, while too few candidates wait
 
@@ -616,7 +619,15 @@ class Ratchet:
             self.move_champion(former)
             self.same = summary_of_baseline(self.store)
         self.store.publish(self.repository.checkout)
-        self.count_verdict(experiment, verdict, former)
+        self.tell_watch(experiment, verdict, former)
+
+    def tell_watch(self, experiment: Experiment, verdict: str, former: str) -> None:
+        if experiment.purpose == "experiment" and verdict == "keep":
+            first = min(run.number for run in experiment.runs)
+            self.watch.take_keep(experiment.commit, former, first, experiment.description)
+        elif experiment.purpose == "experiment" and verdict != "stale":  # that one is run again, and counts then
+            self.watch.take_loss()
+        self.watch.look_for_target()
 
     def close_run(self, run: Run, verdict: str) -> Row:
         """Write the verdict to a run's folder; its row."""
@@ -637,56 +648,6 @@ class Ratchet:
             self.store.move_branch(former)
         if self.proposers:
             self.proposers.clear_idle()
-
-    # Enough, and telling it: --patience, --target, --notify
-
-    def count_verdict(self, experiment: Experiment, verdict: str, former: str) -> None:
-        """Tell of a kept change, and see whether the session has done enough."""
-        if experiment.purpose == "experiment" and verdict == "keep":
-            self.without_keep = 0
-            score = self.store.estimate(experiment.commit)
-            gain = DOMAIN.gain(self.store.estimate(former), score)
-            run = min(experiment.runs, key=run_number)
-            scored = f"{score:.6f} (gain {gain:.6f} {DOMAIN.unit}, run {run.number:04d})"
-            self.tell(f"kept {METRIC} {scored}: {experiment.description}")
-        elif experiment.purpose == "experiment" and verdict != "stale":  # that one is run again, and counts then
-            self.without_keep += 1
-        self.look_for_target()
-        if self.without_keep >= self.limits.patience and not self.enough:
-            self.end_because(f"no keep in {self.without_keep} experiments (--patience)")
-
-    def look_for_target(self) -> None:
-        target = self.limits.target
-        score = self.store.estimate(self.store.champion)
-        if target is None or score is None or self.enough:
-            return
-        if DOMAIN.gain(target, score) >= 0:
-            self.end_because(f"the champion's {score:.6f} reaches --target {target:g}")
-
-    def end_because(self, reason: str) -> None:
-        """As Ctrl-C once does: what runs is finished, nothing new begins."""
-        self.enough = reason
-        say(f"enough: {reason}; finishing what runs, then stopping")
-
-    def tell_long_wait(self) -> None:
-        """Once for every time that the loop waits for long: for the machine, or for agents that all fail."""
-        waits = []
-        if self.waiting_for:
-            waits.append((self.waiting_since, "for the machine"))
-        if self.proposers and self.proposers.failing_since is not None:
-            waits.append((self.proposers.failing_since, "for a proposal: the agents give none"))
-        if not waits:
-            self.has_told_wait = False
-            return
-        since, what = min(waits)
-        seconds = time.monotonic() - since
-        if seconds > LONG_WAIT and not self.has_told_wait:
-            self.has_told_wait = True
-            self.tell(f"waiting for {duration(seconds)} {what}")
-
-    def tell(self, news: str) -> None:
-        """To --notify. It may go to a stranger's server: no path, no log, no error's text."""
-        self.notifier.tell(f"{self.store.branch}: {news}\n{prompt.summary(self.store.rows, DOMAIN)}")
 
     # What goes before every candidate
 

@@ -15,6 +15,7 @@
     agents            how each coding agent's CLI is called; random_search is the one without a model
     desk              a checkout that one agent edits: asked, it gives a proposal or says why there is none
     prompt            what an agent is told
+    watch             whether a session has done enough, and what a person is told meanwhile
     proposers         the desks together, and the gate that an edit must pass
     bench             one run on this machine: measure(Job) -> Measurement, Crash or Unavailable
     fleet             where jobs run: submit(Job) -> Future

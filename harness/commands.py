@@ -121,10 +121,10 @@ def command_run(domain: Domain, checkout: Path, open_session: Callable, args: ar
         try:
             ratchet.run()
         except StopNow:
-            ratchet.why_ended = "stopped at once"
+            ratchet.watch.why_ended = "stopped at once"
             say("stopped: what was in flight is dropped, ledger and branch are as the last row says")
         except Exception:
-            ratchet.why_ended = "an error; what the loop printed last says which"
+            ratchet.watch.why_ended = "an error; what the loop printed last says which"
             raise
         finally:
             ratchet.close()

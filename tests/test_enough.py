@@ -35,7 +35,7 @@ def told(desk: Desk) -> list[str]:
 
 def test_night_ends_when_its_agents_have_cost_enough_and_says_what_they_cost(desk):
     """A failed call costs too; what was paid for is still trained; a long wait is told once."""
-    desk.set_constant("loop.py", "LONG_WAIT", "0")
+    desk.set_constant("harness/watch.py", "LONG_WAIT", "0")
     desk.commit("tell a wait at once")
     body = f"""
 n = count()
