@@ -437,6 +437,8 @@ class Ratchet:
             self.store.write_run(replace(run, decision="audit"))
             self.decided.append(experiment)
             say(f"  run {run.number:04d}: {compare(run, None, DOMAIN)}")
+            for weakness in run.marks:
+                say(f"    {weakness}")
         elif not experiment.outstanding:
             self.decide(experiment)
 

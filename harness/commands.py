@@ -10,6 +10,7 @@ import functools
 import io
 import math
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from harness.screen import ERROR_CHARS, UserError, one_line, say
 from harness.store import Store
 
 AGENT_TIMEOUT = 1800  # seconds that a proposal may take
+TAG_BYTES = 100  # a tag is the name of folders and files
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class Limits:
 
 def main(domain: Domain, checkout: Path, open_session: Callable) -> int:
     """Run the command line. `open_session(store, limits, interrupts, agent, keep_edit)` makes a ratchet."""
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?"
     args = parse_arguments(sys.argv[1:])
     for name in [name for name in os.environ if name.startswith("GIT_")]:
         del os.environ[name]  # set by a hook or an alias, they would point git elsewhere
@@ -68,7 +72,16 @@ def main(domain: Domain, checkout: Path, open_session: Callable) -> int:
 def guarded(command: Callable[[], int]) -> int:
     """The exit code of a command; an error that a person can mend is one line."""
     try:
-        return command()
+        code = command()
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except BrokenPipeError as error:
+        if not _reader_is_gone():
+            say(f"error: {error}")
+            return 1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still to be written at the exit must not fail either
+        return 0
     except (StopNow, KeyboardInterrupt):
         say("stopped")
         return 0
@@ -80,6 +93,13 @@ def guarded(command: Callable[[], int]) -> int:
         return getattr(error, "code", 1)
 
 
+def _reader_is_gone() -> bool:
+    """Whether nobody reads standard output any more: `| head` has read enough."""
+    output = select.poll()
+    output.register(1, 0)  # 0: errors alone
+    return bool(output.poll(0))
+
+
 def open_store(checkout: Path, domain: Domain, tag: str | None) -> Store:
     """The store of a tag: the one given, else the current branch's, else today's date."""
     repository = Repository(checkout, domain.editable, domain.instructions)
@@ -89,8 +109,10 @@ def open_store(checkout: Path, domain: Domain, tag: str | None) -> Store:
     if not tag:
         tag = today if tag_of_branch == branch else tag_of_branch
     is_name = repository("check-ref-format", "--branch", f"autoresearch/{tag}", default="")
-    if "/" in tag or not is_name:
-        raise UserError(f"--tag {tag!r} is not a valid branch name: use letters, digits and '-', say {today}", 2)
+    is_long = len(os.fsencode(tag)) > TAG_BYTES
+    if "/" in tag or is_long or not is_name:
+        shown = one_line(tag, TAG_BYTES)
+        raise UserError(f"--tag {shown!r} is not a valid branch name: use letters, digits and '-', say {today}", 2)
     return Store(repository, tag, domain)
 
 

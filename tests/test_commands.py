@@ -102,7 +102,7 @@ def test_dirty_instructions_and_untracked_files_are_no_error(desk):
 
 
 def test_tag_that_is_no_branch_name_is_refused(desk):
-    for tag in ("a b", "..", "a/b", "x.lock", "a~1", "a:b", "é\x07", "@{"):
+    for tag in ("a b", "..", "a/b", "x.lock", "a~1", "a:b", "é\x07", "@{", 101 * "x"):
         assert "is not a valid branch name" in refused(desk, "status", f"--tag={tag}", code=2)
     assert "is not a valid branch name" in refused(desk, "--agent-cmd", "true", "--tag=..", code=2)
 
@@ -146,6 +146,20 @@ def test_arguments_that_make_no_sense_are_a_usage_error(desk):
 def test_help_names_every_command(desk):
     told = desk.loop("--help").stdout
     assert all(f"    {name} " in told for name in ("run", "try", "status", "report", "audit"))
+
+
+# ---- What a person reads it with -------------------------------------------------------------------------------------
+
+
+def test_terminal_that_is_not_utf_8_and_a_reader_that_has_read_enough_are_no_errors(desk):
+    desk.home().mkdir(parents=True)
+    row = "1234567\t1.000000\t0.0\tkeep\tgrößer\n"
+    (desk.home() / "results.tsv").write_text(f"commit\tval_bpb\tmemory_gb\tstatus\tdescription\n{row}")
+    assert "gr??er" in desk.loop("status", "--tag", "t", PYTHONIOENCODING="ascii").stdout
+    for unbuffered in ("", "1"):  # written at the exit, or at once
+        process = desk.popen("status", "--tag", "t", PYTHONUNBUFFERED=unbuffered)
+        process.stdout.close()
+        assert (process.wait(20), process.stderr.read()) == (0, "")
 
 
 # ---- Places that cannot be written -----------------------------------------------------------------------------------

@@ -402,6 +402,7 @@ def test_report_and_audit_print_steps_and_tokens_a_second_where_runs_say_them(de
     desk.replace("train.py", "time.sleep(SECONDS)", 'time.sleep(0.02); print("batch 2,048 tokens = 8 rows")')
     with open(desk.path / "train.py", "a") as file:
         file.write("print(f'num_steps: {100 * DEPTH}')\n")
+    desk.replace("prepare.py", '"busy_others": 0.0', '"busy_others": 0.4')
     desk.commit("a run that counts its steps")
     agent = desk.agent('knob("DEPTH", 5)')
     desk.loop("--agent-cmd", agent, "--tag", "t", "--max-experiments", "1")
@@ -410,7 +411,9 @@ def test_report_and_audit_print_steps_and_tokens_a_second_where_runs_say_them(de
     lines = desk.loop("report").stdout.splitlines()
     assert lines[4].split() == ["kept", "val_bpb", "gain", "steps", "tokens/s", "description"]
     assert lines[5].split()[2:4] == ["400", speeds[0]] and lines[6].split()[4:6] == ["500", speeds[1]]
-    audit = desk.loop("audit", "--replicates", "1").stdout.splitlines()
+    done = desk.loop("audit", "--replicates", "1")
+    assert done.stderr.count("others used 40% of the machine: this score is weak") == 2
+    audit = done.stdout.splitlines()
     assert " steps " in audit[0] and " tokens/s " in audit[0]
     assert [audit[line].split()[4] for line in (1, 3)] == ["400", "500"]
     foreign = report_of(desk, (desk.home() / "results.tsv").read_text()).stdout
