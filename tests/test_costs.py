@@ -58,6 +58,7 @@ OUTPUTS = {
     "claude refused": (CLAUDE_500, "API Error: 500 scripted 500. This is a server-side issue", Cost(0, 0, 0)),
     "claude without a price": (CLAUDE.replace("0.3125", "0"), "Done.", Cost(3065, 206, None)),
     "codex": (CODEX, 'Model metadata for `lab` not found.|$ /bin/bash -lc "sed x"|Done.', Cost(1200, 34, None)),
+    "codex of two turns": (CODEX + CODEX.replace("1200", "2500"), "Done.", Cost(2500, 34, None)),
     "codex refused": (CODEX_401, "unexpected status 401 Unauthorized: scripted 401", Cost()),
     "codex killed": (CODEX[: CODEX.index('{"type":"item.completed","item":{"id":"item_2"')], '"sed x"', Cost()),
     "opencode": (OPENCODE, "$ sed x|Done.", Cost(9, 7, 0.75)),

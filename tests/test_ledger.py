@@ -147,6 +147,7 @@ def test_threshold_of_confirmation_grows_with_what_was_tried_and_falls_with_what
     of_kept = [least_confirmed_gain(1000, kept) for kept in range(2000)]
     assert of_kept == sorted(of_kept, reverse=True)
     assert of_kept[-1] > 0  # a gain of less than nothing is never kept
+    assert least_confirmed_gain(90, 4) == least_confirmed_gain(10, 0)  # each gain that was kept counts twice
 
 
 def test_verdict_counts_commits_and_not_their_runs():
@@ -189,6 +190,7 @@ def test_estimate_leaves_out_the_score_that_chose_a_commit():
     rows = [row("a", 1.0), row("b", 0.8), row("b", 0.95), row("a", 1.2), row("b", 0.93), row("c", 0.7)]
     assert fresh_scores(rows, "a") == [1.0, 1.2]  # the baseline was chosen by nobody
     assert fresh_scores(rows, "b") == [0.95, 0.93]
+    assert best_estimate(rows, "a") == pytest.approx(1.1)
     assert best_estimate(rows, "b") == pytest.approx(0.94)
     assert best_estimate(rows, "c") == 0.7  # nothing better is known
     assert best_estimate(rows, "d") is None
@@ -240,6 +242,8 @@ def test_simpler_keep_is_bounded_by_one_sigma_and_all_of_them_by_two(domain, bet
         row("f", 1.0 + 2 * better - better * 0.04, description="simplify: no comment"),
     ]
     assert given_away(rows, domain) == pytest.approx(0.07)
+    rows.append(row("f", 1.0 + 2 * better - better * 0.06, description="simplify: no comment (again)"))
+    assert given_away(rows, domain) == pytest.approx(0.09)  # its first score was lucky
 
 
 # ---- sessions --------------------------------------------------------------------------------------------------------

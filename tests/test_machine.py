@@ -183,6 +183,7 @@ def test_lost_kernel_is_run_again_once_and_then_the_ideas_own(desk):
     ''')
     done = desk.loop("--tag", "t", "--max-experiments", "2", "--agent-cmd", agent)
     assert done.stderr.count("waiting: attention is flex, the baseline's is sdpa") == 2
+    assert [event["run"] for event in desk.events() if event["event"] == "training"] == [1, 2, 2, 3, 3]
     described = [(row[1], row[3], row[4]) for row in desk.rows()[1:]]
     assert described == [
         ("0.000000", "crash", "attention is flex, the baseline's is sdpa: idea 1"),

@@ -9,6 +9,7 @@ import html
 import html.parser
 import json
 import subprocess
+from pathlib import Path
 
 import pytest
 from browser import Browser, find_chromium
@@ -16,6 +17,7 @@ from conftest import ended, hear, wait_for
 
 import loop
 from harness import morning, page
+from harness.files import is_locked
 from harness.ledger import Row
 from harness.report import compute
 from harness.repository import Repository
@@ -102,6 +104,8 @@ def test_page_shows_what_agents_wrote_as_text_and_asks_for_nothing(store):
     assert not [name for name, _ in read.attributes if name.startswith("on")]
     assert not set(text) & set("\0\x1b\u202e")
     shown = "".join(read.words)
+    assert "[31m" not in shown
+    assert "gain 0.100000 bpb (10.00%). 1 changes were kept" in shown
     for part in PARTS:
         assert f"{part} <script>alert(1)</script>" in shown, part
     assert "49" not in text.split("7*7")[1][:20]
@@ -122,6 +126,14 @@ def test_page_reloads_itself_only_while_a_loop_runs(store):
     refresh = ("http-equiv", "refresh")
     assert refresh in Reader(compose(store, is_live=True)).attributes
     assert refresh not in Reader(compose(store)).attributes
+    with morning.page_lock(store):
+        assert is_locked(store.home / "page.lock")  # one writer at a time
+
+
+def test_commit_that_is_gone_costs_the_page_only_its_diff(store):
+    add_runs(store, [1.0, 1.1, 0.9])
+    store.attempts = {1: store.repository.head()}  # the champion has no ref
+    assert "Best val_bpb 0.900000" in compose(store)
 
 
 def test_page_without_curves_samples_audit_or_runs_says_what_is_unknown(store):
@@ -134,6 +146,50 @@ def test_page_without_curves_samples_audit_or_runs_says_what_is_unknown(store):
     domain = dataclasses.replace(loop.DOMAIN, curve_pattern="", batch_pattern="", sample="", lower_is_better=False)
     findings = compute(None, store.rows, store.ledger, domain)
     assert "<script>" not in morning.compose(None, findings, domain, False, page.read_template())
+
+
+def test_rows_of_a_commit_stand_beside_their_own_runs(store):
+    """A row is a run that was decided, and no audit's; the best is the one that was kept before the row."""
+    commit = "a" * 40
+    runs = [("baseline", "keep", 1.0), ("audit", "audit", 2.0), ("repeat", "", 3.0), ("repeat", "keep", 1.1)]
+    runs += [("experiment", "crash", 0.0), ("experiment", "discard", 1.3)]
+    for number, (purpose, decision, score) in enumerate(runs, 1):
+        store.folder(store.new_folder())
+        name = commit if number < 5 else "b" * 40
+        store.write_run(Run(number, name, "", number, "x", purpose, decision=decision, score=score, busy_others=0.0))
+        if decision in ("keep", "discard", "crash"):
+            store.rows.append(Row(name[:7], score, 1.0, decision, "x"))
+    entries = morning.find_entries(store, store.rows)
+    assert [entry.run.number for entry in entries] == [1, 4, 5, 6]
+    assert [entry.best for entry in entries] == [None, 1.0, 1.1, 1.1]
+    assert morning.first_run(entries, "bbbbbbb").number == 6
+    assert morning.tell_row(entries[3], {}, 0, loop.DOMAIN)["change"] == "+0.200000"
+    assert morning.tell_row(entries[2], {}, 0, loop.DOMAIN)["score"] == ""
+    store.write_run(dataclasses.replace(entries[3].run, busy_others=0.4))
+    told = morning.tell_machine(store, morning.find_entries(store, store.rows))
+    assert [bar["is_much"] for bar in told["busy"]] == [False, False, False, True]
+    assert "in 1 of 4 runs" in told["machine"]
+
+
+@pytest.mark.parametrize("better", [-1, +1])
+def test_page_of_a_long_night_shows_the_newest_the_nearest_misses_and_the_largest_gains(monkeypatch, better):
+    for name, most in (("NEWEST_ROWS", 2), ("NEAR_MISSES", 1), ("MOST_KEPT", 2)):
+        monkeypatch.setattr(morning, name, most)
+    domain = dataclasses.replace(loop.DOMAIN, lower_is_better=better < 0)
+    gains = [0.0, -0.3, 0.1, -0.1, 0.5, -0.2, 0.5001, -0.4, -0.6]  # on the baseline; of those below 0 nothing is kept
+    rows = []
+    for number, gain in enumerate(gains):
+        rows.append(Row(f"{number:07x}", 5 + better * gain, 1.0, "discard" if gain < 0 else "keep", f"idea {number}"))
+    findings = compute(None, rows, Path("results.tsv"), domain)
+    entries = morning.find_entries(None, rows)
+    chosen = morning.choose_entries(entries, findings, domain)
+    assert [entry.index for entry in chosen] == [8, 7, 4, 3, 2, 0]
+    assert "of what was kept the 2 largest gains" in morning.tell_rows(None, entries, chosen, domain)["rows_left_out"]
+    told = morning.tell_kept(findings, domain)
+    assert [cells[2:4] for cells in told["kept"]] == [["", ""], ["0.100000", "resolved"], ["0.400000", "resolved"]]
+    assert told["kept_left_out"].startswith("1 smaller gains are left out")
+    monkeypatch.setattr(morning, "MOST_KEPT", 9)
+    assert morning.tell_kept(findings, domain)["kept"][-1][2:4] == ["0.000100", "within noise"]
 
 
 @pytest.mark.slow
@@ -175,6 +231,7 @@ def test_small_texts_stay_whole_where_large_ones_are_cut():
     assert page.fair_limit([10, 20], 130) == 130
     assert page.cut_to("one\ntwo\nthree", 8) == "one\ntwo\n… 1 more lines"
     assert page.cut_to("one\ntwo\nthree", 8, keep_end=True) == "… 2 more lines\nthree"
+    assert page.cut_to("1\n2\n3\n4", 4, keep_end=True) == "… 2 more lines\n3\n4"
     assert page.cut_to("<" * 10, 30) == "… 1 more lines"
 
 

@@ -3,18 +3,21 @@
 uv run pytest tests/test_prompt.py
 """
 
+import dataclasses
 import re
 
 import loop
 from harness.ledger import parse_ledger
-from harness.prompt import Background, memory
+from harness.prompt import DEAD_ENDS, KEPT, PLATEAU, UNSETTLED, Background, memory, summary
+
+HIGHER = dataclasses.replace(loop.DOMAIN, lower_is_better=False)
 
 
-def memory_of(rows, busy=(), merged=()) -> dict[str, list[str]]:
+def memory_of(rows, busy=(), merged=(), domain=loop.DOMAIN) -> dict[str, list[str]]:
     """Heading, up to its first comma or colon -> its lines."""
     lines = "".join(["aaaaaaa\t1.0\t0\tkeep\tbaseline\n", *rows])
     background = Background(sigma=0.01, busy=set(busy), merged=set(merged), verdicts=[])
-    parts = memory(parse_ledger(lines)[0], background, loop.DOMAIN)
+    parts = memory(parse_ledger(lines)[0], background, domain)
     return {re.split("[,:]", part)[0]: part.split("\n")[2:] for part in parts}
 
 
@@ -35,3 +38,39 @@ def test_memory_counts_an_experiment_once_and_calls_no_crash_or_busy_discard_a_d
     # After the gain came ten ideas and idea 1 again, one on a busy machine; now seven more, one of them merged.
     rows += [f"{n:07x}\t1.2\t0\tdiscard\tidea {n}\n" for n in range(14, 21)]
     assert "Nothing was kept in the last 16 experiments" in str(memory_of(rows, {"000000c"}, {"000000e"}))
+
+
+def test_memory_follows_the_direction_of_the_metric_and_spares_what_is_no_dead_end():
+    rows = [f"{n:07x}\t{0.9 - n / 1000}\t0\tdiscard\tidea {n}\n" for n in range(1, 14)]
+    rows.append("eeeeeee\t1.5\t0\tdiscard\tmerged by and by\n")  # a gain on a former champion
+    told = memory_of(rows, merged={"000000d"}, domain=HIGHER)
+    near = [line.split("\t")[4] for line in told["Near misses"]]
+    assert near == ["merged by and by", *(f"idea {n}" for n in range(1, 10))]
+    assert [line.rpartition(": ")[2] for line in told["Dead ends"]] == ["idea 10", "idea 11", "idea 12"]
+    told = memory_of(rows, merged={"000000d"})
+    assert [line.rpartition(": ")[2] for line in told["Dead ends"]] == ["merged by and by"]
+
+
+def test_memory_keeps_the_newest_of_each_kind_and_tells_a_plateau_as_it_begins():
+    """A commit that was discarded, and kept when it ran again, counts as kept."""
+    rows = ["0000000\t1.1\t0\tdiscard\tlate bloomer\n", "0000000\t0.9999\t0\tkeep\tlate bloomer (again)\n"]
+    rows += [f"a{n:06x}\t{0.99 - n / 1e6}\t0\tkeep\tkept {n}\n" for n in range(KEPT - 1)]
+    told = memory_of(rows)
+    assert [told["Kept so far"][line].rpartition("\t")[2] for line in (0, -1)] == ["late bloomer", f"kept {KEPT - 2}"]
+    rows.append("b000000\t0.98\t0\tkeep\tlast\n")
+    rows += [f"c{n:06x}\t{1.2 + n / 1e6}\t0\tdiscard\tworse {n}\n" for n in range(PLATEAU)]
+    told = memory_of(rows)
+    assert [told["Kept so far"][line].rpartition("\t")[2] for line in (0, -1)] == ["kept 0", "last"]
+    assert any(heading.startswith(f"Nothing was kept in the last {PLATEAU} ") for heading in told)
+    assert not any(heading.startswith("Nothing was kept") for heading in memory_of(rows[:-1]))
+    rows += [f"d{n:06x}\t1.3\t0\tdiscard\tfar worse {n}\n" for n in range(DEAD_ENDS)]
+    rows += [f"f{n:06x}\t0\t0\tcrash\tboom {n}\n" for n in range(UNSETTLED + 1)]
+    told = memory_of(rows)
+    assert [line.rpartition(" ")[2] for line in told["Dead ends"]] == [f"{n}" for n in range(DEAD_ENDS)]
+    assert told["Dead ends"][0].endswith("far worse 0")
+    assert [line.rpartition(" ")[2] for line in told["Not settled"]] == [f"{n}" for n in range(1, UNSETTLED + 1)]
+
+
+def test_summary_of_a_ledger_without_a_keep_tells_its_first_score():
+    rows, _ = parse_ledger("aaaaaaa\t0\t0\tcrash\tboom\nbbbbbbb\t1.25\t0\tdiscard\tidea\n")
+    assert summary(rows, loop.DOMAIN) == "Best val_bpb 1.250000 (bbbbbbb); rows: 0 keep, 1 discard, 1 crash."

@@ -6,9 +6,10 @@ uv run pytest tests/test_verdict.py
 import pytest
 
 import loop
+from harness.contract import Record
 from harness.curve import Point, Training
 from harness.store import Run
-from harness.verdict import Side, in_a_word, is_weak, table
+from harness.verdict import Side, find_marks, in_a_word, is_weak, table
 
 
 def side(number=1, score=1.7, steps=100, batch=1000, start=5.0, end=2.0, **changes) -> Side:
@@ -80,3 +81,18 @@ def test_word_is_said_only_where_the_curves_are_clear(candidate, word):
 def test_weak_is_a_run_beside_others():
     assert is_weak(side(busy_others=0.11).run) and is_weak(side(device_others=1).run)
     assert not is_weak(side(busy_others=0.10, device_others=0).run) and not is_weak(side().run)
+
+
+def test_marks_say_what_makes_a_score_weak_and_nothing_else():
+    def marks(startup=10.0, base=None, **facts) -> tuple[str, ...]:
+        record = Record(1.0, "p", "val", 42, 0.5, 7, "d", {}, "s", "cpu", **facts)
+        return find_marks(record, startup, base)
+
+    base = side(startup_seconds=10.0).run
+    assert marks() == marks(base=base) == marks(startup=1e6) == marks(busy_others=0.10, device_others=0) == ()
+    assert marks(busy_others=0.11) == ("others used 11% of the machine: this score is weak",)
+    assert marks(device_others=2) == ("2 other processes were on the device: this score is weak",)
+    assert marks(startup=50.0, base=base) == ()  # twice the base's and 30 s
+    late = "it took 51 s to start, its base 10 s: compilation, or a head start"
+    assert marks(startup=51.0, base=base) == (late,)
+    assert marks(export_problem="a\nb") == ("the network could not be exported: a b",)
