@@ -15,7 +15,7 @@ from pathlib import Path
 from harness.contract import ContractError, Description, Domain, read_description
 from harness.files import is_locked, remove_folder, write_atomically
 from harness.processes import watch
-from harness.screen import UserError, one_line
+from harness.screen import UserError, listed, one_line
 
 MIN_FREE_GB = 1.0  # GB that the disk must have free before a run
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH|_PAT$", re.IGNORECASE)  # names withheld from training
@@ -117,8 +117,6 @@ def remove_foreign_files(compile_cache: Path) -> None:
 
 # Installed packages: a run that changes them would reach into every later one
 
-PACKAGES_LISTED = 5  # names of changed files that a message gives
-
 
 class Packages:
     """Installed packages and Python's own library as names, sizes and times of files, to be compared later."""
@@ -154,11 +152,7 @@ class Packages:
         """The names of the files that were added, removed or changed, "" if none."""
         names = set(self.files) ^ set(now.files)
         names |= {name for name in set(self.files) & set(now.files) if self.files[name] != now.files[name]}
-        if not names:
-            return ""
-        listed = sorted(names)[:PACKAGES_LISTED]
-        more = f" and {len(names) - len(listed)} more" if len(names) > len(listed) else ""
-        return ", ".join(listed) + more
+        return listed(names)
 
 
 def _list_folder(folder: str, files: dict, folders: list[str]) -> None:

@@ -15,7 +15,7 @@ from harness.contract import Description, Domain
 from harness.environment import Packages
 from harness.files import open_to_append, read_text, remove_folder
 from harness.processes import sweep
-from harness.screen import UserError, say
+from harness.screen import UserError, listed, say
 from harness.store import DIGEST_TRAILER, PROFILE_TRAILER, Run, Store
 
 ROUNDING_OF_ROWS = 1e-6  # a row has six decimals
@@ -79,8 +79,11 @@ def _check_checkout(store: Store, use: Use) -> None:
         changed = [name for name in changed if name != repository.editable]
     if not store.attempts:
         if changed:
-            names = ", ".join(changed)
-            raise UserError(f"{names} has uncommitted changes: commit them or run 'git stash', then start again")
+            remedy = "commit them or run 'git stash', then start again"
+            if repository.converts_line_ends():
+                remedy = "git's core.autocrlf changes the ends of lines: commit edits of your own, then run "
+                remedy += "'git config core.autocrlf false && git read-tree --empty && git reset --hard'"
+            raise UserError(f"{listed(changed)} has uncommitted changes: {remedy}")
         if tip != champion:
             raise UserError(f"branch {store.branch} exists, at {tip[:7]}: check it out, or choose another --tag", 2)
         return
@@ -92,7 +95,7 @@ def _check_checkout(store: Store, use: Use) -> None:
         difference = repository("diff", "--binary", champion, "--", *changed, raw=True)
         with open_to_append(path) as file:
             file.buffer.write(difference + b"\n")
-        say(f"note: {', '.join(changed)} differed from the champion; the difference is saved in {path}")
+        say(f"note: {listed(changed)} differed from the champion; the difference is saved in {path}")
 
 
 def _describe(store: Store, is_stopped: Callable[[], bool]) -> Description:

@@ -207,6 +207,12 @@ class Repository:
         names = self("diff", "--name-only", "--no-renames", "-z", commit, "--").split("\0")
         return [name for name in names if name not in ("", self.instructions)]
 
+    def converts_line_ends(self) -> bool:
+        """Whether the person's git writes CRLF into a checkout (Git for Windows is installed so)."""
+        values = self("config", "--get-all", "core.autocrlf", default="").splitlines()
+        own = values[:-1]  # the last one is from OPTIONS
+        return own[-1:] == ["true"]
+
     # Writing: commits and refs
 
     def commit(self, parent: str, source: bytes | None, message: str, ref: str) -> str:

@@ -4,8 +4,10 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Iterable
 
 ERROR_CHARS = 600  # an error line is cut to this
+NAMES_LISTED = 5  # that a message gives
 
 
 class UserError(Exception):
@@ -48,6 +50,13 @@ def duration(seconds: float) -> str:
     if seconds < 7200:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"
+
+
+def listed(names: Iterable[str]) -> str:
+    """`a, b and 3 more`: in their order, not more than a line holds."""
+    names = sorted(names)
+    more = f" and {len(names) - NAMES_LISTED} more" if len(names) > NAMES_LISTED else ""
+    return ", ".join(names[:NAMES_LISTED]) + more
 
 
 def one_line(text: str, limit: int = 200) -> str:

@@ -92,6 +92,19 @@ def test_dirty_files_at_the_first_start_are_an_error_that_names_them(desk):
     assert desk.git("symbolic-ref", "--short", "HEAD") == "main" and not (desk.home() / "results.tsv").exists()
 
 
+def test_checkout_with_other_line_ends_is_an_error_whose_commands_mend_it(desk):
+    """As Git for Windows is installed: every file differs, and `git stash` finds nothing."""
+    desk.git("config", "core.autocrlf", "true")
+    desk.git("read-tree", "--empty")
+    desk.git("reset", "-q", "--hard")
+    error = refused(desk, *BASELINE, code=1)
+    assert error.startswith("error: .gitignore, harness/__init__.py, ") and " more has uncommitted changes: " in error
+    commands = error.split("'")[-2]
+    assert commands.startswith("git config core.autocrlf false && ")
+    subprocess.run(commands, shell=True, cwd=desk.path, check=True, capture_output=True)
+    desk.loop(*BASELINE)
+
+
 def test_dirty_instructions_and_untracked_files_are_no_error(desk):
     (desk.path / "program.md").write_text("mine\n")
     (desk.path / "notes.txt").write_text("mine\n")
