@@ -242,6 +242,8 @@ def test_reading_is_forgiving_and_never_hangs(tmp_path):
     assert read_tail(tmp_path / "log", 2) == "step 2\n\ufffd last"
     (tmp_path / "long").write_text("z" * 10**6)
     assert read_tail(tmp_path / "long", 1) == "z" * 300
+    (tmp_path / "wide").write_text("𝕫" * 1000)
+    assert read_tail(tmp_path / "wide", 1) == "𝕫" * 300
     os.mkfifo(tmp_path / "pipe")  # opened for reading it would wait for a writer for ever
     (tmp_path / "link").symlink_to(tmp_path / "log")
     for name in ("missing", "pipe", "link", "."):
@@ -278,6 +280,7 @@ def test_lock_is_exclusive_until_its_holder_dies(tmp_path):
             holder.kill()
             holder.wait()
             assert not is_locked(path) and take_lock(file)
+            assert is_locked(path)
     finally:
         holder.kill()
         holder.communicate()
@@ -307,3 +310,11 @@ def test_interrupts_are_noted_when_sent_and_heeded_when_asked(tmp_path, numbers)
             interrupts.heed()
         assert interrupts.stop.is_set()
     assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_two_ctrl_c_between_two_looks_stop_now(tmp_path):
+    with Interrupts(tmp_path / "STOP") as interrupts:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(StopNow):
+            interrupts.heed()
