@@ -4,6 +4,7 @@ uv run pytest tests/test_ledger.py
 """
 
 import dataclasses
+import json
 import math
 import random
 import re
@@ -345,6 +346,8 @@ def test_session_with_confirm_measures_a_champion_again_that_was_kept_by_the_pla
     again = [cells for cells in rows[2:] if cells[0] == champion]
     assert [cells[4] for cells in again] == ["champion once more, beside: deeper"] * CHAMPION_RUNS[0]
     assert {cells[3] for cells in rows[2:]} == {"keep"}
+    runs = [json.loads(path.read_text()) for path in sorted(desk.home().glob("runs/*/run.json"))]
+    assert {run["base"][:7] for run in runs if run["commit"].startswith(champion)} == {rows[0][0], ""}
     of_candidate = rows[2 + len(again) :]
     assert len(of_candidate) == 2 and len({cells[0] for cells in of_candidate}) == 1
 

@@ -12,6 +12,7 @@ import signal
 import subprocess
 from collections import deque
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from harness.commands import Limits
 from harness.contract import Description, Device, Record
 from harness.desk import Assignment, Proposal
 from harness.interrupts import Interrupts
+from harness.ledger import Row
 from harness.opening import stale_gains
 from harness.proposers import find_problem
 from harness.repository import Repository
@@ -220,6 +222,7 @@ class Night:
                 assert experiment.again_of or not any(proposal.again_of for proposal in ratchet.waiting)
             job = ratchet.fleet.jobs[future]
             assert all(blob.is_intact() for blob in job.tree)
+            assert job.time_limit == 2 * FACTS.time_budget + loop.STARTUP_ALLOWANCE
             others = {blob.path: blob.data for blob in job.tree if blob.path != "train.py"}
             assert others == {"prepare.py": b"the judge", "program.md": b"do it"}
 
@@ -332,9 +335,34 @@ def test_device_that_fails_while_the_loop_stops_ends_no_other_run(tmp_path, capf
         future.set_result(Crash("boom", "", 1.0))
     ratchet.settle()
     assert ratchet.is_finished() and len(ratchet.store.rows) == 4  # the baseline and three
+    assert not ratchet.waiting_for  # a run ended: the machine works again
 
 
-def test_device_held_by_others_floods_nothing(tmp_path, capfd, quick):
+def test_proposal_that_was_paid_for_is_waited_for(tmp_path, capfd, quick):
+    night = Night(tmp_path, seed=1)
+    ratchet = night.session(0)
+    ratchet.limits = Limits(workers=4, max_usd=1.0)
+    ratchet.proposers.have_spent_all = lambda: True
+    assert ratchet.is_finished()
+    ratchet.proposers.asked[Future()] = Proposal(b"", ratchet.store.champion, "the last one")
+    assert not ratchet.is_finished()
+
+
+def test_gain_that_would_repeat_a_run_in_flight_is_dropped_for_ever(tmp_path, capfd, quick):
+    """Else every later session would take it up again."""
+    ratchet = session_in_flight(Night(tmp_path, seed=1), 100)
+    store = ratchet.store
+    first, second, *_ = ratchet.flying.values()
+    assert {planned.experiment.source for planned in ratchet.flying.values()} <= ratchet.pending_sources()
+    store.write_run(replace(read_run(store.folder(first.number)), decision="stale"))
+    store.append([Row(first.commit[:7], 1.0, 0.5, "discard", "a gain on a former champion")])
+    assert [run.number for run in stale_gains(store)] == [first.number]
+    again = Proposal(second.experiment.source, store.champion, "again", again_of=first.number)
+    assert ratchet.merged(again) is None and stale_gains(store) == []
+    assert "repeats an experiment that waits or runs now" in capfd.readouterr().err
+
+
+def test_device_held_by_others_floods_nothing(tmp_path, capfd, quick, monkeypatch):
     """Every run waits for the machine: no further candidate is begun, no further agent is asked."""
     ratchet = session_in_flight(Night(tmp_path, seed=1), 100, ahead=1)
     for _ in range(20):
@@ -347,6 +375,12 @@ def test_device_held_by_others_floods_nothing(tmp_path, capfd, quick):
     assert len(ratchet.waiting) + len(ratchet.proposers.asked) <= 4
     assert ratchet.store.next_number() == 6  # the baseline's and four
     assert capfd.readouterr().err.count("waiting: the device is busy") == 1
+    monkeypatch.setattr(loop, "RETRY_SECONDS", 1000)
+    for future in ratchet.flying:
+        future.set_result(Unavailable("the device is busy"))
+    ratchet.settle()
+    ratchet.launch()
+    assert len(ratchet.planned) == 4 and not ratchet.flying  # not before their time
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from matplotlib.transforms import Affine2D
 
 import loop
 from harness.ledger import Row
-from harness.picture import draw, plot
+from harness.picture import cut, draw, find_bests, plot
 from harness.report import Audited, _pace, print_audit
 
 HEADER = loop.DOMAIN.columns
@@ -176,11 +176,29 @@ def test_picture_is_drawn_of_any_rows_in_either_direction(tmp_path, domain):
     assert len(pictures) == len(cases)
 
 
-def test_picture_of_a_higher_metric_turns_the_axis_around(tmp_path):
-    rows = [Row("a", 1.0, 1.0, "keep", "x"), Row("b", 2.0, 1.0, "keep", "y"), Row("c", 0.0, 0.0, "crash", "z")]
-    for domain in (loop.DOMAIN, dataclasses.replace(loop.DOMAIN, lower_is_better=False)):
-        plot(rows, tmp_path / f"{domain.lower_is_better}.png", domain, 0.0004)
-    assert (tmp_path / "True.png").read_bytes() != (tmp_path / "False.png").read_bytes()
+@pytest.mark.parametrize("better", [-1, +1])
+def test_picture_shows_the_best_as_believed_and_leaves_far_failures_out(better):
+    domain = dataclasses.replace(loop.DOMAIN, lower_is_better=better < 0)
+    rows = [Row("a", 5.0, 1.0, "keep", "baseline"), Row("b", 5 + better * 0.4, 1.0, "keep", "lucky")]
+    rows += [Row("b", 5 + better * 0.2, 1.0, "keep", "lucky (again)"), Row("c", 5 - better * 3, 1.0, "discard", "far")]
+    rows += [Row("d", 5 - better * 0.01, 1.0, "discard", "near"), Row("e", 0.0, 0.0, "crash", "boom")]
+    believed = 5 + better * 0.2
+    bests = find_bests(rows, domain)
+    assert [(best.at, best.description) for best in bests] == [(0, "baseline"), (1, "lucky")]
+    assert [best.score for best in bests] == [5.0, believed] and bests[1].gain == pytest.approx(0.2)
+    assert [best.at for best in find_bests([rows[5], *rows[3:5]], domain)] == [1]  # nothing was kept
+
+    axes = draw(rows, domain, 0.1, (14, 7), "black").axes[0]
+    lines = {line.get_label(): line for line in axes.lines}
+    assert list(lines["discarded"].get_xdata()) == [4]
+    worst = axes.get_ylim()[1 if better < 0 else 0]
+    assert list(lines["crashed"].get_ydata()) == [worst]
+    assert better * (5 - worst) > 0.1  # room for what is worse
+    band = axes.collections[0].get_paths()[0].get_extents()
+    assert [band.y0, band.y1] == pytest.approx([min(5, believed) - 0.1, max(5, believed) + 0.1])
+    assert "(1 of the discarded are outside the frame)" in axes.get_xlabel()
+    assert axes.get_title() == f"6 runs, 3 kept: 5.0000 to {believed:.4f}"
+    assert cut("abcdef", 5) == "abcd…" and cut("abcde", 5) == "abcde"
 
 
 @pytest.mark.parametrize("lower_is_better", [True, False])
