@@ -5,6 +5,7 @@ import functools
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import signal
 import tempfile
@@ -85,7 +86,14 @@ class Repository:
 
     def _check_checkout(self) -> None:
         self._check_worktree()
-        top = self("rev-parse", "--show-toplevel", default="")
+        try:
+            top = self("rev-parse", "--show-toplevel")
+        except UserError as error:
+            top = ""
+            if "dubious ownership" in str(error):
+                place = shlex.quote(str(self.checkout))
+                remedy = f"make a clone of your own, or run: git config --global --add safe.directory {place}"
+                raise UserError(f"{self.checkout} belongs to another user, so git refuses it: {remedy}") from error
         if not top or Path(top).resolve() != self.checkout:
             remedy = "clone the project, or run 'git init'"
             raise UserError(f"{self.checkout} is not the top level of a git repository: {remedy}")

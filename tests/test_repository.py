@@ -29,6 +29,17 @@ def git(desk):
     return Repository(desk.path, "train.py", "program.md")
 
 
+def test_checkout_of_another_user_is_an_error_with_gits_own_remedy(desk, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))  # no safe.directory of the person's
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    with pytest.raises(UserError) as caught:
+        Repository(desk.path, "train.py", "program.md")
+    told, command = str(caught.value).split(", or run: ")
+    assert told == f"{desk.path} belongs to another user, so git refuses it: make a clone of your own"
+    subprocess.run(command, shell=True, check=True)
+    Repository(desk.path, "train.py", "program.md")
+
+
 LOCKS = ["index.lock", "HEAD.lock", "refs/heads/autoresearch/t.lock"]
 
 
