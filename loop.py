@@ -27,7 +27,6 @@ if __name__ == "__main__":
 import difflib
 import math
 import secrets
-import statistics
 import time
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -533,28 +532,28 @@ class Ratchet:
             return "crash"
         if experiment.purpose == "baseline":
             return "keep"
+        score = self.believed(experiment)
         if experiment.purpose == "repeat":
-            return "keep" if experiment.commit == self.store.champion else "discard"
+            is_champion = experiment.commit == self.store.champion
+            best = self.store.estimate(self.store.champion)
+            return "keep" if is_champion or ledger.is_gain(best, score, DOMAIN) else "discard"
         scores = experiment.scores(experiment.commit)
         base_score = self.store.estimate(experiment.base)
-        score = self.score_of_all_runs(experiment)
         if self.is_simpler(experiment, base_score, score):
             return "keep"
         if self.limits.confirm:
             return self.judge_confirmed(experiment, scores)
         return "keep" if ledger.is_gain(base_score, score, DOMAIN) else "discard"
 
-    def score_of_all_runs(self, experiment: Experiment) -> float:
-        """What decides. Of an attempt that is run again: the mean of all its scores but the first.
+    def believed(self, experiment: Experiment) -> float:
+        """What decides. Of a commit that is run again: the mean of all its scores but the first.
 
         The first chose it to be run again, for being nearly good enough, or bad on a busy machine. So runs after the
         first say what it is worth, all of them: running it until one is lucky does not help.
         """
         scores = experiment.scores(experiment.commit)
-        earlier = self.store.scores(experiment.commit)
-        if not earlier:
-            return scores[0]
-        return statistics.fmean([*earlier, *scores][1:])
+        new_rows = [Row(experiment.commit[:7], score, 0.0, "discard", "") for score in scores]
+        return ledger.best_estimate([*self.store.rows, *new_rows], experiment.commit[:7])
 
     def judge_confirmed(self, experiment: Experiment, scores: list[float]) -> str:
         """With --confirm the first score only buys fresh runs of both, and these decide."""
@@ -569,9 +568,6 @@ class Ratchet:
         tried, kept = ledger.count_tried_and_kept(self.store.rows)
         return ledger.judge_fresh(of_base, fresh, sigma, tried, kept, DOMAIN)
 
-    def sigma(self) -> float:
-        return ledger.measured_sigma(self.store.rows) or DOMAIN.sigma_of(self.facts.profile)
-
     def is_simpler(self, experiment: Experiment, before: float, after: float) -> bool:
         """Whether it asked for the rule of simplicity and meets it: fewer lines of code, about the same score."""
         if experiment.source is None or not ledger.wants_simpler_rule(experiment.description):
@@ -580,7 +576,8 @@ class Ratchet:
         if ledger.lines_of_code(experiment.source) >= ledger.lines_of_code(base):
             return False
         spent = ledger.given_away(self.store.rows, DOMAIN)
-        return ledger.is_simpler_keep(before, after, self.sigma(), spent, DOMAIN)
+        sigma = ledger.sigma_to_give_away(self.store.rows, DOMAIN.sigma_of(self.facts.profile))
+        return ledger.is_simpler_keep(before, after, sigma, spent, DOMAIN)
 
     def plan_second_look(self, experiment: Experiment) -> None:
         """One fresh run of the candidate, and of its base where that has too few beside it."""
@@ -671,8 +668,8 @@ class Ratchet:
     def plan_again(self, commit: str) -> None:
         """A commit of an earlier run once more, on a fresh seed: a row of its own, beside those that it has.
 
-        An attempt is compared with its own base, as ever. A commit that is or was the champion is only measured: then
-        later candidates are compared with a better known score.
+        An attempt is compared with its own base, as ever. The champion is only measured: then later candidates are
+        compared with a better known score. A former champion takes the title back where it is believed better.
         """
         seed = fresh_seed()
         description = one_line(self.store.description(commit), 160)

@@ -219,6 +219,8 @@ def command_try(domain: Domain, checkout: Path, open_session: Callable, args: ar
     last_line = read_tail(log, 1, ERROR_CHARS)
     is_refused = last_line.startswith("error: ") or len(store.rows) == rows_before
     print(last_line if is_refused else report.verdict_text(store))
+    if not is_refused and (former := store.better_former()):
+        print(_how_to_go_back(store, former))
     return code
 
 
@@ -277,8 +279,13 @@ def _how_to_repeat(store: Store, source: bytes) -> str:
     commit = store.full(row.commit)
     if commit == store.champion:
         return ": 'uv run loop.py try --base' runs it once more"
-    number = min(number for number, attempt in store.attempts.items() if attempt == commit)
-    return f": 'uv run loop.py try --again {number}' runs it once more"
+    return f": 'uv run loop.py try --again {store.first_number(commit)}' runs it once more"
+
+
+def _how_to_go_back(store: Store, commit: str) -> str:
+    command = f"uv run loop.py try --again {store.first_number(commit)}"
+    believed = f"{commit[:7]}, a former best, is believed better ({store.estimate(commit):.6f})"
+    return f"{believed}: '{command}' measures it again, and makes it the best if that holds"
 
 
 def repeat_in_session(store: Store, open_session: Callable, commit: str) -> int:

@@ -25,6 +25,7 @@ from harness.ledger import (
     measured_sigma,
     parse_ledger,
     scores_by_commit,
+    sigma_to_give_away,
     wants_simpler_rule,
 )
 from harness.opening import false_rows
@@ -98,7 +99,7 @@ def _where(store: Store) -> str:
             running[event["run"]] = event
         elif event["event"] == "waiting":
             waiting[event["run"]] = event
-    if last is None:
+    if last is None or last["event"] == "stopped":  # the session that is busy now has not begun a run
         return "starting"
     parts = []
     for number, event in sorted(running.items()):
@@ -194,6 +195,7 @@ class Findings:
     sigma: float
     sigma_source: str
     given_away: float
+    given_away_limit: float
     has_simpler: bool
     pace: str
     spent: str  # by the agents
@@ -243,6 +245,7 @@ def compute(store: Store | None, rows: list[Row], path: Path, domain: Domain) ->
         sigma=sigma,
         sigma_source=source,
         given_away=given_away(rows, domain),
+        given_away_limit=GIVEN_AWAY_SIGMAS * sigma_to_give_away(rows, domain.sigma_of(profile)),
         has_simpler=any(row.status == "keep" and wants_simpler_rule(row.description) for row in rows),
         pace=_pace(events) if events else "",
         spent=spending(events, _number_kept(rows)),
@@ -261,17 +264,24 @@ def _noise(rows: list[Row], profile: str, domain: Domain) -> tuple[float, str]:
 
 
 def _kept_changes(rows: list[Row], sigma: float, domain: Domain, store: Store | None = None) -> list[Kept]:
+    """The champions, one after the other: one that was measured again counts once, one that came back twice."""
     descriptions: dict[str, str] = {}
+    champions: list[str] = []
     for row in rows:
-        if row.status == "keep":
-            descriptions.setdefault(row.commit, row.description)
-    if not descriptions:
+        if row.status != "keep":
+            continue
+        descriptions.setdefault(row.commit, row.description)
+        if row.commit not in champions[-1:]:
+            champions.append(row.commit)
+    if not champions:
         first = next(row for row in rows if row.status != "crash")
+        champions.append(first.commit)
         descriptions[first.commit] = "none kept"
     kept = []
     before = None
     believed = believed_scores(rows)
-    for commit, description in descriptions.items():
+    for commit in champions:
+        description = descriptions[commit]
         scores = believed[commit]
         score = statistics.fmean(scores)
         gain = 0.0 if before is None else domain.gain(kept[-1].score, score)
@@ -327,7 +337,7 @@ def print_findings(findings: Findings, domain: Domain) -> None:
     print(f"noise of one run: {findings.sigma:.6f} {domain.unit} ({findings.sigma_source})")
     print("resolved: the gain is over 2 standard errors")
     if findings.has_simpler:
-        limit = GIVEN_AWAY_SIGMAS * findings.sigma
+        limit = findings.given_away_limit
         print(f"given away for simplicity: {findings.given_away:.6f} of at most {limit:.6f} {domain.unit}")
     if findings.spent:
         print(findings.spent)

@@ -134,6 +134,19 @@ class Store:
             return self._commits.get(kept, kept)
         return self.baseline or self.repository.head()
 
+    def better_former(self) -> str:
+        """The former champion that is believed better than the present one, the best of them; "" if none is."""
+        best = self.champion
+        for row in self.rows:
+            commit = self.full(row.commit)
+            if row.status == "keep" and commit and self.domain.gain(self.estimate(best), self.estimate(commit)) > 0:
+                best = commit
+        return "" if best == self.champion else best
+
+    def first_number(self, commit: str) -> int:
+        """The number of a commit's first run."""
+        return min(number for number, attempt in self.attempts.items() if attempt == commit)
+
     def full(self, short: str) -> str:
         """The commit that the ledger names by 7 characters."""
         return self._commits.get(short, "")

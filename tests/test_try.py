@@ -141,6 +141,28 @@ def test_attempt_that_lost_to_a_busy_machine_is_run_again_by_its_number(moody):
     assert len(desk.rows()) == 6
 
 
+def test_former_champion_takes_the_title_back_from_one_that_was_only_lucky(desk):
+    luck = "(DEPTH == 5) * (0.1 if seed != 42 else -0.1)"
+    desk.replace("train.py", "prepare.finish(1.0 + ", f"prepare.finish(1.0 + {luck} + ")
+    desk.commit("luck of the first seed")
+    lucky = attempt(desk, "lucky", DEPTH=5).stdout
+    assert lucky.split("\t")[3] == "keep" and "former best" not in lucky
+    baseline, champion = [row[0] for row in desk.rows()]
+
+    measured_again = desk.loop("try", "--base").stdout
+    assert measured_again.split("\t")[1] == "1.170000"
+    advice = f"{baseline}, a former best, is believed better (1.080000): 'uv run loop.py try --again 1' measures it"
+    assert measured_again.splitlines()[-1].startswith(advice)
+    assert desk.git("rev-parse", "HEAD").startswith(champion)
+
+    back = desk.loop("try", "--again", "1").stdout
+    assert back.split("\t")[3] == "keep" and "former best" not in back
+    assert desk.git("rev-parse", "HEAD").startswith(baseline) and "DEPTH = 4" in (desk.path / "train.py").read_text()
+    told = desk.loop("report").stdout
+    kept = [line.split()[0] for line in told.splitlines() if line.startswith((baseline, champion))]
+    assert kept == [baseline, champion, baseline] and f"best 1.080000 ({baseline})" in told
+
+
 @pytest.mark.slow
 def test_crash_baseline_and_detached_attempt_are_run_again(moody):
     desk = moody
