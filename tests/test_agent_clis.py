@@ -22,6 +22,8 @@ import pytest
 from conftest import Desk
 from model_server import Hang, ModelServer, Run, Say, Status, Turn
 
+from harness import agents
+from harness.agents import Agent
 from harness.processes import find_processes
 
 PATH = os.pathsep.join(filter(None, [os.environ.get("AUTORESEARCH_TEST_CLIS"), os.environ["PATH"]]))
@@ -305,3 +307,9 @@ def test_codex_with_a_provider_of_its_own_is_accepted(bare):
     config.write_text('model_provider = "lab"\n')
     install(bare, "codex", *LOGGED_OUT["codex"])
     assert_accepted(bare, "codex")
+
+
+def test_check_that_hangs_refuses_nobody(monkeypatch):
+    monkeypatch.setattr(agents, "CHECK_SECONDS", 0.1)
+    monkeypatch.setitem(agents.AGENTS, "slow", Agent(["sleep"], check="60", refused="exit code"))
+    assert agents.choose_agent("slow", None).command == ["sleep"]

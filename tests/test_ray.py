@@ -11,15 +11,22 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import Desk, ended, errors, hear, wait_for
 
-from harness import ray_fleet
+from harness import ray_driver, ray_fleet, ray_node
+from harness.bench import Crash, Job, Unavailable
+from harness.contract import Description, Device
 from harness.processes import find_processes
 from harness.screen import UserError
+from loop import DOMAIN
 
 IDEAS = 'knob("LR", 0.2 + count() / 100)'  # for Desk.agent: proposals that are worse, each another
 OF_RAY = {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
@@ -121,6 +128,96 @@ def test_more_workers_without_the_extra_are_refused_with_the_command(monkeypatch
     assert refused.value.code == 2
     ray_fleet.check_extra(1, "")
     ray_fleet.check_extra(4, "off")
+    with pytest.raises(UserError, match="--ray here:6379 needs Ray"):
+        ray_fleet.check_extra(1, "here:6379")
+
+
+FACTS = Description(
+    profile="fake", reason="test", time_budget=1.0, cache="/cache", prepared=True, problem=None, digest="d" * 64,
+    rows={}, files={}, device="cuda", device_name="H100", devices={"0": Device("/lock", 9.0)}, prepare_sha256="p",
+)  # fmt: skip
+
+
+def test_node_whose_scores_would_not_compare_is_told_why():
+    job = Job(1, "c" * 40, "idea", 42, (), FACTS, DOMAIN, time_limit=1.0)
+    errand = ray_node.Errand(job, "mark", "session", sys.executable, ray_node.installed_versions(), {})
+    assert ray_node._differs(errand, FACTS) == ""
+    empty = replace(FACTS, prepared=False, problem="no manifest", digest=None)
+    told = "no data in /cache (no manifest): run 'AUTORESEARCH_PROFILE=fake uv run prepare.py' there"
+    assert ray_node._differs(errand, empty) == told
+    told = "its device is A100, the baseline's H100: leave it out of this cluster"
+    assert ray_node._differs(errand, replace(FACTS, device_name="A100")) == told
+    told = "other data in /cache: digest eeeeeeeeeeee, the loop's is dddddddddddd: copy "
+    assert ray_node._differs(errand, replace(FACTS, digest="e" * 64)).startswith(told)
+    older = replace(errand, versions={**errand.versions, "torch": "1.0", "of-the-loop-alone": "1"})
+    told = f"other packages: torch {errand.versions['torch']} (the loop has 1.0): run 'uv sync --extra ray'"
+    assert ray_node._differs(older, FACTS).startswith(told)
+    assert ray_node._refusal(Unavailable("its disk is full")) == "its disk is full"
+    for own_fault in (Unavailable("another kernel", retries=1), Crash("boom", "", 1.0)):
+        assert ray_node._refusal(own_fault) == ""
+
+
+@pytest.fixture
+def driver(monkeypatch) -> ray_driver.Driver:
+    """The driver without Ray: what it tells is in `said`, what it sends stays on its node."""
+    said = []
+    ray = SimpleNamespace(remote=lambda **_: lambda function: function)
+    driver = ray_driver.Driver(ray, {"takes_gpu": False, "known": {}}, lambda *message: said.append(message))
+    driver.said = said
+    driver.send = lambda flight, node_id, node: node.running.update({flight.number: ""})
+    return driver
+
+
+def test_job_goes_to_the_freest_node_and_made_again_to_one_that_has_not_had_it(driver):
+    driver.nodes = {"a": ray_driver.Node("a", 4, 0, {"cpu0": b"", "cpu1": b""}), "b": ray_driver.Node("b", 4, 0)}
+    assert [driver.slots(node) for node in driver.nodes.values()] == [2, 1]  # b has not told its devices yet
+    assert driver.slots(ray_driver.Node("c", 0.5, 4)) == 0
+    driver.waiting.extend(ray_driver.Flight(number, b"", "") for number in (1, 2, 3, 4))
+    driver.place()
+    assert {name: list(node.running) for name, node in driver.nodes.items()} == {"a": [1, 2], "b": [3]}
+    assert [flight.number for flight in driver.waiting] == [4] and not driver.said
+    driver.waiting.clear()
+    driver.nodes["a"].running.clear()
+    driver.nodes["b"].running.clear()
+    driver.waiting.append(ray_driver.Flight(1, b"", ""))
+    driver.place()
+    assert list(driver.nodes["b"].running) == [1]
+    for node in driver.nodes.values():
+        node.rests_until = time.monotonic() + 60
+    driver.waiting.append(ray_driver.Flight(5, b"", ""))
+    driver.place()
+    assert driver.said == [("lost", 5, "no node of the cluster has a CPU", False)] and driver.slots_in_all() == 0
+
+
+def test_refusal_of_a_node_sends_the_job_elsewhere_and_the_only_nodes_goes_to_the_loop(driver):
+    node = ray_driver.Node("a", 4, 0, {"cpu0": b"old"})
+    driver.nodes = {"a": node}
+    flight = ray_driver.Flight(1, b"", "", "a")
+    reply = {"answer": b"its disk is full", "refused": "its disk is full", "known": {}}
+    driver.take_reply(flight, node, reply)
+    assert driver.said == [("done", 1, b"its disk is full")] and not node.rests()
+    driver.nodes["b"] = ray_driver.Node("b", 4, 0)
+    for _ in range(2):
+        driver.take_reply(flight, node, reply)
+    assert driver.said[1:] == [("say", "node a is left out: its disk is full")]  # once
+    assert node.rests() and node.known == {} and [one.number for one in driver.waiting] == [1, 1]
+
+
+def test_run_that_loses_three_workers_is_a_crash_and_no_more_run_than_was_asked_for(monkeypatch):
+    fleet = ray_fleet.RayFleet.__new__(ray_fleet.RayFleet)
+    fleet._losses, fleet._places, fleet._flying, fleet._lock = {}, {}, {}, threading.Lock()
+    outcomes = []
+    for is_worker in (True, False, True, True):
+        fleet._flying[7] = future = Future()
+        fleet._take_loss(7, "gone", is_worker)
+        outcomes.append(future.result())
+    assert outcomes == [Unavailable("gone")] * 3 + [Crash("gone, the 3rd time", "", 0.0)]
+    fleet._workers = 2
+    for fleet._slots, capacity in ((0, 0), (1, 1), (5, 2)):
+        assert fleet.capacity == capacity
+    for name in ("MY_API_KEY", "PYTHONPATH"):
+        monkeypatch.setenv(name, "withheld")
+    assert "withheld" not in ray_fleet._variables("").values() and "withheld" not in ray_fleet._variables("x").values()
 
 
 def test_session_on_this_machine_ends_with_its_loop_and_goes_on(desk: Desk):
