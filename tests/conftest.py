@@ -24,7 +24,10 @@ import pytest
 from hypothesis import settings
 from prepare_fixtures import locks_given_back, tiny  # noqa: F401 (fixtures of the judge's tests)
 
+import loop
 from harness.processes import find_processes
+from harness.repository import Repository
+from harness.store import Store
 
 # Before any test imports prepare: a run of one test process must not wait for the device lock of another.
 os.environ["AUTORESEARCH_LOCKS"] = tempfile.mkdtemp(prefix="autoresearch-locks-")
@@ -311,3 +314,14 @@ def desk(tmp_path: Path):
     desk = Desk(tmp_path)
     yield desk
     desk.end()
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    """The store of tag `t` in a repository that holds nothing: for tests that write rows and runs themselves."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=person", "-c", "user.email=person@localhost"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "start"], check=True)
+    store = Store(Repository(tmp_path, "train.py", "program.md"), "t", loop.DOMAIN)
+    store.home.mkdir(parents=True)
+    return store

@@ -210,6 +210,8 @@ def test_leak_at_a_single_chunk_boundary_of_a_long_row_is_found(judge):
     x = torch.randint(4, (256, 2048))
     with pytest.raises(judge.NotCausal, match=r"position 1023 moved by 1 when only tokens from position 1024 on"):
         judge._probe(model, x, model(x), np.random.default_rng(1))
+    with pytest.raises(judge.NotCausal, match="moved by inf"):  # no number is no answer
+        judge._probe(lambda idx: model(idx) * math.nan, x, model(x), np.random.default_rng(1))
 
 
 def test_dropout_kept_on_is_refused(judge):

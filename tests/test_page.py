@@ -8,7 +8,6 @@ import dataclasses
 import html
 import html.parser
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,6 @@ from harness import morning, page
 from harness.files import is_locked
 from harness.ledger import Row
 from harness.report import compute
-from harness.repository import Repository
 from harness.store import Run, Store
 
 CLOSING = "</style></title></pre></svg>]]>-->"
@@ -53,16 +51,6 @@ class Reader(html.parser.HTMLParser):
     def handle_data(self, data):
         is_script = bool(self.tags) and self.tags[-1] == "script"
         (self.scripts if is_script else self.words).append(data)
-
-
-@pytest.fixture
-def store(tmp_path) -> Store:
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=person", "-c", "user.email=person@localhost"]
-    subprocess.run([*git, "init", "-q"], check=True)
-    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "start"], check=True)
-    store = Store(Repository(tmp_path, "train.py", "program.md"), "t", loop.DOMAIN)
-    store.home.mkdir(parents=True)
-    return store
 
 
 def add_runs(store: Store, scores: list[float], text: str = "", details: int = 30) -> None:

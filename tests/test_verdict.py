@@ -8,8 +8,20 @@ import pytest
 import loop
 from harness.contract import Record
 from harness.curve import Point, Training
-from harness.store import Run
-from harness.verdict import Side, find_marks, in_a_word, is_weak, table
+from harness.ledger import Row
+from harness.store import Run, Store
+from harness.verdict import (
+    Side,
+    base_run,
+    compare,
+    discarded_when_busy,
+    explain,
+    find_marks,
+    in_a_word,
+    is_weak,
+    latest_verdicts,
+    table,
+)
 
 
 def side(number=1, score=1.7, steps=100, batch=1000, start=5.0, end=2.0, **changes) -> Side:
@@ -96,3 +108,59 @@ def test_marks_say_what_makes_a_score_weak_and_nothing_else():
     late = "it took 51 s to start, its base 10 s: compilation, or a head start"
     assert marks(startup=51.0, base=base) == (late,)
     assert marks(export_problem="a\nb") == ("the network could not be exported: a b",)
+
+
+BASE = "b" * 40
+
+
+def add_run(store: Store, commit: str, score: float, status: str, base: str = BASE, **facts) -> Run:
+    """A run with its folder, and its row unless it was an audit's."""
+    facts = {"purpose": "experiment", "score": score, "decision": status} | facts
+    run = Run(number=store.new_folder(), commit=commit, base=base, seed=42, description="x", **facts)
+    store.write_run(run)
+    if run.purpose != "audit":
+        store.rows.append(Row(commit[:7], score, 1.0, status, f"row {run.number}"))
+    return run
+
+
+def test_base_of_a_run_is_the_last_one_before_it_and_no_audits(store):
+    first = add_run(store, BASE, 1.0, "keep", base="")
+    second = add_run(store, BASE, 1.2, "keep", base="")
+    add_run(store, BASE, 1.3, "audit", base="", purpose="audit")
+    add_run(store, BASE, 0.0, "crash", base="")
+    run = add_run(store, "c" * 40, 0.95, "discard", busy_others=0.4)
+    later = add_run(store, BASE, 1.1, "keep", base="", busy_others=0.2)
+    assert base_run(store, run).number == second.number and base_run(store, first) is None
+    assert base_run(store, add_run(store, "d" * 40, 0.9, "keep")).number == later.number
+    early = add_run(store, "e" * 40, 1.0, "keep", base="f" * 40)
+    late = add_run(store, "f" * 40, 1.0, "keep", base="")
+    assert base_run(store, early).number == late.number  # none came before it
+    assert compare(run, second, loop.DOMAIN).startswith("val_bpb 0.950000 (-0.250000 to its base)")
+
+    store.attempts = {1: BASE}
+    lines = explain(store, run)
+    believed = (1.0 + 1.2 + 1.1) / 3  # of all its runs
+    assert lines[1].split() == ["val_bpb", "0.950000", f"{believed:.6f}", f"{0.95 - believed:+.6f}"]
+    assert not any("measured on a busy machine" in line for line in lines)
+    after = add_run(store, "0" * 40, 1.5, "discard")
+    assert explain(store, after)[-1] == "its base, run 0006, was measured on a busy machine: the difference is weak"
+
+
+def test_latest_verdicts_are_of_different_experiments_oldest_first(store):
+    add_run(store, BASE, 1.0, "keep", base="")
+    for letter in "cdef":
+        add_run(store, letter * 40, 1.1, "discard")
+    add_run(store, "f" * 40, 1.2, "discard")
+    add_run(store, "a" * 40, 0.0, "crash")
+    store._commits = {run.commit[:7]: run.commit for run in store.read_runs()}
+    told = latest_verdicts(store)
+    assert [text.partition("\t")[0] for text in told] == ["ddddddd", "eeeeeee", "fffffff"]
+    assert "\trow 6\n" in told[-1] and "run 0006" in told[-1]
+
+
+def test_discard_says_little_only_if_every_run_was_disturbed(store):
+    for commit, *shares in (("c", 0.4), ("d", 0.4, 0.0), ("e", 0.0, 0.4), ("f", 0.4, 0.4), ("0", None)):
+        for share in shares:
+            add_run(store, commit * 40, 1.1, "discard", busy_others=share)
+    add_run(store, "1" * 40, 0.9, "keep", busy_others=0.4)
+    assert discarded_when_busy(store) == {"ccccccc", "fffffff"}
