@@ -28,6 +28,7 @@ from harness.ledger import Row
 from harness.opening import stale_gains
 from harness.proposers import find_problem
 from harness.repository import Repository
+from harness.screen import UserError
 from harness.store import Store, read_run
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -360,6 +361,43 @@ def test_gain_that_would_repeat_a_run_in_flight_is_dropped_for_ever(tmp_path, ca
     again = Proposal(second.experiment.source, store.champion, "again", again_of=first.number)
     assert ratchet.merged(again) is None and stale_gains(store) == []
     assert "repeats an experiment that waits or runs now" in capfd.readouterr().err
+
+
+def test_crash_of_a_second_look_drops_what_is_planned_and_keeps_the_first_score(tmp_path, capfd, quick):
+    ratchet = session_in_flight(Night(tmp_path, seed=1), 100)
+    store = ratchet.store
+    (future, planned), (_, other), *_ = ratchet.flying.items()
+    experiment = planned.experiment
+    experiment.runs.append(replace(ratchet.describe_run(planned), number=store.new_folder(), score=0.9))
+    for of in (experiment, other.experiment, experiment):
+        ratchet.planned.append(loop.PlannedRun(of, "second look", "again", 7))
+    experiment.outstanding = 3
+    future.set_result(Crash("boom", "", 1.0))
+    ratchet.settle()
+    assert [left.experiment for left in ratchet.planned] == [other.experiment]
+    assert [(row.status, row.score) for row in store.rows[1:]] == [("crash", 0.0), ("discard", 0.9)]
+    assert ratchet.judge(experiment) == "crash"
+
+
+def test_with_confirm_a_gain_on_a_former_champion_is_looked_at_again_whatever_its_next_score(tmp_path, capfd, quick):
+    ratchet = Night(tmp_path, seed=1).session(0)
+    baseline = ratchet.store.baseline
+    experiment = loop.Experiment("idea", "experiment", base=baseline, commit="c" * 40)
+    score = ratchet.store.estimate(baseline)
+    assert ratchet.judge_confirmed(experiment, [score]) == "discard"
+    experiment.again_of = 7
+    assert ratchet.judge_confirmed(experiment, [score]) == "look again"
+    assert ratchet.judge_confirmed(experiment, [score, score + 1]) == "discard"
+
+
+def test_baseline_that_crashes_when_measured_again_costs_no_ref(tmp_path, capfd, quick):
+    ratchet = Night(tmp_path, seed=1).session(0)
+    attempts = dict(ratchet.store.attempts)
+    experiment = loop.Experiment("baseline", "baseline", base="", commit=ratchet.store.baseline)
+    with pytest.raises(UserError, match="the baseline crashed: boom"):
+        ratchet.take_crash(loop.PlannedRun(experiment, "baseline", "baseline", 7, number=2), Crash("boom", "", 1.0))
+    ratchet.store.load()
+    assert ratchet.store.attempts == attempts
 
 
 def test_device_held_by_others_floods_nothing(tmp_path, capfd, quick, monkeypatch):
