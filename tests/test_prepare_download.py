@@ -74,6 +74,7 @@ class Hub:
             return self.send(request, 200, json.dumps(self.listing()).encode())
         data = self.shards.get(name)
         if data is None:
+            self.times[name].append(time.monotonic())
             return self.send(request, 404, b"no such entry")
         if "/resolve/" in request.path and self.linked:  # as the hub: a redirect that knows, to a storage that does not
             self.tokens.add(request.headers.get("Authorization"))
@@ -273,6 +274,7 @@ def test_download_without_linked_headers_checks_what_it_can(judge, hub):
     hub.plans = {ALL[1]: ["truncate"], ALL[4]: ["html"]}
     assert judge.main(["--num-shards", "2"]) == 0
     fetched_well(judge, hub, [ALL[0], ALL[1], ALL[4], ALL[5]])
+    assert hub.requests[ALL[1]] == 2  # continued: a Range tells the length of the whole
 
 
 def test_download_names_what_is_missing_and_the_next_run_resumes(judge, hub, capsys):
@@ -284,6 +286,7 @@ def test_download_names_what_is_missing_and_the_next_run_resumes(judge, hub, cap
     assert "shard_00001.parquet (404" in error
     assert "shard_00003.parquet (it came with a wrong length or SHA-256)" in error
     assert error.endswith("Running the same command again resumes")
+    assert hub.requests[ALL[1]] == 1  # what is refused is not asked for again
     hub.shards[ALL[1]] = missing
     requests = hub.requests
     assert judge.main(["--num-shards", "-1"]) == 0
