@@ -254,6 +254,10 @@ def test_network_of_an_audit_is_scored_again_without_train_and_leaves_no_large_f
     assert not (runs.folder / "runs" / "0001" / "result.pt2").exists()
     without = runs.ending("prepare.finish(0.5, exported=None, export_problem='two\\nlines')", audit=True)
     assert without.rescored is None and without.rescore_problem == "two lines"
+    code = "import os, sys; sys.exit(os.path.exists('train.py'))"
+    domain = dataclasses.replace(DOMAIN, score_command=(sys.executable, "-c", code))
+    blind = runs.ending(GOOD, audit=True, domain=domain)
+    assert blind.rescore_problem == "the score command printed no scores"  # and met no train.py
 
 
 # ---------------------------------------------------------------------------------------------------------------------

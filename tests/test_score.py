@@ -32,7 +32,8 @@ def audit(tiny, folder, model, batch_size=16):
 
 def score(tiny, folder):
     """As `prepare.py --score` does, in a judge that no run has met."""
-    return load_prepare(tiny[0], "tiny", tiny[1])._score_network(folder / "result.pt2")
+    variables = {"AUTORESEARCH_RESULT": str(folder / "result.json")}  # as the loop sets it, in every process of a run
+    return load_prepare(tiny[0], "tiny", tiny[1], **variables)._score_network(folder / "result.pt2")
 
 
 class Rich(nn.Module):
@@ -289,6 +290,7 @@ def set_pickle(name, data):
         (retarget("torch.os.system"), "uses torch.os.system, which is not one of torch's own operators"),
         (retarget("torch.ops.aten.from_file.default"), "from_file.default, which is not a function of tensors"),
         (retarget("torch.ops.aten.relu_.default"), "relu_.default, which is not a function of tensors"),
+        (retarget("torch.ops.aten.item.default"), "item.default, which is not a function of tensors"),
         (retarget("torch.ops.aten.__class__.mro"), "which is not one of torch's own"),
         (retarget("torch.ops.aten.cat.default"), "cat.default fails"),
         (in_graph(set_size), "is not an exported network"),
@@ -317,6 +319,16 @@ def test_missing_or_torn_file_is_one_error_line(tiny, exported, tmp_path, capsys
         assert judge.main(["--score", str(tmp_path / name)]) == 1
         out, err = capsys.readouterr()
         assert out == "" and f"{name} is not an exported network" in err.splitlines()[-1]
+
+
+def test_network_is_not_scored_on_changed_data(tiny, exported, capsys):
+    judge = load_prepare(tiny[0], "tiny", tiny[1])
+    manifest = judge._manifest()
+    manifest["metric"]["files"]["tokens/test.tokens"]["sha256"] = "e" * 64
+    judge._manifest = lambda: manifest
+    assert judge.main(["--score", str(exported)]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and "test.tokens is not what was prepared" in err.splitlines()[-1]
 
 
 def test_network_of_another_row_length_is_refused(tiny, exported, tmp_path):

@@ -256,14 +256,17 @@ class Hungry(GPT):
 def test_threads_are_fewer_only_where_that_is_clearly_faster(monkeypatch, capsys, seconds, chosen):
     clock = 0.0
     threads = 4
+    have_started = True
 
     def set_num_threads(count):
-        nonlocal threads
+        nonlocal threads, have_started
+        have_started = count == threads
         threads = count
 
     def micro_step():
-        nonlocal clock
-        clock += seconds[threads]
+        nonlocal clock, have_started
+        clock += seconds[threads] + (0.0 if have_started else 0.5)
+        have_started = True
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(torch, "set_num_threads", set_num_threads)
