@@ -17,10 +17,10 @@ from harness.contract import Domain
 from harness.curve import read_training, unit_of
 from harness.files import open_to_append, read_head, read_tail, read_text, write_atomically
 from harness.ledger import Row
-from harness.report import Findings
+from harness.report import Findings, tell_busy, tell_gain, tell_kept
 from harness.screen import UserError, duration, one_line
 from harness.store import Run, Store
-from harness.verdict import BUSY_SHARE, explain
+from harness.verdict import BUSY_SHARE, Beliefs, explain, read_beliefs
 
 PAGE_NAME = "report.html"
 AUDIT_NAME = "audit.txt"  # what the last audit printed, in the tag's folder
@@ -46,7 +46,6 @@ class Entry:
     index: int
     row: Row
     run: Run | None
-    best: float | None  # kept before it
 
 
 def write_page(
@@ -95,7 +94,7 @@ def compose(store: Store | None, findings: Findings, domain: Domain, is_live: bo
         "samples": find_samples(named, domain),
     }
     values |= tell_overview(findings, domain)
-    values |= tell_kept(findings, domain)
+    values |= tell_table_of_kept(findings, domain)
     values |= tell_whole_change(store, findings)
     values |= tell_curves(store, named, shown, domain)
     values |= tell_audit(store)
@@ -121,12 +120,9 @@ def find_entries(store: Store | None, rows: list[Row]) -> list[Entry]:
         if run.decision and run.purpose != "audit":
             runs.setdefault(run.commit[:7], []).append(run)
     entries = []
-    best = None
     for index, row in enumerate(rows):
         waiting = runs.get(row.commit)
-        entries.append(Entry(index, row, waiting.pop(0) if waiting else None, best))
-        if row.status == "keep":
-            best = row.score
+        entries.append(Entry(index, row, waiting.pop(0) if waiting else None))
     return entries
 
 
@@ -162,19 +158,16 @@ def tell_overview(findings: Findings, domain: Domain) -> dict:
     rows = findings.rows
     first = findings.kept[0]
     best = findings.kept[-1]
-    gain = domain.gain(first.score, best.score)
     counts = [f"{sum(row.status == status for row in rows):,} {status}" for status in ("keep", "discard", "crash")]
-    resolved = sum(change.resolved for change in findings.kept)
-    changes = len(findings.kept) - 1
-    kept = "Nothing was kept yet." if not changes else f"{changes:,} changes were kept, {resolved:,} of them resolved."
+    gain = tell_gain(first.score, best.score, domain)
     overview = [
-        f"Baseline {first.score:.6f}, gain {gain:.6f} {domain.unit} ({gain / (abs(first.score) or 1):.2%}). {kept}",
+        f"Baseline {first.score:.6f}, {gain}. {tell_kept(findings.kept)}",
         f"{len(rows):,} rows: {', '.join(counts)}.",
     ]
     return {"headline": f"Best {domain.metric} {best.score:.6f}", "overview": overview}
 
 
-def tell_kept(findings: Findings, domain: Domain) -> dict:
+def tell_table_of_kept(findings: Findings, domain: Domain) -> dict:
     """The table of what was kept, with steps and tokens a second where the runs say them: a faster host is no gain."""
     first, *changes = findings.kept
     largest = sorted(changes, key=lambda change: change.gain, reverse=True)[:MOST_KEPT]
@@ -216,13 +209,16 @@ def tell_whole_change(store: Store | None, findings: Findings) -> dict:
 
 
 def tell_pace(store: Store | None, findings: Findings) -> list[tuple[str, str]]:
-    """What the timeline tells; "unknown" where it says nothing."""
+    """What the timeline tells; cost and sessions only where the loop called agents: each `try` is a session."""
     events = store.read_timeline() if store is not None else []
     runs = [event["seconds"] for event in events if event["event"] == "measured"]
     sessions = sum(event["event"] == "session" for event in events)
-    told = [("pace", findings.pace or "unknown"), ("cost", findings.spent or "unknown")]
+    told = [("pace", findings.pace or "unknown")]
+    if findings.spent:
+        told.append(("cost", findings.spent))
     if runs:
         told.append(("runs", f"{len(runs):,}, {duration(sum(runs))} in all, a run {duration(statistics.median(runs))}"))
+    if findings.spent:
         told.append(("sessions", f"{sessions:,}"))
     return told
 
@@ -278,13 +274,7 @@ def tell_machine(store: Store | None, entries: list[Entry]) -> dict:
         share = min(1.0, max(0.0, run.busy_others))
         name = f"run {run.number:04d}: {share:.0%}"
         busy.append({"name": name, "height": round(100 * share), "is_much": share > BUSY_SHARE})
-    if known:
-        much = sum(run.busy_others > BUSY_SHARE for run in known)
-        usual = statistics.median(run.busy_others for run in known)
-        text = f"Others used {usual:.0%} of the processors in the median run, and over {BUSY_SHARE:.0%} in {much:,} of "
-        text += f"{len(known):,} runs: those scores are weak."
-    else:
-        text = "How busy others kept it is unknown: no run's record says it."
+    text = tell_busy(known) or "How busy others kept it is unknown: no run's record says it."
     waits = []
     for event in store.read_timeline() if store is not None else []:
         if event["event"] == "waiting":
@@ -299,12 +289,13 @@ def tell_machine(store: Store | None, entries: list[Entry]) -> dict:
 
 def tell_rows(store: Store | None, entries: list[Entry], shown: list[Entry], domain: Domain) -> dict:
     """The chosen rows with what a person may unfold, and a sentence about the others."""
-    texts = [read_details(store, entry, place < MOST_CURVES) for place, entry in enumerate(shown)]
+    beliefs = read_beliefs(store) if store is not None else None
+    texts = [read_details(store, entry, beliefs, place < MOST_CURVES) for place, entry in enumerate(shown)]
     sizes = [page.bytes_on_page(text) for details in texts for text in details.values()]
     limit = page.fair_limit(sizes, DETAIL_BYTES)
     rows = []
     for entry, details in zip(shown, texts, strict=True):
-        rows.append(tell_row(entry, details, limit, domain))
+        rows.append(tell_row(entry, details, beliefs, limit))
     left_out = ""
     if len(shown) < len(entries):
         indices = {entry.index for entry in shown}
@@ -316,12 +307,12 @@ def tell_rows(store: Store | None, entries: list[Entry], shown: list[Entry], dom
     return {"rows": rows, "rows_left_out": left_out}
 
 
-def read_details(store: Store | None, entry: Entry, with_verdict: bool) -> dict[str, str]:
+def read_details(store: Store | None, entry: Entry, beliefs: Beliefs | None, with_verdict: bool) -> dict[str, str]:
     """Verdict, diff and end of the log of a row's run. A verdict reads two logs: only newer rows have one."""
     if store is None or entry.run is None:
         return {}
     folder = store.folder(entry.run.number)
-    verdict = explain(store, entry.run) if with_verdict else entry.run.marks
+    verdict = explain(store, entry.run, beliefs) if with_verdict else entry.run.marks
     return {
         "verdict": page.shorten_lines("\n".join(verdict)),
         "diff": page.shorten_lines(read_head(folder / "change.diff", READ_BYTES)).rstrip(),
@@ -329,12 +320,14 @@ def read_details(store: Store | None, entry: Entry, with_verdict: bool) -> dict[
     }
 
 
-def tell_row(entry: Entry, details: dict[str, str], limit: float, domain: Domain) -> dict:
+def tell_row(entry: Entry, details: dict[str, str], beliefs: Beliefs | None, limit: float) -> dict:
     row = entry.row
     run = entry.run
     is_crash = row.status == "crash"
     facts = ""
+    change = None
     if run is not None:
+        change = beliefs.difference(run.commit, run.base) if run.base and not is_crash else None
         facts = f"seed {run.seed}, {duration(run.seconds)}"
         if run.busy_others is not None:
             facts += f", others used {run.busy_others:.0%} of the machine"
@@ -343,7 +336,7 @@ def tell_row(entry: Entry, details: dict[str, str], limit: float, domain: Domain
         "number": number,
         "status": row.status,
         "score": "" if is_crash else f"{row.score:.6f}",
-        "change": "" if is_crash or entry.best is None else f"{row.score - entry.best:+.6f}",
+        "change": "" if change is None else f"{change:+.6f}",
         "description": words(row.description),
         "commit": words(row.commit),
         "memory": f"{row.memory_gb:.1f}",

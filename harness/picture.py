@@ -36,6 +36,7 @@ PAGE_COLOURS = {  # -> a variable of the page's style
 
 MANY_DOTS = 1000  # more are drawn smaller, and in an SVG as one embedded image
 MOST_LABELS = 40  # tried, the largest gains first
+CROSS_INSET = 0.015  # of the frame's height, between a crash's cross and the edge
 LABEL_CHARS = (45, 28, 16)  # of a description: what does not fit is tried again, cut shorter
 LABEL_ANGLE = 35  # degrees
 LABEL_REACH = 250  # pixels that a label may be moved from its point
@@ -49,7 +50,7 @@ FONT_SIZE = 8  # points
 class Best:
     """A commit that was the best from its run on."""
 
-    at: int  # index of its first row
+    at: int  # number of its first row, from 1
     score: float
     gain: float  # on the one before; 0 for the first
     description: str
@@ -79,9 +80,9 @@ def draw(rows: list[Row], domain: Domain, sigma: float, size: tuple[float, float
     from matplotlib.figure import Figure
 
     bests = find_bests(rows, domain)
-    kept = [(i, row.score) for i, row in enumerate(rows) if row.status == "keep"]
-    discarded = [(i, row.score) for i, row in enumerate(rows) if row.status == "discard"]
-    crashed = [i for i, row in enumerate(rows) if row.status == "crash"]
+    kept = [(i, row.score) for i, row in enumerate(rows, 1) if row.status == "keep"]
+    discarded = [(i, row.score) for i, row in enumerate(rows, 1) if row.status == "discard"]
+    crashed = [i for i, row in enumerate(rows, 1) if row.status == "crash"]
     bottom, top = _frame([best.score for best in bests] + [score for _, score in kept], sigma, domain.lower_is_better)
     inside = [(i, score) for i, score in discarded if bottom <= score <= top]
     is_crowded = len(rows) > MANY_DOTS
@@ -89,16 +90,17 @@ def draw(rows: list[Row], domain: Domain, sigma: float, size: tuple[float, float
     figure = Figure(figsize=size, dpi=110)
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0.065, 0.085, 0.92, 0.86))
-    last = len(rows) - 0.5  # the line of the best ends half a run after the last: a single run has a line too
-    axes.set(xlim=(-0.02 * last - 0.5, 1.18 * last + 0.5), ylim=(bottom, top))  # room for the last labels
+    last = len(rows) + 0.5  # the line of the best ends half a run after the last: a single run has a line too
+    axes.set(xlim=(0.5 - 0.02 * last, 1.18 * last + 0.5), ylim=(bottom, top))  # room for the last labels
     grey_size = 2 if is_crowded else 4
     alpha = 0.5 if is_crowded else 0.9
     style = {"color": GREY, "markersize": grey_size, "alpha": alpha, "markeredgewidth": 0, "rasterized": is_crowded}
     axes.plot(*_columns(inside), "o", label="discarded", **style)
-    worst = top if domain.lower_is_better else bottom
+    worst_edge = top if domain.lower_is_better else bottom
+    worst = worst_edge + CROSS_INSET * (bottom + top - 2 * worst_edge)  # so far inside that no cross is cut
     red_size = 3 if is_crowded else 6
     style = {"color": RED, "markersize": red_size, "rasterized": is_crowded}
-    axes.plot(crashed, [worst] * len(crashed), "x", label="crashed", clip_on=False, **style)
+    axes.plot(crashed, [worst] * len(crashed), "x", label="crashed", **style)
     steps = [(best.at, best.score) for best in bests]
     steps.append((last, bests[-1].score))
     xs, ys = _columns(steps)
@@ -115,16 +117,20 @@ def draw(rows: list[Row], domain: Domain, sigma: float, size: tuple[float, float
     axes.set_xlabel(f"run{note}", color=ink)
     axes.set_ylabel(f"{domain.score_name} ({direction} is better)", color=ink)
     word = "run" if len(rows) == 1 else "runs"
-    title = f"{len(rows)} {word}, {len(kept)} kept: {bests[0].score:.4f} to {bests[-1].score:.4f}"
+    changes = len({row.commit for row in rows if row.status == "keep"} - {rows[0].commit})
+    kept_words = "1 change kept" if changes == 1 else f"{changes} changes kept"
+    title = f"{len(rows)} {word}, {kept_words}: {bests[0].score:.4f} to {bests[-1].score:.4f}"
     axes.set_title(title, color=ink)
     axes.tick_params(colors=ink)
     axes.ticklabel_format(axis="y", useOffset=False)
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    axes.set_xticks(_run_ticks(axes.xaxis.get_major_locator().tick_values(1, max(2, len(rows))), len(rows)))
     axes.grid(color=ink, alpha=0.12)
     for spine in axes.spines.values():
         spine.set_color(ink)
     corner = "upper right" if domain.lower_is_better else "lower right"
-    legend = axes.legend(loc=corner, facecolor="none", edgecolor="none", labelcolor=ink)
+    below_crosses = (1, 1 - 2 * CROSS_INSET if domain.lower_is_better else 2 * CROSS_INSET)
+    legend = axes.legend(loc=corner, bbox_to_anchor=below_crosses, facecolor="none", edgecolor="none", labelcolor=ink)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         _Labels(figure, axes, legend, steps, kept, domain.lower_is_better, ink).place(bests)
@@ -137,17 +143,23 @@ def find_bests(rows: list[Row], domain: Domain) -> list[Best]:
     is_kept = any(row.status == "keep" for row in rows)
     wanted = "keep" if is_kept else "discard"
     bests: list[Best] = []
-    seen: set[str] = set()
-    for i, row in enumerate(rows):
-        if row.status != wanted or row.commit in seen:
+    champion = ""
+    for i, row in enumerate(rows, 1):
+        if row.status != wanted or row.commit == champion:
             continue
-        seen.add(row.commit)
+        champion = row.commit  # a former one may come back
         score = statistics.fmean(scores[row.commit])
         gain = domain.gain(bests[-1].score, score) if bests else 0.0
         bests.append(Best(i, score, gain, one_line(row.description)))
         if not is_kept:
             break
     return bests
+
+
+def _run_ticks(round_numbers: list[float], last: int) -> list[float]:
+    """The first run, and the round numbers that are far enough from it; none after the last, where only labels are."""
+    step = round_numbers[1] - round_numbers[0]
+    return [1, *(number for number in round_numbers if 1 + step / 2 <= number <= last)]
 
 
 def _columns(points: list[tuple[int, float]]) -> tuple[list[int], list[float]]:

@@ -32,9 +32,10 @@ from harness.opening import false_rows
 from harness.prompt import summary
 from harness.screen import ERROR_CHARS, UserError, duration, say
 from harness.store import PROFILE_TRAILER, Run, Store
-from harness.verdict import base_run, explain, is_weak, mean_of_known, mean_pace
+from harness.verdict import BUSY_SHARE, explain, mean_of_known, mean_pace
 
 POLL_SECONDS = 0.2
+SHOWN_MARKS = 5  # at the end of a report: the page has them all
 
 # ---------------------------------------------------------------------------------------------------------------------
 # status
@@ -138,35 +139,23 @@ def verdict_text(store: Store) -> str:
     lines = [str(row).strip(), summary(store.rows, store.domain)]
     runs = [run for run in store.runs_of(store.full(row.commit)) if run.decision and run.purpose != "audit"]
     if runs:
-        run = runs[-1]
-        lines += explain(store, run)
-        lines += _scores_of_repeated(store, row.commit)
-        base = base_run(store, run)
-        weak = [again(store, weak) for weak in (run, base) if weak is not None and is_weak(weak)]
-        if weak:
-            lines.append(f"once the machine is quiet, measure again: {' and '.join(weak)}")
+        lines += explain(store, runs[-1], with_commands=True)
     # A gain on a former champion that could not be run again on the present one.
     lines += [line for line in read_tail(log, 20, ERROR_CHARS).splitlines() if line.startswith("dropped: ")]
-    if runs:
-        lines.append(f"log runs/{run.number:04d}/run.log")
+    if runs and runs[-1].decision == "crash":
+        lines += _how_to_mend(runs[-1])
+    elif runs:
+        lines.append(f"log runs/{runs[-1].number:04d}/run.log")
     return "\n".join(lines)
 
 
-def _scores_of_repeated(store: Store, commit: str) -> list[str]:
-    """All scores of a commit that ran more than once, and which of them are believed."""
-    scores = store.scores(commit)
-    if len(scores) < 2:
-        return []
-    listed = ", ".join(f"{score:.6f}" for score in scores)
-    believed = believed_scores([row for row in store.rows if row.commit in (commit, store.rows[0].commit)])[commit]
-    how = "their mean" if len(believed) == len(scores) else "the mean without the first, which chose it"
-    return [f"{commit} ran {len(scores)} times: {listed}; believed is {how}, {statistics.fmean(believed):.6f}"]
-
-
-def again(store: Store, run: Run) -> str:
-    """The command that measures the commit of a run once more."""
-    which = "--base" if run.commit == store.champion else f"--again {run.number}"
-    return f"uv run loop.py try {which}"
+def _how_to_mend(run: Run) -> list[str]:
+    """Where a crash tells its reason, and how its edit comes back."""
+    folder = f"runs/{run.number:04d}"
+    lines = [f"'tail -n 50 {folder}/run.log' tells why"]
+    if run.base:
+        lines.append(f"'git apply {folder}/change.diff' brings the edit back, to mend it")
+    return lines
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -199,6 +188,7 @@ class Findings:
     has_simpler: bool
     pace: str
     spent: str  # by the agents
+    busy: str  # how busy others kept the machine
     warnings: list[str]
 
 
@@ -249,6 +239,7 @@ def compute(store: Store | None, rows: list[Row], path: Path, domain: Domain) ->
         has_simpler=any(row.status == "keep" and wants_simpler_rule(row.description) for row in rows),
         pace=_pace(events) if events else "",
         spent=spending(events, _number_kept(rows)),
+        busy=tell_busy(_decided_runs(store)),
         warnings=_warnings(store),
     )
 
@@ -300,12 +291,47 @@ def _speed_of(store: Store | None, commit: str) -> tuple[float | None, float | N
     return mean_pace(store, runs)
 
 
+def _decided_runs(store: Store | None) -> list[Run]:
+    """Those that have a row."""
+    runs = store.read_runs() if store is not None else []
+    return [run for run in runs if run.decision and run.purpose != "audit"]
+
+
+def tell_busy(runs: list[Run]) -> str:
+    """How busy others kept the machine, in a sentence; "" where no record says it."""
+    shares = [run.busy_others for run in runs if run.busy_others is not None]
+    if not shares:
+        return ""
+    much = sum(share > BUSY_SHARE for share in shares)
+    text = f"Others used {statistics.median(shares):.0%} of the processors in the median run"
+    if not much:
+        return f"{text}, and over {BUSY_SHARE:.0%} in none of {len(shares):,} runs."
+    return f"{text}, and over {BUSY_SHARE:.0%} in {much:,} of {len(shares):,} runs: those scores are weak."
+
+
+def tell_kept(kept: list[Kept]) -> str:
+    """How many changes were kept, in a sentence; of the champions the first is the baseline."""
+    changes = len(kept) - 1
+    if not changes:
+        return "Nothing was kept yet."
+    resolved = sum(change.resolved for change in kept)
+    were = "1 change was" if changes == 1 else f"{changes:,} changes were"
+    return f"{were} kept, {resolved:,} of them resolved."
+
+
+def tell_gain(first: float, best: float, domain: Domain) -> str:
+    """What all kept changes together gained on the baseline, in words that no sign turns around."""
+    gain = domain.gain(first, best)
+    amount = f"{abs(gain):.6f} {domain.unit} ({abs(gain) / (abs(first) or 1):.2%})"
+    return f"worse than the baseline by {amount}" if gain < 0 else f"gain {amount}"
+
+
 def _warnings(store: Store | None) -> list[str]:
-    """Marks of kept runs, and rows that their records do not bear out."""
+    """Rows that their records do not bear out, and marks of kept runs, the newest first."""
     if store is None:
         return []
     warnings = false_rows(store)
-    for run in store.read_runs():
+    for run in reversed(store.read_runs()):
         if run.decision == "keep":
             warnings += [f"run {run.number:04d}: {mark}" for mark in run.marks]
     return warnings
@@ -322,10 +348,9 @@ def print_findings(findings: Findings, domain: Domain) -> None:
         print(findings.pace)
     first = findings.kept[0]
     best = findings.kept[-1]
-    gain = domain.gain(first.score, best.score)
-    share = gain / (abs(first.score) or 1)
-    gain_text = f"gain {gain:.6f} {domain.unit} ({share:.2%})"
-    print(f"best {best.score:.6f} ({best.commit}), baseline {first.score:.6f}, {gain_text}")
+    gain = tell_gain(first.score, best.score, domain)
+    print(f"best {best.score:.6f} ({best.commit}), baseline {first.score:.6f}, {gain}")
+    print(tell_kept(findings.kept))
     print()
     speeds = speed_columns([(change.steps, change.pace) for change in findings.kept], domain)
     print(f"{'kept':8} {domain.metric:>8} {'gain':>9}  {'':12}{speeds[0]} description")
@@ -341,8 +366,13 @@ def print_findings(findings: Findings, domain: Domain) -> None:
         print(f"given away for simplicity: {findings.given_away:.6f} of at most {limit:.6f} {domain.unit}")
     if findings.spent:
         print(findings.spent)
-    for warning in findings.warnings:
+    if findings.busy:
+        print(findings.busy)
+    for warning in findings.warnings[:SHOWN_MARKS]:
         print(f"mark: {warning}")
+    more = len(findings.warnings) - SHOWN_MARKS
+    if more > 0:
+        print(f"and {more:,} more: report.html lists them")
 
 
 def speed_columns(speeds: list[tuple[float | None, float | None]], domain: Domain) -> list[str]:

@@ -4,13 +4,15 @@
 """
 
 import math
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from harness.contract import Domain, Record
 from harness.curve import Point, Training, loss_at_share, point_at_total, read_batch_of, read_training, unit_of
+from harness.ledger import believed_scores, measured_sigma, scores_by_commit, standard_error
 from harness.screen import duration, one_line
-from harness.store import Run, Store
+from harness.store import PROFILE_TRAILER, Run, Store
 
 BUSY_SHARE = 0.10  # of the machine, used by others: over it a score is weak
 STARTUP_FACTOR = 2  # a start-up this many times the base's,
@@ -20,6 +22,9 @@ LOOK_BACK = 30  # rows among which they are looked for
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of the budget, at which the training losses are compared
 CLEAR_PACE = 0.05  # of the base's steps: fewer or more than this is slower or faster
 CLEAR_LOSS = 0.01  # of the base's training loss: higher or lower than this is worse or better
+SAME_STAGE = 0.1  # of the budget: runs further apart are at other learning rates, so their losses do not compare
+LITTLE_BUSY = 0.03  # of the machine, used by others: up to here it is not worth a row
+LISTED_SCORES = 5  # newest, of a commit that ran more often
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What makes a score weak
@@ -27,11 +32,7 @@ CLEAR_LOSS = 0.01  # of the base's training loss: higher or lower than this is w
 
 def find_marks(record: Record, startup_seconds: float, base: Run | None) -> tuple[str, ...]:
     """What a person should know before believing the score of a run."""
-    marks = []
-    if record.busy_others is not None and record.busy_others > BUSY_SHARE:
-        marks.append(f"others used {record.busy_others:.0%} of the machine: this score is weak")
-    if record.device_others:
-        marks.append(f"{record.device_others} other processes were on the device: this score is weak")
+    marks = _busy_marks(record)
     if base is not None and base.startup_seconds is not None:
         limit = STARTUP_FACTOR * base.startup_seconds + STARTUP_EXTRA
         if startup_seconds > limit:
@@ -41,6 +42,16 @@ def find_marks(record: Record, startup_seconds: float, base: Run | None) -> tupl
     if record.export_problem:
         marks.append(f"the network could not be exported: {one_line(record.export_problem, 90)}")
     return tuple(marks)
+
+
+def _busy_marks(measured: Record | Run) -> list[str]:
+    """What others did meanwhile, where it was enough to make the score weak."""
+    marks = []
+    if measured.busy_others is not None and measured.busy_others > BUSY_SHARE:
+        marks.append(f"others used {measured.busy_others:.0%} of the machine: this score is weak")
+    if measured.device_others:
+        marks.append(f"{measured.device_others} other processes were on the device: this score is weak")
+    return marks
 
 
 def is_weak(run: Run) -> bool:
@@ -89,13 +100,51 @@ def compare(run: Run, base: Run | None, domain: Domain) -> str:
     text = f"{domain.metric} {run.score:.6f}"
     if base is None or not base.score:
         return f"{text}, {duration(run.seconds)}"
-    text += f" ({run.score - base.score:+.6f} to its base)"
+    text += f" ({run.score - base.score:+.6f} to run {base.number:04d} of its base)"
     steps = number(run, domain.steps)
     steps_of_base = number(base, domain.steps)
     if steps and steps_of_base:
         text += f", {steps:.0f} steps ({steps / steps_of_base - 1:+.0%})"
     text += f", {run.memory_gb:.1f} GB ({run.memory_gb - base.memory_gb:+.1f})"
     return f"{text}, {duration(run.seconds)}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is believed
+
+
+@dataclass(frozen=True)
+class Beliefs:
+    """What the whole ledger says: a single run is held against it. Commits are 7 characters."""
+
+    scores: dict[str, list[float]]  # commit -> all its scores
+    believed: dict[str, list[float]]  # commit -> those whose mean is believed
+    sigma: float  # noise of one run
+
+    def score(self, commit: str) -> float | None:
+        """What is believed of a commit."""
+        scores = self.believed.get(commit[:7])
+        return statistics.fmean(scores) if scores else None
+
+    def difference(self, commit: str, base: str) -> float | None:
+        """Between what is believed of the two: it decides."""
+        score = self.score(commit)
+        score_of_base = self.score(base)
+        return None if score is None or score_of_base is None else score - score_of_base
+
+    def is_over_noise(self, commit: str, base: str) -> bool:
+        """Whether the difference is more than twice its standard error."""
+        error = standard_error(self.believed[base[:7]], self.believed[commit[:7]], self.sigma)
+        return abs(self.difference(commit, base)) > 2 * error
+
+
+def read_beliefs(store: Store) -> Beliefs:
+    rows = store.rows
+    sigma = measured_sigma(rows)
+    if not sigma:
+        profile = store.trailer(PROFILE_TRAILER) if store.attempts else ""
+        sigma = store.domain.sigma_of(profile)
+    return Beliefs(scores_by_commit(rows), believed_scores(rows), sigma)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -107,38 +156,115 @@ class Side:
     """One of the two runs that a verdict compares."""
 
     run: Run
-    score: float  # the base's is what is believed of all its runs
     training: Training
 
 
-def explain(store: Store, run: Run) -> list[str]:
-    """The table of a run beside its base, then what it means in a word, then the marks; a few lines of text."""
+def explain(store: Store, run: Run, beliefs: Beliefs | None = None, with_commands: bool = False) -> list[str]:
+    """The table of a run beside its base, then what it means, in a few lines of text.
+
+    A champion that was measured again stands beside its own earlier run. `with_commands`: the reader may run loop.py.
+    """
+    if run.decision == "crash":
+        return list(run.marks)
+    beliefs = beliefs or read_beliefs(store)
     base = base_run(store, run)
+    other = base or earlier_run(store, run)
     lines = []
-    if run.decision != "crash" and base is not None:
-        score = store.estimate(base.commit)
-        candidate_side = Side(run, run.score, read_training(store.folder(run.number), store.domain))
-        base_side = Side(
-            base, base.score if score is None else score, read_training(store.folder(base.number), store.domain)
-        )
-        lines += table(candidate_side, base_side, store.domain)
-        if word := in_a_word(candidate_side, base_side, store.domain):
-            lines.append(word)
-    elif run.decision != "crash":
+    if other is None:
         lines.append(compare(run, None, store.domain))
-    lines += run.marks
-    if base is not None and is_weak(base):
-        lines.append(f"its base, run {base.number:04d}, was measured on a busy machine: the difference is weak")
+    else:
+        sides = [Side(each, read_training(store.folder(each.number), store.domain)) for each in (run, other)]
+        lines += table(*sides, store.domain)
+    lines += what_is_believed(store, run, base, beliefs)
+    if base is not None:
+        lines.append(in_a_word(*sides, store.domain))
+    elif other is not None:
+        differ = f"the same code as run {other.number:04d}: only seed and machine differ"
+        lines.append(f"{differ}; noise of one run {beliefs.sigma:.2g}")
+    lines += [mark for mark in run.marks if mark not in _busy_marks(run)]
+    lines.append(weakness(store, run, other, with_commands))
+    return [line for line in lines if line]
+
+
+def what_is_believed(store: Store, run: Run, base: Run | None, beliefs: Beliefs) -> list[str]:
+    """Of commits that ran more than once the mean that is believed; then the change that decides, and the noise."""
+    lines = []
+    has_means = False
+    if base is not None and len(beliefs.scores.get(base.commit[:7], [])) > 1:
+        has_means = True
+        numbers = numbers_of_believed(store, base.commit, beliefs)
+        of_runs = f"run {numbers[0]}" if len(numbers) == 1 else f"mean of runs {', '.join(numbers)}"
+        lines.append(f"base believed {beliefs.score(base.commit):.6f}: {of_runs}")
+    if len(beliefs.scores.get(run.commit[:7], [])) > 1:
+        has_means = True
+        lines.append(_scores_of_repeated(store, run, beliefs))
+    change = beliefs.difference(run.commit, base.commit) if base is not None else None
+    if change is not None:
+        name = "change that decides" if has_means else "change"
+        word = "over 2 standard errors" if beliefs.is_over_noise(run.commit, base.commit) else "within noise"
+        lines.append(f"{name} {change:+.6f}, noise of one run {beliefs.sigma:.2g}: {word}")
     return lines
+
+
+def numbers_of_believed(store: Store, commit: str, beliefs: Beliefs) -> list[str]:
+    """The runs whose scores are believed, `0008` and so on, the newest few: they are the last ones of their commit."""
+    runs = [run for run in store.runs_of(commit) if run.decision and run.score and run.purpose != "audit"]
+    count = len(beliefs.believed[commit[:7]])
+    numbers = [f"{run.number:04d}" for run in runs[-count:]]
+    if len(numbers) > LISTED_SCORES:
+        return ["...", *numbers[-LISTED_SCORES:]]
+    return numbers
+
+
+def _scores_of_repeated(store: Store, run: Run, beliefs: Beliefs) -> str:
+    """All scores of a commit that ran more than once, and which of them are believed."""
+    commit = run.commit[:7]
+    scores = beliefs.scores[commit]
+    listed = ", ".join(f"{score:.6f}" for score in scores[-LISTED_SCORES:])
+    if len(scores) > LISTED_SCORES:
+        listed = f"..., {listed}"
+    how = "the mean of all"
+    if len(beliefs.believed[commit]) < len(scores):
+        low = "low" if store.domain.lower_is_better else "high"
+        first = next(row for row in store.rows if row.commit == commit and row.status != "crash")
+        why = f"it was picked for being {low}" if first.status == "keep" else "it is why this ran again"
+        how = f"the mean of its repeats (the first run is left out: {why})"
+    return f"{commit} ran {len(scores)} times: {listed}; believed: {beliefs.score(commit):.6f}, {how}"
+
+
+def weakness(store: Store, run: Run, other: Run | None, with_commands: bool) -> str:
+    """One line about what a busy machine makes doubtful, and what to run; "" where nothing is."""
+    weak = [each for each in (run, other) if each is not None and is_weak(each)]
+    if not weak:
+        return ""
+    names = " and ".join(f"run {each.number:04d}" for each in weak)
+    text = f"weak: the machine was busy during {names}"
+    if other is None:
+        text = _busy_marks(run)[0]
+    if not with_commands:
+        return text
+    commands = list(dict.fromkeys(again(store, each) for each in weak))
+    order = ", one after the other" if len(commands) > 1 else ""
+    return f"{text}; measure again{order}: {', '.join(commands)}"
+
+
+def again(store: Store, run: Run) -> str:
+    """The command that measures the commit of a run once more. It names the commit's first run."""
+    if run.commit == store.champion:
+        return "uv run loop.py try --base"
+    known = run.commit in store.attempts.values()
+    number = store.first_number(run.commit) if known else run.number
+    return f"uv run loop.py try --again {number}"
 
 
 def latest_verdicts(store: Store) -> list[str]:
     """The newest scored experiments, oldest first: their rows, and how they stand beside their bases."""
+    beliefs = read_beliefs(store)
     texts = []
     for row in reversed(store.rows[-LOOK_BACK:]):
         runs = [run for run in store.runs_of(store.full(row.commit)) if run.base and run.decision and run.score]
         if row.status != "crash" and runs and not any(text.startswith(row.commit) for text in texts):
-            texts.append("\n".join([str(row).rstrip(), *explain(store, runs[-1])]))
+            texts.append("\n".join([str(row).rstrip(), *explain(store, runs[-1], beliefs)]))
         if len(texts) == LATEST:
             break
     return texts[::-1]
@@ -163,30 +289,52 @@ def base_run(store: Store, run: Run) -> Run | None:
     return (earlier or runs or [None])[-1]
 
 
+def earlier_run(store: Store, run: Run) -> Run | None:
+    """The run of the same commit that came last before it."""
+    runs = [other for other in store.runs_of(run.commit) if other.score and other.purpose != "audit"]
+    return next((other for other in reversed(runs) if other.number < run.number), None)
+
+
 def table(candidate: Side, base: Side, domain: Domain) -> list[str]:
-    """Score, speed, cost and training loss of both; a star at what only the run itself says."""
-    rows = [_row(domain.metric, candidate.score, base.score, "{:.6f}".format, _difference("{:+.6f}"))]
-    rows.append(_row("steps *", number(candidate.run, domain.steps), number(base.run, domain.steps), _count, _percent))
+    """Score, speed, cost and training loss of two runs; a star at what only the run itself says."""
+    sides = (candidate, base)
+    runs = (candidate.run, base.run)
+    rows = [_row(domain.metric, candidate.run.score, base.run.score, "{:.6f}".format, _difference("{:+.6f}"))]
+    rows.append(_row("steps *", *(number(run, domain.steps) for run in runs), _count, _percent))
     if domain.batch_pattern:
-        paces = [pace(side.run, side.training.batch, domain) for side in (candidate, base)]
+        paces = [pace(side.run, side.training.batch, domain) for side in sides]
         rows.append(_row(f"{unit_of(domain)} a second *", *paces, _count, _percent))
-    plain = "{:,.1f}".format
-    change = _difference("{:+,.1f}")
-    rows.append(_row("start-up seconds", candidate.run.startup_seconds, base.run.startup_seconds, plain, change))
+    rows.append(_amount_row("start-up seconds", *(run.startup_seconds for run in runs)))
     for key, name in domain.explanations:
-        rows.append(_row(f"{name} *", number(candidate.run, key), number(base.run, key), plain, change))
-    rows.append(_row("peak memory, GB *", candidate.run.memory_gb, base.run.memory_gb, plain, change))
+        rows.append(_amount_row(f"{name} *", *(number(run, key) for run in runs)))
+    rows.append(_amount_row("peak memory, GB *", *(run.memory_gb for run in runs)))
+    rows += _others_rows(*runs)
     rows += _loss_rows(candidate.training, base.training, domain)
     rows = [row for row in rows if row is not None]
-    head = ("", f"run {candidate.run.number:04d}", f"base {base.run.commit[:7]}", "change")
-    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(4)]
+    head = ("", f"run {candidate.run.number:04d}", f"base {base.run.number:04d}", "change")
+    if candidate.run.commit == base.run.commit:
+        head = (*head[:2], f"run {base.run.number:04d}", "change")
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(3)]
+    widths.append(max(len(row[3]) for row in (head, *rows) if not row[3].startswith("(")))
     lines = []
     for row in (head, *rows):
         cells = [row[0].ljust(widths[0]), *(row[column].rjust(widths[column]) for column in (1, 2, 3))]
         lines.append("  ".join(cells).rstrip())
     if any(row[0].endswith("*") for row in rows):
-        lines.append("* the run's own words: the judge did not measure them")
+        lines.append("* the run's own words, not the judge's")
     return lines
+
+
+def _others_rows(candidate: Run, base: Run) -> list[tuple | None]:
+    """What others did on machine and device meanwhile, where it was more than a little for one of both."""
+    rows = []
+    shares = (candidate.busy_others, base.busy_others)
+    if max(share or 0 for share in shares) > LITTLE_BUSY:
+        rows.append(_row("machine used by others", *shares, "{:.0%}".format, _words("")))
+    counts = (candidate.device_others, base.device_others)
+    if any(counts):
+        rows.append(_row("others on the device", *counts, _count, _words("")))
+    return rows
 
 
 def _loss_rows(candidate: Training, base: Training, domain: Domain) -> list[tuple | None]:
@@ -196,14 +344,15 @@ def _loss_rows(candidate: Training, base: Training, domain: Domain) -> list[tupl
     rows = []
     for share in SHARES:
         losses = (loss_at_share(candidate.points, share), loss_at_share(base.points, share))
-        rows.append(_row(f"loss at {share:.0%} of the time *", *losses, loss, change))
+        rows.append(_row(f"loss at {share:.0%} of time *", *losses, loss, change))
     points = at_equal_total(candidate, base)
     if points is not None:
         of_candidate, of_base = points
         total = _amount(min(candidate.total, base.total))
+        if not is_same_stage(points):
+            shares = f"at {of_candidate.share:.0%} and {of_base.share:.0%} of the time"
+            change = _words(f"({shares}: not comparable)")
         rows.append(_row(f"loss at {total} {unit_of(domain)} *", of_candidate.loss, of_base.loss, loss, change))
-        shares = (of_candidate.share, of_base.share)
-        rows.append(_row("  reached at this share of the time *", *shares, "{:.0%}".format, lambda new, old: ""))
     return rows
 
 
@@ -216,29 +365,44 @@ def at_equal_total(candidate: Training, base: Training) -> tuple[Point, Point] |
     return None if None in points else points
 
 
+def is_same_stage(points: tuple[Point, Point]) -> bool:
+    """Whether both runs had used about the same share of their time.
+
+    Learning rates fall towards the end of the budget, and the loss with them: a run that is at its end looks better
+    than one in the middle, whatever its edit does.
+    """
+    return abs(points[0].share - points[1].share) <= SAME_STAGE
+
+
 def in_a_word(candidate: Side, base: Side, domain: Domain) -> str:
     """`slower`, `worse`, both, or `faster`, with the reason; "" where the curves do not say it clearly.
 
     A budget is a time: a candidate may lose because it makes fewer steps, or because each step teaches it less. The
-    two are told apart at equal tokens. Learning rates fall towards the end of the budget, so there the shorter run,
-    which is at its end, has the advantage: `worse` alone is said only of runs about as long as their base.
+    two are told apart at equal tokens, where that can be compared. On a busy machine nobody knows why a run was slow.
     """
     points = at_equal_total(candidate.training, base.training)
     if points is None:
         return ""
-    change = candidate.training.total / base.training.total - 1
-    loss_change = points[0].loss - points[1].loss
-    is_worse = loss_change > CLEAR_LOSS * abs(points[1].loss)
-    is_better = loss_change < -CLEAR_LOSS * abs(points[1].loss)
     unit = unit_of(domain)
-    if domain.gain(base.score, candidate.score) > 0:
+    change = candidate.training.total / base.training.total - 1
+    amount = f"{abs(change):.0%} {'more' if change > 0 else 'fewer'} {unit}"
+    if abs(change) > CLEAR_PACE and (is_weak(candidate.run) or is_weak(base.run)):
+        return f"{amount}: the edit or the machine, these two runs cannot tell"
+    is_comparable = is_same_stage(points)
+    loss_change = points[0].loss - points[1].loss
+    limit = CLEAR_LOSS * abs(points[1].loss)
+    is_worse = is_comparable and loss_change > limit
+    is_better = is_comparable and loss_change < -limit
+    if domain.gain(base.run.score, candidate.run.score) > 0:
         if change > CLEAR_PACE and not is_better:
-            return f"faster: {change:.0%} more {unit} than its base, and no better at equal {unit}"
+            reason = f", and no better at equal {unit}" if is_comparable else ""
+            return f"faster: {amount} than its base{reason}"
         return ""
     if change < -CLEAR_PACE and is_worse:
-        return f"slower and worse: {-change:.0%} fewer {unit} than its base, and a higher loss at equal {unit}"
+        return f"slower and worse: {amount} than its base, and a higher loss at equal {unit}"
     if change < -CLEAR_PACE:
-        return f"slower: {-change:.0%} fewer {unit} than its base, and no higher loss at equal {unit}"
+        reason = f", and no higher loss at equal {unit}" if is_comparable else ""
+        return f"slower: {amount} than its base{reason}"
     if is_worse and change <= CLEAR_PACE:
         return f"worse: a higher loss at equal {unit}, and not slower"
     return ""
@@ -250,6 +414,17 @@ def _row(name: str, new: float | None, old: float | None, show: Callable, change
         return None
     cells = ["-" if value is None else show(value) for value in (new, old)]
     return (name, *cells, "" if new is None or old is None else change(new, old))
+
+
+def _amount_row(name: str, new: float | None, old: float | None) -> tuple | None:
+    """A row of seconds or GB; None where it would say no more than zero and zero."""
+    if not any(round(value or 0, 1) for value in (new, old)):
+        return None
+    return _row(name, new, old, "{:,.1f}".format, _difference("{:+,.1f}"))
+
+
+def _words(text: str) -> Callable[[float, float], str]:
+    return lambda new, old: text
 
 
 def _difference(layout: str) -> Callable[[float, float], str]:

@@ -1,7 +1,7 @@
 """report.html, the morning page: what it shows, what it leaves out, and that nothing on it runs or asks for anything.
 
-    uv run pytest tests/test_page.py
-    uv run pytest -n 0 -m slow tests/test_page.py    # in a browser: needs Debian's chromium
+uv run pytest tests/test_page.py
+uv run pytest -n 0 -m slow tests/test_page.py    # in a browser: needs Debian's chromium
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ from harness.files import is_locked
 from harness.ledger import Row
 from harness.report import compute
 from harness.store import Run, Store
+from harness.verdict import explain, read_beliefs
 
 CLOSING = "</style></title></pre></svg>]]>-->"
 EVIL = f"<script>alert(1)</script>{CLOSING}<img src=x onerror=alert(1)> \0\x1b[31m\u202e & {{{{ 7*7 }}}}"
@@ -93,7 +94,7 @@ def test_page_shows_what_agents_wrote_as_text_and_asks_for_nothing(store):
     assert not set(text) & set("\0\x1b\u202e")
     shown = "".join(read.words)
     assert "[31m" not in shown
-    assert "gain 0.100000 bpb (10.00%). 1 changes were kept" in shown
+    assert "gain 0.100000 bpb (10.00%). 1 change was kept" in shown
     for part in PARTS:
         assert f"{part} <script>alert(1)</script>" in shown, part
     assert "49" not in text.split("7*7")[1][:20]
@@ -137,22 +138,26 @@ def test_page_without_curves_samples_audit_or_runs_says_what_is_unknown(store):
 
 
 def test_rows_of_a_commit_stand_beside_their_own_runs(store):
-    """A row is a run that was decided, and no audit's; the best is the one that was kept before the row."""
+    """A row is a run that was decided, and no audit's. Its change is the one that decides, as in its verdict."""
     commit = "a" * 40
     runs = [("baseline", "keep", 1.0), ("audit", "audit", 2.0), ("repeat", "", 3.0), ("repeat", "keep", 1.1)]
     runs += [("experiment", "crash", 0.0), ("experiment", "discard", 1.3)]
     for number, (purpose, decision, score) in enumerate(runs, 1):
         store.folder(store.new_folder())
         name = commit if number < 5 else "b" * 40
-        store.write_run(Run(number, name, "", number, "x", purpose, decision=decision, score=score, busy_others=0.0))
+        base = commit if purpose == "experiment" else ""
+        facts = {"decision": decision, "score": score, "busy_others": 0.0}
+        store.write_run(Run(number, name, base, number, "x", purpose, **facts))
         if decision in ("keep", "discard", "crash"):
             store.rows.append(Row(name[:7], score, 1.0, decision, "x"))
     entries = morning.find_entries(store, store.rows)
     assert [entry.run.number for entry in entries] == [1, 4, 5, 6]
-    assert [entry.best for entry in entries] == [None, 1.0, 1.1, 1.1]
     assert morning.first_run(entries, "bbbbbbb").number == 6
-    assert morning.tell_row(entries[3], {}, 0, loop.DOMAIN)["change"] == "+0.200000"
-    assert morning.tell_row(entries[2], {}, 0, loop.DOMAIN)["score"] == ""
+    beliefs = read_beliefs(store)
+    told = [morning.tell_row(entry, {}, beliefs, 0) for entry in entries]
+    assert [row["change"] for row in told] == ["", "", "", "+0.250000"]  # the base is 1.05, of two runs
+    assert told[2]["score"] == ""
+    assert any(line.startswith("change that decides +0.250000, ") for line in explain(store, entries[3].run))
     store.write_run(dataclasses.replace(entries[3].run, busy_others=0.4))
     told = morning.tell_machine(store, morning.find_entries(store, store.rows))
     assert [bar["is_much"] for bar in told["busy"]] == [False, False, False, True]
@@ -173,11 +178,11 @@ def test_page_of_a_long_night_shows_the_newest_the_nearest_misses_and_the_larges
     chosen = morning.choose_entries(entries, findings, domain)
     assert [entry.index for entry in chosen] == [8, 7, 4, 3, 2, 0]
     assert "of what was kept the 2 largest gains" in morning.tell_rows(None, entries, chosen, domain)["rows_left_out"]
-    told = morning.tell_kept(findings, domain)
+    told = morning.tell_table_of_kept(findings, domain)
     assert [cells[2:4] for cells in told["kept"]] == [["", ""], ["0.100000", "resolved"], ["0.400000", "resolved"]]
     assert told["kept_left_out"].startswith("1 smaller gains are left out")
     monkeypatch.setattr(morning, "MOST_KEPT", 9)
-    assert morning.tell_kept(findings, domain)["kept"][-1][2:4] == ["0.000100", "within noise"]
+    assert morning.tell_table_of_kept(findings, domain)["kept"][-1][2:4] == ["0.000100", "within noise"]
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """`loop.py report`, `status` and `audit`: what a person reads.
 
-    uv run pytest tests/test_report.py
+uv run pytest tests/test_report.py
 """
 
 import copy
@@ -62,13 +62,15 @@ def test_report_tells_what_was_kept_and_what_it_gained(night):
     assert lines[0] == "5 rows: 3 keep (60%), 1 discard (20%), 1 crash (20%)"
     assert re.fullmatch(r"[\d.]+ runs an hour, 0\.\d\d devices busy on average", lines[1])
     assert lines[2] == f"best 1.069900 ({rows[3][0]}), baseline 1.080000, gain 0.010100 bpb (0.94%)"
-    table = [line.split(maxsplit=3) for line in lines[5:8]]
+    assert lines[3] == "2 changes were kept, 1 of them resolved."
+    table = [line.split(maxsplit=3) for line in lines[6:9]]
     assert [words[0] for words in table] == [rows[0][0], rows[1][0], rows[3][0]]
     assert table[1][1:] == ["1.070000", "0.010000", "resolved     idea 1"]
     assert table[2][1:] == ["1.069900", "0.000100", "within noise idea 3"]
-    assert lines[4].split() == ["kept", "val_bpb", "gain", "description"]  # no run says its steps
-    assert lines[9] == "noise of one run: 0.000400 bpb (assumed; --confirm measures it here)"
+    assert lines[5].split() == ["kept", "val_bpb", "gain", "description"]  # no run says its steps
+    assert lines[10] == "noise of one run: 0.000400 bpb (assumed; --confirm measures it here)"
     assert "4 agent calls: dollars unknown; tokens unknown" in lines
+    assert "Others used 0% of the processors in the median run, and over 10% in none of 4 runs." in lines
     assert not [line for line in lines if line.startswith(("mark:", "given away"))]
     assert (night.path / "progress.png").read_bytes().startswith(PNG)
     assert night.git("status", "--porcelain") == ""
@@ -110,10 +112,16 @@ def test_report_marks_rows_that_their_records_do_not_bear_out_and_marks_of_kept_
     lines[2] = lines[2].replace("1.070000", "0.123000")  # kept, and its record says something else
     lines[3] = lines[3].replace(rows[2][0], "abcdef0")  # no run of it is known
     (home / "results.tsv").write_text("".join(lines))
-    path = home / "runs" / "0004" / "run.json"
-    facts = json.loads(path.read_text())
-    path.write_text(json.dumps(facts | {"marks": ["others used 30% of the machine: this score is weak"]}))
-    marks = [line for line in desk.loop("report").stdout.splitlines() if line.startswith("mark: ")]
+    mark = "others used 30% of the machine: this score is weak"
+    others = [f"another {number}" for number in range(4)]
+    for number, found in ((4, [mark]), (1, others)):
+        path = home / "runs" / f"{number:04d}" / "run.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"marks": found}))
+    *_, first, second, third, fourth, fifth, more, _, _ = desk.loop("report").stdout.splitlines()
+    assert more == "and 2 more: report.html lists them"
+    assert [fourth, fifth] == [f"mark: run 0001: {words}" for words in others[:2]]
+    assert html.unescape((desk.path / "report.html").read_text()).count("run 0001: another ") == 4
+    marks = [first, second, third]
     assert marks == [
         f"mark: row {rows[1][0]} says 0.123000, the record of its run says 1.070000",
         "mark: row abcdef0 says 1.075000, and no run of it left a record",
@@ -184,20 +192,27 @@ def test_picture_shows_the_best_as_believed_and_leaves_far_failures_out(better):
     rows += [Row("d", 5 - better * 0.01, 1.0, "discard", "near"), Row("e", 0.0, 0.0, "crash", "boom")]
     believed = 5 + better * 0.2
     bests = find_bests(rows, domain)
-    assert [(best.at, best.description) for best in bests] == [(0, "baseline"), (1, "lucky")]
+    assert [(best.at, best.description) for best in bests] == [(1, "baseline"), (2, "lucky")]
     assert [best.score for best in bests] == [5.0, believed] and bests[1].gain == pytest.approx(0.2)
-    assert [best.at for best in find_bests([rows[5], *rows[3:5]], domain)] == [1]  # nothing was kept
+    assert [best.at for best in find_bests([rows[5], *rows[3:5]], domain)] == [2]  # nothing was kept
+    back = find_bests([*rows, Row("a", 5.0, 1.0, "keep", "baseline (again)")], domain)
+    assert [best.at for best in back] == [1, 2, 7] and back[-1].score == 5.0
 
     axes = draw(rows, domain, 0.1, (14, 7), "black").axes[0]
     lines = {line.get_label(): line for line in axes.lines}
-    assert list(lines["discarded"].get_xdata()) == [4]
+    assert list(lines["discarded"].get_xdata()) == [5]
+    assert list(axes.get_xticks()) == [1, 2, 3, 4, 5, 6]
+    assert list(draw(rows[:1], domain, 0.1, (14, 7), "black").axes[0].get_xticks()) == [1]
     worst = axes.get_ylim()[1 if better < 0 else 0]
-    assert list(lines["crashed"].get_ydata()) == [worst]
+    (cross,) = lines["crashed"].get_ydata()
+    edge, place = (axes.transData.transform((0, score))[1] for score in (worst, cross))
+    assert 8 < abs(edge - place) < 20  # no cross is cut
+    assert better * (cross - worst) > 0
     assert better * (5 - worst) > 0.1  # room for what is worse
     band = axes.collections[0].get_paths()[0].get_extents()
     assert [band.y0, band.y1] == pytest.approx([min(5, believed) - 0.1, max(5, believed) + 0.1])
     assert "(1 of the discarded are outside the frame)" in axes.get_xlabel()
-    assert axes.get_title() == f"6 runs, 3 kept: 5.0000 to {believed:.4f}"
+    assert axes.get_title() == f"6 runs, 1 change kept: 5.0000 to {believed:.4f}"
     assert cut("abcdef", 5) == "abcd…" and cut("abcde", 5) == "abcde"
 
 
@@ -281,7 +296,7 @@ def test_status_shows_branch_best_pace_and_the_last_rows(night):
     crash = night.rows()[-1][0]
     verdict = night.loop("status", "--wait").stdout.splitlines()
     assert verdict[0].startswith(f"{crash}\t0.000000\t0.0\tcrash\tValueError: boom")
-    assert verdict[-1] == "log runs/0005/run.log"
+    assert verdict[-2] == "'tail -n 50 runs/0005/run.log' tells why"
 
 
 def test_pace_leaves_out_the_time_between_sessions():
@@ -349,7 +364,7 @@ def test_audit_runs_baseline_and_champion_on_fresh_seeds_on_both_splits_and_in_a
 
 def test_audit_says_loudly_where_the_clean_process_scores_something_else_or_refuses(desk):
     counted = 'n = len(list(CACHE.glob("audit*"))); (CACHE / f"audit{n}").touch()'
-    answer = '''print('{"val_bpb": %s, "test_bpb": 1.5}' % ("1.5", "NaN")[n]) if n < 2 else sys.exit("error: no")'''
+    answer = """print('{"val_bpb": %s, "test_bpb": 1.5}' % ("1.5", "NaN")[n]) if n < 2 else sys.exit("error: no")"""
     desk.replace("prepare.py", "print(pathlib.Path(sys.argv[2]).read_text())", f"{counted}; {answer}")
     desk.commit("the exported network scores something else")
     desk.loop("--agent-cmd", "true", "--tag", "t", "--max-experiments", "0")
@@ -427,12 +442,14 @@ def test_report_and_audit_print_steps_and_tokens_a_second_where_runs_say_them(de
     runs = [json.loads((desk.home() / f"runs/000{number}/run.json").read_text()) for number in (1, 2)]
     speeds = [f"{steps * 2048 / run['training_seconds']:,.0f}" for steps, run in zip((400, 500), runs, strict=True)]
     lines = desk.loop("report").stdout.splitlines()
-    assert lines[4].split() == ["kept", "val_bpb", "gain", "steps", "tokens/s", "description"]
-    assert lines[5].split()[2:4] == ["400", speeds[0]] and lines[6].split()[4:6] == ["500", speeds[1]]
+    assert lines[5].split() == ["kept", "val_bpb", "gain", "steps", "tokens/s", "description"]
+    assert lines[6].split()[2:4] == ["400", speeds[0]] and lines[7].split()[4:6] == ["500", speeds[1]]
+    busy = "Others used 40% of the processors in the median run, and over 10% in 2 of 2 runs: those scores are weak."
+    assert busy in lines
     done = desk.loop("audit", "--replicates", "1")
     assert done.stderr.count("others used 40% of the machine: this score is weak") == 2
     audit = done.stdout.splitlines()
     assert " steps " in audit[0] and " tokens/s " in audit[0]
     assert [audit[line].split()[4] for line in (1, 3)] == ["400", "500"]
     foreign = report_of(desk, (desk.home() / "results.tsv").read_text()).stdout
-    assert "steps" not in foreign and foreign.splitlines()[3].split() == [*lines[4].split()[:3], "description"]
+    assert "steps" not in foreign and foreign.splitlines()[4].split() == [*lines[5].split()[:3], "description"]

@@ -33,7 +33,7 @@ def side(number=1, score=1.7, steps=100, batch=1000, start=5.0, end=2.0, **chang
     for part in range(1, 11):
         step = steps * part // 10
         points.append(Point(step, part / 10, start - (start - end) * step * batch / 100_000))
-    return Side(run, score, Training(points, batch))
+    return Side(run, Training(points, batch))
 
 
 def rows_of(lines: list[str]) -> dict[str, list[str]]:
@@ -43,51 +43,72 @@ def rows_of(lines: list[str]) -> dict[str, list[str]]:
 
 
 def test_table_shows_both_runs_at_equal_time_and_at_equal_tokens():
-    slow = side(2, score=1.75, steps=80, memory_gb=2.0)
-    lines = table(slow, side(), loop.DOMAIN)
-    assert max(map(len, lines)) < 80
+    slow = side(2, score=1.75, steps=92, memory_gb=2.0, busy_others=0.83)
+    lines = table(slow, side(busy_others=0.02), loop.DOMAIN)
+    assert max(map(len, lines)) < 60
     rows = rows_of(lines)
-    assert rows[""] == ["run", "0002", "base", "1111111", "change"]
+    assert rows[""] == ["run", "0002", "base", "0001", "change"]
     assert rows["val_bpb"] == ["1.750000", "1.700000", "+0.050000"]
-    assert rows["steps *"] == ["80", "100", "-20%"]
-    assert rows["tokens a second *"] == ["8,000", "10,000", "-20%"]
+    assert rows["steps *"] == ["92", "100", "-8%"]
+    assert rows["tokens a second *"] == ["9,200", "10,000", "-8%"]
     assert rows["start-up seconds"] == ["4.0", "4.0", "+0.0"]
     assert rows["evaluation seconds *"] == ["1.5", "1.5", "+0.0"]
     assert rows["peak memory, GB *"] == ["2.0", "0.0", "+2.0"]
-    assert rows["loss at 50% of the time *"] == ["3.8000", "3.5000", "+0.3000"]
-    assert rows["loss at 100% of the time *"] == ["2.6000", "2.0000", "+0.6000"]
-    assert rows["loss at 80,000 tokens *"] == ["2.6000", "2.6000", "+0.0000"]
-    assert rows["reached at this share of the time *"] == ["100%", "80%"]
-    assert lines[-1] == "* the run's own words: the judge did not measure them"
+    assert rows["machine used by others"] == ["83%", "2%"]
+    assert rows["loss at 50% of time *"] == ["3.6200", "3.5000", "+0.1200"]
+    assert rows["loss at 100% of time *"] == ["2.2400", "2.0000", "+0.2400"]
+    assert rows["loss at 92,000 tokens *"] == ["2.2400", "2.2400", "+0.0000"]
+    assert lines[-1] == "* the run's own words, not the judge's"
 
 
-def test_table_leaves_out_what_neither_run_says_and_a_fork_without_curves_has_a_short_one():
-    bare = Side(Run(3, "3" * 40, "", 42, "", "experiment", score=1.6), 1.6, Training([]))
-    assert len(table(bare, bare, loop.DOMAIN)) == 4  # heading, score, memory, the star's meaning
-    lines = table(side(2), bare, loop.DOMAIN)
+def test_losses_at_equal_tokens_are_not_compared_where_learning_rates_differ():
+    """After 80,000 tokens the shorter run is at its end, and the other one in the middle."""
+    lines = table(side(2, steps=80, busy_others=0.03), side(), loop.DOMAIN)
+    words = "(at 100% and 80% of the time: not comparable)"
+    assert " ".join(rows_of(lines)["loss at 80,000 tokens *"]) == f"2.6000 2.6000 {words}"
+    assert not any("used by others" in line for line in lines)
+    heading, score = lines[:2]
+    assert len(heading) == len(score) < 60  # the words do not make the columns wider
+
+
+def test_table_leaves_out_what_says_nothing_and_a_fork_without_curves_has_a_short_one():
+    bare = Side(Run(3, "3" * 40, "", 42, "", "experiment", score=1.6), Training([]))
+    assert len(table(bare, bare, loop.DOMAIN)) == 2  # heading, score
+    lines = table(side(2, device_others=2), bare, loop.DOMAIN)
     assert any(line.split()[:4] == ["steps", "*", "100", "-"] for line in lines)
+    assert any(line.split()[-2:] == ["2", "-"] for line in lines if line.startswith("others on the device"))
     fork = loop.replace(loop.DOMAIN, explanations=(), steps="", curve_pattern="", batch_pattern="")
-    assert len(table(bare, bare, fork)) == 4 and in_a_word(bare, bare, fork) == ""
+    assert len(table(bare, bare, fork)) == 2 and in_a_word(bare, bare, fork) == ""
 
 
 @pytest.mark.parametrize(
     ("candidate", "word"),
     [
-        ({"score": 1.8, "steps": 80}, "slower: 20% fewer tokens"),
-        ({"score": 1.8, "steps": 80, "end": 2.5}, "slower and worse: 20% fewer tokens"),
-        ({"score": 1.8, "end": 2.5}, "worse: a higher loss at equal tokens"),
+        ({"score": 1.8, "steps": 80}, "slower: 20% fewer tokens than its base"),
+        ({"score": 1.8, "steps": 80, "end": 2.5}, "slower: 20% fewer tokens than its base"),  # its rate is at its end
+        ({"score": 1.8, "steps": 92}, "slower: 8% fewer tokens than its base, and no higher loss at equal tokens"),
+        ({"score": 1.8, "steps": 92, "end": 2.5}, "slower and worse: 8% fewer tokens than its base, and a higher loss"),
+        ({"score": 1.8, "steps": 92, "busy_others": 0.2}, "8% fewer tokens: the edit or the machine, these two runs"),
+        ({"score": 1.8, "end": 2.5}, "worse: a higher loss at equal tokens, and not slower"),
+        ({"score": 1.8, "end": 2.5, "busy_others": 0.2}, "worse: a higher loss at equal tokens, and not slower"),
         ({"score": 1.8, "steps": 50, "batch": 2000, "end": 2.5}, "worse: "),  # half the steps, of twice the size
         ({"score": 1.8, "steps": 120, "end": 2.5}, ""),  # its learning rate had not fallen yet where the base ended
         ({"score": 1.8}, ""),
         ({"score": 1.8, "steps": 97}, ""),
-        ({"score": 1.6, "steps": 120}, "faster: 20% more tokens"),
-        ({"score": 1.6, "steps": 120, "end": 1.0}, ""),
+        ({"score": 1.6, "steps": 120}, "faster: 20% more tokens than its base"),
+        ({"score": 1.6, "steps": 108}, "faster: 8% more tokens than its base, and no better at equal tokens"),
+        ({"score": 1.6, "steps": 108, "device_others": 1}, "8% more tokens: the edit or the machine, these two runs"),
+        ({"score": 1.6, "steps": 108, "end": 1.0}, ""),
         ({"score": 1.6, "steps": 80}, ""),
     ],
 )
 def test_word_is_said_only_where_the_curves_are_clear(candidate, word):
     said = in_a_word(side(2, **candidate), side(), loop.DOMAIN)
     assert said.startswith(word) and bool(said) == bool(word)
+    assert ("equal tokens" in said) == ("equal tokens" in word or "higher loss" in word or word == "worse: ")
+    if word:
+        turned = in_a_word(side(2, **candidate), side(busy_others=0.2), loop.DOMAIN)
+        assert turned.startswith("worse: ") or turned.endswith("these two runs cannot tell")
 
 
 def test_weak_is_a_run_beside_others():
@@ -135,15 +156,69 @@ def test_base_of_a_run_is_the_last_one_before_it_and_no_audits(store):
     early = add_run(store, "e" * 40, 1.0, "keep", base="f" * 40)
     late = add_run(store, "f" * 40, 1.0, "keep", base="")
     assert base_run(store, early).number == late.number  # none came before it
-    assert compare(run, second, loop.DOMAIN).startswith("val_bpb 0.950000 (-0.250000 to its base)")
+    assert compare(run, second, loop.DOMAIN).startswith("val_bpb 0.950000 (-0.250000 to run 0002 of its base)")
 
-    store.attempts = {1: BASE}
-    lines = explain(store, run)
-    believed = (1.0 + 1.2 + 1.1) / 3  # of all its runs
-    assert lines[1].split() == ["val_bpb", "0.950000", f"{believed:.6f}", f"{0.95 - believed:+.6f}"]
-    assert not any("measured on a busy machine" in line for line in lines)
-    after = add_run(store, "0" * 40, 1.5, "discard")
-    assert explain(store, after)[-1] == "its base, run 0006, was measured on a busy machine: the difference is weak"
+
+MARK = "others used 40% of the machine: this score is weak"
+
+
+def know(store: Store, *runs: Run) -> None:
+    """The refs of these attempts."""
+    store.attempts = {run.number: run.commit for run in runs}
+    store._commits = {run.commit[:7]: run.commit for run in runs}
+
+
+def test_verdict_compares_two_runs_and_says_apart_what_is_believed_and_decides(store):
+    first = add_run(store, BASE, 1.0, "keep", base="")
+    add_run(store, BASE, 1.2, "keep", base="")
+    add_run(store, BASE, 1.3, "audit", base="", purpose="audit")
+    run = add_run(store, "c" * 40, 0.95, "keep", busy_others=0.4, marks=(MARK, "it took 51 s to start"))
+    heading, scores, *_ = lines = explain(store, run)
+    assert heading.split() == ["run", "0004", "base", "0002", "change"]
+    assert scores.split() == ["val_bpb", "0.950000", "1.200000", "-0.250000"]
+    assert lines[-4:] == [
+        "base believed 1.100000: mean of runs 0001, 0002",
+        "change that decides -0.150000, noise of one run 0.14: within noise",
+        "it took 51 s to start",
+        "weak: the machine was busy during run 0004",
+    ]
+    for score in (1.21, 1.23):
+        again = add_run(store, "c" * 40, score, "discard")
+    lines = explain(store, again, with_commands=True)
+    listed = "ccccccc ran 3 times: 0.950000, 1.210000, 1.230000"
+    reason = "the mean of its repeats (the first run is left out: it was picked for being low)"
+    assert lines[-2] == f"{listed}; believed: 1.220000, {reason}"
+    assert lines[-1].startswith("change that decides +0.120000, ") and lines[-1].endswith(": within noise")
+
+    late = add_run(store, "d" * 40, 5.0, "discard", base="c" * 40, device_others=1)
+    store.write_run(loop.replace(again, busy_others=0.85))
+    know(store, first, run, late)
+    lines = explain(store, late, with_commands=True)
+    assert lines[-3] == "base believed 1.220000: mean of runs 0005, 0006"
+    assert lines[-2].startswith("change that decides +3.780000, ") and lines[-2].endswith(": over 2 standard errors")
+    advice = "measure again, one after the other: uv run loop.py try --again 7, uv run loop.py try --base"
+    assert lines[-1] == f"weak: the machine was busy during run 0007 and run 0006; {advice}"
+    third = add_run(store, "e" * 40, 0.9, "keep", base="c" * 40)
+    know(store, first, run, late, third)
+    assert explain(store, third, with_commands=True)[-1].endswith(
+        "run 0006; measure again: uv run loop.py try --again 4"
+    )
+
+
+def test_champion_that_is_measured_again_stands_beside_its_own_earlier_run(store):
+    store.trailer = lambda key: "pocket"
+    first = add_run(store, BASE, 1.0, "keep", base="", busy_others=0.4, marks=(MARK,))
+    know(store, first)
+    assert explain(store, first)[1:] == [MARK]
+    again = add_run(store, BASE, 1.2, "keep", base="", purpose="repeat")
+    lines = explain(store, again, with_commands=True)
+    assert lines[0].split() == ["run", "0002", "run", "0001", "change"]
+    assert lines[-3:] == [
+        "bbbbbbb ran 2 times: 1.000000, 1.200000; believed: 1.100000, the mean of all",
+        "the same code as run 0001: only seed and machine differ; noise of one run 0.14",
+        "weak: the machine was busy during run 0001; measure again: uv run loop.py try --base",
+    ]
+    assert explain(store, add_run(store, "c" * 40, 0.0, "crash")) == []
 
 
 def test_latest_verdicts_are_of_different_experiments_oldest_first(store):
