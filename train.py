@@ -1052,6 +1052,8 @@ def main() -> int:
     except (UserError, prepare.EvaluationRefused) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130  # as a shell counts Ctrl-C
     return 0
 
 

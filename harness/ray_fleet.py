@@ -145,7 +145,9 @@ class RayFleet:
         try:
             kind, *values = pickle.load(self._driver.stdout)
         except (EOFError, pickle.UnpicklingError):
-            kind, values = "error", [f"Ray did not start within {START_SECONDS} s (log {self._folder / 'driver.log'})"]
+            was_slow = not alarm.is_alive()
+            what = f"did not start within {START_SECONDS} s" if was_slow else "gave up"
+            kind, values = "error", [f"Ray {what} (log {self._folder / 'driver.log'})"]
         finally:
             alarm.cancel()
         if kind == "error":

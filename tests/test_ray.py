@@ -389,4 +389,4 @@ def test_node_with_a_full_disk_is_left_out(gpu_desk: Desk, fakes: FakeCluster, t
 def test_no_cluster_at_an_address_is_one_line(gpu_desk: Desk):
     done = gpu_desk.loop("--agent", "random", "--tag", "t", "--ray", "127.0.0.1:9", code=1, timeout=120)
     (error,) = errors(done)
-    assert error.startswith("error: no Ray cluster at 127.0.0.1:9: ")
+    assert error.startswith("error: no Ray cluster at 127.0.0.1:9: ") and "did not start within" not in error

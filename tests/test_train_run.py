@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -526,6 +527,11 @@ sys.exit(train.main())
     profile, error = run.stderr.splitlines()
     assert profile.startswith("profile smoke")
     assert re.fullmatch(r"error: profile 'smoke' is not prepared .*: run 'uv run prepare.py'", error)
+
+
+def test_ctrl_c_is_no_traceback(monkeypatch):
+    monkeypatch.setattr(train, "run", lambda: signal.raise_signal(signal.SIGINT))
+    assert train.main() == 130
 
 
 def test_a_bug_is_not_taken_for_an_error_of_the_person(monkeypatch):
