@@ -15,6 +15,7 @@ from conftest import DEEPER, Desk, ended, has_event, hear, wait_for
 
 from harness import notify
 from harness.notify import Notifier
+from harness.processes import find_processes
 
 TOLD = 'f=$(mktemp "$HOME/told.XXXXXX") && cat > "$f"'  # a command for --notify
 PAY = """
@@ -111,12 +112,15 @@ def test_notification_that_hangs_or_floods_is_ended_and_logged(tmp_path, monkeyp
     log = tmp_path / "notify.log"
     watcher = [sys.executable, "-I", "-S", notify.__file__, "0.3", str(log)]
     begin = time.monotonic()
-    hanging = subprocess.Popen([*watcher, "sleep 60 & setsid sleep 61; sleep 60"], stdin=subprocess.DEVNULL)
+    nap = f"60.{os.getpid()}"  # seconds, by which its processes are known
+    hangs = f"sleep {nap} & setsid sleep 61; sleep {nap}"
+    hanging = subprocess.Popen([*watcher, hangs], stdin=subprocess.DEVNULL)
     flooding = subprocess.Popen([*watcher[:-2], "10", str(log), "yes | head -c 3000000"], stdin=subprocess.DEVNULL)
     assert hanging.wait(10) == 1 and flooding.wait(10) == 0
     assert time.monotonic() - begin < 10
     text = log.read_text()
-    assert "sleep 60: ended after 0.3 s\n" in text
+    assert f"sleep {nap}: ended after 0.3 s\n" in text
+    wait_for(lambda: not find_processes("cmdline", f"^sleep\0{nap}\0".encode()), 5)
     assert text.count("\n") == 2 and len(text) < 5000
     log.unlink()
     os.mkfifo(log)  # by an agent: nobody reads it
