@@ -122,6 +122,9 @@ def test_notification_that_hangs_or_floods_is_ended_and_logged(tmp_path, monkeyp
     assert f"sleep {nap}: ended after 0.3 s\n" in text
     wait_for(lambda: not find_processes("cmdline", f"^sleep\0{nap}\0".encode()), 5)
     assert text.count("\n") == 2 and len(text) < 5000
+    monkeypatch.setattr(notify, "LOG_CAP", 10)
+    notify.write_line(log, "too long a log")
+    assert log.read_text().count("\n") == 1 and log.read_text().endswith(" too long a log\n")
     log.unlink()
     os.mkfifo(log)  # by an agent: nobody reads it
     monkeypatch.setattr(sys, "executable", str(tmp_path / "gone"))
