@@ -29,7 +29,10 @@ from harness.processes import find_processes
 from harness.repository import Repository
 from harness.store import Store
 
-# Before any test imports prepare: a run of one test process must not wait for the device lock of another.
+# Before any test imports prepare: what a person exported, the profile of their run say, is not the tests'.
+for name in [name for name in os.environ if name.startswith("AUTORESEARCH_")]:
+    del os.environ[name]
+# A run of one test process must not wait for the device lock of another.
 os.environ["AUTORESEARCH_LOCKS"] = tempfile.mkdtemp(prefix="autoresearch-locks-")
 atexit.register(shutil.rmtree, os.environ["AUTORESEARCH_LOCKS"], ignore_errors=True)
 
