@@ -76,6 +76,11 @@ def test_report_tells_what_was_kept_and_what_it_gained(night):
     assert night.git("status", "--porcelain") == ""
 
 
+def test_report_of_a_tag_that_has_no_ledger_shows_no_other_tags(night):
+    done = night.loop("report", "--tag", "nosuch", code=1)
+    assert done.stdout == "" and errors(done)[0].startswith("error: --tag nosuch: this tag has no ledger: ")
+
+
 def test_report_and_status_work_from_another_worktree_and_branch(night):
     from_the_desk = night.loop("report").stdout
     other = night.outside / "other"
