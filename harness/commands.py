@@ -333,8 +333,8 @@ def command_status(domain: Domain, checkout: Path, open_session: Callable, args:
 def command_report(domain: Domain, checkout: Path, open_session: Callable, args: argparse.Namespace) -> int:
     store = None if args.ledger else open_store(checkout, domain, args.tag)
     if args.tag and store is not None and not store.ledger.exists():  # results.tsv here is another tag's
-        remedy = f"'uv run loop.py --agent random --tag {args.tag}' begins one; 'ls {store.home.parent}' lists the others"
-        raise UserError(f"--tag {args.tag}: this tag has no ledger: {remedy}")
+        remedy = f"'ls {store.home.parent}' lists the tags that have one"
+        raise UserError(f"no ledger at {store.ledger}: {remedy}")
     is_live = store is not None and store.is_busy()
     with morning.page_lock(store):
         findings = report.print_report(store, args.ledger, checkout, domain)
