@@ -8,14 +8,18 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import DEEPER, Desk, ended, has_event, hear, wait_for
 
+import loop
 from harness import notify
+from harness.ledger import Row
 from harness.notify import Notifier
 from harness.processes import find_processes
+from harness.watch import Watch
 
 TOLD = 'f=$(mktemp "$HOME/told.XXXXXX") && cat > "$f"'  # a command for --notify
 PAY = """
@@ -131,3 +135,42 @@ def test_notification_that_hangs_or_floods_is_ended_and_logged(tmp_path, monkeyp
     notifier = Notifier("true", log)
     notifier.tell("news")
     notifier.close()
+
+
+@pytest.mark.parametrize("better", [-1, +1])
+def test_watch_counts_losses_since_the_last_keep_and_ends_at_the_target(store, monkeypatch, better):
+    store.domain = replace(loop.DOMAIN, lower_is_better=better < 0)
+    store.rows = [Row("a" * 7, 5.0, 1.0, "keep", "baseline"), Row("b" * 7, 5 + better * 0.5, 1.0, "keep", "idea")]
+    watch = Watch(store, 2, None, "")
+    told = []
+    watch._notifier.tell = told.append
+    watch.take_loss()
+    watch.take_keep("b" * 40, "a" * 40, 7, "idea")
+    watch.look_for_target()
+    watch.take_loss()
+    assert watch.enough == "" and told[0].startswith(
+        f"autoresearch/t: kept val_bpb {5 + better * 0.5:.6f} (gain 0.500000 bpb, run 0007): idea\n"
+    )
+    watch.take_loss()
+    assert watch.enough == "no keep in 2 experiments (--patience)"
+    for target, is_reached in ((5 + better * 0.5, True), (5 + better * 0.4, True), (5 + better * 0.6, False)):
+        watch = Watch(store, 2, target, "")
+        watch.look_for_target()
+        assert bool(watch.enough) == is_reached, target
+    watch.take_loss()
+    watch.enough = "another reason"
+    watch.take_loss()
+    assert watch.enough == "another reason"
+
+
+def test_watch_tells_the_longest_wait_once_and_the_next_one_again(store):
+    store.rows = [Row("a" * 7, 5.0, 1.0, "keep", "baseline")]
+    watch = Watch(store, 2, None, "")
+    told = []
+    watch._notifier.tell = lambda text: told.append(text.split("\n")[0])
+    now = time.monotonic()
+    for waits in ({"for A": now - 1700}, {"for A": now - 7200, "for B": now}, {"for A": now - 7200}, {}):
+        watch.look_for_long_wait(waits)
+    assert told == ["autoresearch/t: waiting for 2.0 h for A"]
+    watch.look_for_long_wait({"for B": now - 3600})
+    assert told[1:] == ["autoresearch/t: waiting for 60 min for B"]

@@ -36,6 +36,7 @@ from harness.ledger import (
     lines_of_code,
     measured_sigma,
     parse_ledger,
+    sigma_to_give_away,
 )
 from harness.screen import one_line
 
@@ -185,6 +186,13 @@ def test_night_of_real_gains_keeps_those_that_fresh_runs_can_tell():
     for workers in (1, 8):
         ends = [night_with_workers(True, effects, 0.1, workers, random.Random(seed))[1] for seed in range(200)]
         assert -1.05 < statistics.fmean(ends) < -0.99, workers
+
+
+def test_sigma_to_give_away_is_the_measured_one_but_at_most_the_assumed_one():
+    rows = [row("a", 1.0), row("a", 1.2)]
+    assert sigma_to_give_away(rows, 0.1) == 0.1  # a busy machine measured it
+    assert sigma_to_give_away(rows, 0.9) == pytest.approx(0.2 / math.sqrt(2))
+    assert sigma_to_give_away(rows[:1], 0.9) == 0.9
 
 
 def test_estimate_leaves_out_the_score_that_chose_a_commit():

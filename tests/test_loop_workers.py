@@ -29,7 +29,7 @@ from harness.opening import stale_gains
 from harness.proposers import find_problem
 from harness.repository import Repository
 from harness.screen import UserError
-from harness.store import Store, read_run
+from harness.store import Run, Store, read_run
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The ratchet alone
@@ -388,6 +388,17 @@ def test_with_confirm_a_gain_on_a_former_champion_is_looked_at_again_whatever_it
     experiment.again_of = 7
     assert ratchet.judge_confirmed(experiment, [score]) == "look again"
     assert ratchet.judge_confirmed(experiment, [score, score + 1]) == "discard"
+
+
+def test_commit_that_is_run_again_is_worth_all_its_runs_but_the_first(tmp_path, capfd, quick):
+    """Running it until one is lucky does not help."""
+    ratchet = Night(tmp_path, seed=1).session(0)
+    commit = "c" * 40
+    experiment = loop.Experiment("idea", "experiment", base=ratchet.store.baseline, commit=commit)
+    experiment.runs.append(Run(9, commit, "", 7, "idea", "experiment", score=0.8))
+    assert ratchet.believed(experiment) == 0.8
+    ratchet.store.rows += [Row(commit[:7], score, 1.0, "discard", "idea") for score in (0.5, 1.0)]
+    assert ratchet.believed(experiment) == pytest.approx(0.9)
 
 
 def test_baseline_that_crashes_when_measured_again_costs_no_ref(tmp_path, capfd, quick):

@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import Desk, ended, errors
@@ -23,7 +24,7 @@ from matplotlib.transforms import Affine2D
 import loop
 from harness.ledger import Row
 from harness.picture import cut, draw, find_bests, plot
-from harness.report import Audited, _pace, print_audit
+from harness.report import Audited, _pace, compute, print_audit
 
 HEADER = loop.DOMAIN.columns
 PNG = b"\x89PNG"
@@ -302,6 +303,13 @@ def test_status_shows_branch_best_pace_and_the_last_rows(night):
     verdict = night.loop("status", "--wait").stdout.splitlines()
     assert verdict[0].startswith(f"{crash}\t0.000000\t0.0\tcrash\tValueError: boom")
     assert verdict[-2] == "'tail -n 50 runs/0005/run.log' tells why"
+
+
+def test_champion_that_came_back_is_a_kept_change_of_its_own():
+    rows = [Row("a", 1.0, 1.0, "keep", "baseline"), Row("b", 0.9, 1.0, "keep", "lucky")]
+    rows += [Row("b", 1.2, 1.0, "keep", "lucky (again)"), Row("a", 1.0, 1.0, "keep", "baseline (again)")]
+    kept = compute(None, rows, Path("results.tsv"), loop.DOMAIN).kept
+    assert [(change.commit, round(change.gain, 6)) for change in kept] == [("a", 0.0), ("b", -0.2), ("a", 0.2)]
 
 
 def test_pace_leaves_out_the_time_between_sessions():
