@@ -8,7 +8,7 @@ import re
 
 import loop
 from harness.ledger import parse_ledger
-from harness.prompt import DEAD_ENDS, KEPT, PLATEAU, UNSETTLED, Background, memory, summary
+from harness.prompt import DEAD_ENDS, KEPT, PLATEAU, UNSETTLED, Background, memory, summary, write_prompt
 
 HIGHER = dataclasses.replace(loop.DOMAIN, lower_is_better=False)
 
@@ -74,3 +74,15 @@ def test_memory_keeps_the_newest_of_each_kind_and_tells_a_plateau_as_it_begins()
 def test_summary_of_a_ledger_without_a_keep_tells_its_first_score():
     rows, _ = parse_ledger("aaaaaaa\t0\t0\tcrash\tboom\nbbbbbbb\t1.25\t0\tdiscard\tidea\n")
     assert summary(rows, loop.DOMAIN) == "Best val_bpb 1.250000 (bbbbbbb); rows: 0 keep, 1 discard, 1 crash."
+
+
+def test_prompt_has_every_part_in_order_and_none_that_is_empty():
+    rows, _ = parse_ledger("aaaaaaa\t1.5\t0\tkeep\tbaseline\n")
+    background = Background(sigma=0.01, busy=set(), merged=set(), verdicts=["first table", "second table"])
+    whole = write_prompt("Do it.\n", rows, background, ["idea\none"], "it repeats", "Mend this.", loop.DOMAIN)
+    parts = ["Do it.\n\n---", "Best val_bpb 1.5", "aaaaaaa\t1.5", "first table\n\nsecond table", "\n- idea one\n"]
+    parts += ["The last proposal was refused: it repeats", "Mend this.", "Now: edit train.py once"]
+    places = [whole.find(part) for part in parts]
+    assert -1 not in places and places == sorted(places)
+    bare = write_prompt("Do it.\n", rows, dataclasses.replace(background, verdicts=[]), [], "", "", loop.DOMAIN)
+    assert not [word for word in ("verdict", "Running", "refused") if word in bare] and "\n\n\n" not in bare
