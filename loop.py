@@ -1,14 +1,24 @@
 """loop.py, the ratchet: agents propose edits of train.py; the loop commits, runs, measures, decides and records.
 
+This file is what a person reads to know how a run is decided. What it stands on is in harness/, a room a file;
+harness/__init__.py lists them.
+
     uv run loop.py --agent claude             # all night (Ctrl-C once: finish what runs and stop; twice: stop now)
     uv run loop.py try "raise depth to 10"    # one experiment on the edit now in train.py, for an agent that loops
+    uv run loop.py try --again 12             # an earlier experiment once more, on a fresh seed (--base: the champion)
     uv run loop.py status [--wait]            # where the run stands
     uv run loop.py report [LEDGER]            # the morning read: what was kept, progress.png, report.html
     uv run loop.py audit                      # baseline and champion again: fresh seeds, sealed split, a clean judge
 
-Words. desk: a checkout that an agent edits. bench: a fresh folder in which one run trains. champion: the commit of the
-ledger's last `keep` row. candidate: the champion's tree with one blob replaced, train.py's. base: the champion that a
-candidate was compared with. experiment: an idea; run: one execution of it, with a number of its own.
+Words:
+    desk         a checkout that an agent edits
+    bench        a fresh folder in which one run trains
+    experiment   an idea; a run is one execution of it, with a number of its own
+    candidate    the champion's tree with one blob replaced, train.py's
+    base         the commit that a candidate edits and is compared with: the champion of its time
+    champion     the commit of the ledger's last `keep` row
+    stale        a gain on a base that is no longer the champion: it runs again on the present one
+    judge        the frozen file that measures, prepare.py; it runs in processes of its own
 
 One thread decides, and it alone writes ledger, branch and refs. Agents and runs work in other threads and processes;
 what they give back is plain data. Ledger, refs and run folders are the whole state: kill the loop anywhere, start it
@@ -36,7 +46,7 @@ from pathlib import Path
 from harness import commands, ledger, prompt
 from harness.agents import Agent
 from harness.bench import Crash, Job, Measurement, Outcome, Unavailable
-from harness.commands import Limits
+from harness.commands import Options
 from harness.contract import Description, Domain
 from harness.desk import Assignment, Desk, Proposal
 from harness.files import read_tail
@@ -44,11 +54,11 @@ from harness.fleet import LocalFleet
 from harness.interrupts import Interrupts, StopNow
 from harness.ledger import Row
 from harness.live_page import LivePage
-from harness.opening import Use, check_packages, mark, open_tag, stale_gains, summary_of_baseline
+from harness.opening import Use, check_packages, find_baseline_values, open_tag, process_mark, stale_gains
 from harness.proposers import Proposers, find_problem
 from harness.ray_fleet import OFF, RayFleet
 from harness.report import Audited
-from harness.screen import UserError, duration, is_terminal, one_line, say, show
+from harness.screen import UserError, duration, is_terminal, one_line, say, show_live_line
 from harness.store import Run, Store, read_run
 from harness.verdict import base_run, compare, find_marks, mean_pace
 from harness.watch import Watch
@@ -95,9 +105,10 @@ DOMAIN = Domain(
 STARTUP_ALLOWANCE = 300  # seconds for compilation and evaluation: a run may take 2 * its budget + this
 RETRY_SECONDS = 10  # between looks at an environment that must recover
 FIRST_SEED = 42  # of every attempt's first run; further runs take seeds that no edit can foresee
-BASELINE_RUNS = 2  # with --confirm
+BASELINE_RUNS = 2  # with --confirm; without it one
 POLL_SECONDS = 0.2  # between looks at results, signals and the clock
 LIVE_RUNS = 3  # that the live line lists; more are summed up
+STALE = "gained on a former champion; runs again on the present one"  # ends the description of a stale run's row
 
 # ---------------------------------------------------------------------------------------------------------------------
 # An experiment, and the runs that it needs
@@ -146,28 +157,28 @@ class Ratchet:
         facts: Description,
         fleet: LocalFleet | RayFleet,
         proposers: Proposers | None,
-        limits: Limits,
+        options: Options,
         interrupts: Interrupts,
     ):
         self.store = store
         self.repository = store.repository
         self.facts = facts
         self.fleet = fleet
-        self.limits = limits
+        self.options = options
         self.interrupts = interrupts
         self.proposers = proposers  # None: nobody is asked
         self.waiting: deque[Proposal] = deque()  # candidates that passed the gate
         self.planned: deque[PlannedRun] = deque()  # runs that go before every new candidate
-        self.flying: dict[Future, PlannedRun] = {}
-        self.begun = 0  # candidates of this session that were launched
+        self.flying: dict[Future, PlannedRun] = {}  # runs that the fleet has
+        self.begun = 0  # candidates of this session that were launched; one that is run again counts once
         self.decided: list[Experiment] = []  # of this session
-        self.same = summary_of_baseline(store)
+        self.baseline_values = find_baseline_values(store)
         self.live_page = LivePage(store)
-        self.deadline = time.monotonic() + 3600 * limits.hours
+        self.deadline = time.monotonic() + 3600 * options.hours
         self.usual_seconds = facts.time_budget  # that a run takes; later the last one's
         self.waiting_for = ""  # what the machine lacks, as a person was last told
         self.waiting_since = 0.0  # time.monotonic(), where it lacks something
-        self.watch = Watch(store, limits.patience, limits.target, limits.notify)
+        self.watch = Watch(store, options.patience, options.target, options.notify)
 
     def run(self) -> None:
         """The loop. Raises StopNow at the second Ctrl-C."""
@@ -202,7 +213,7 @@ class Ratchet:
         elif self.proposers.have_spent_all():
             nobody_proposes = not self.proposers.asked
         else:
-            nobody_proposes = self.begun >= self.limits.max_experiments
+            nobody_proposes = self.begun >= self.options.max_experiments
         return nobody_proposes and not self.waiting
 
     def is_stopping(self) -> bool:
@@ -215,9 +226,9 @@ class Ratchet:
         if self.interrupts.is_stopping:
             return "stopped by request"
         if time.monotonic() > self.deadline:
-            return f"--hours {self.limits.hours:g} are over"
+            return f"--hours {self.options.hours:g} are over"
         if self.proposers and self.proposers.have_spent_all():
-            return f"--max-usd {self.limits.max_usd:g} is spent"
+            return f"--max-usd {self.options.max_usd:g} is spent"
         return "all experiments are done"
 
     def waits(self) -> dict[str, float]:
@@ -234,10 +245,10 @@ class Ratchet:
     def ask(self) -> None:
         if self.proposers is None or self.is_stopping() or self.proposers.have_spent_all():
             return
-        wanted = self.free_places() + self.limits.ahead * self.fleet.capacity
+        wanted = self.free_places() + self.options.ahead * self.fleet.capacity
         while True:
             candidates = len(self.waiting) + len(self.proposers.asked)
-            if candidates >= wanted or self.begun + candidates >= self.limits.max_experiments:
+            if candidates >= wanted or self.begun + candidates >= self.options.max_experiments:
                 return
             if not self.proposers.ask(self.descriptions_in_flight()):
                 return
@@ -269,7 +280,7 @@ class Ratchet:
                 self.planned.remove(planned)
                 return planned
         while self.waiting and self.free_places() and self.store.rows and not self.is_stopping():
-            proposal = self.merged(self.waiting.popleft())
+            proposal = self.merge_onto_champion(self.waiting.popleft())
             if proposal is not None:
                 if not proposal.again_of:
                     self.begun += 1
@@ -283,22 +294,23 @@ class Ratchet:
         experiment.outstanding = 1
         return PlannedRun(experiment, "experiment", experiment.description, FIRST_SEED)
 
-    def merged(self, proposal: Proposal) -> Proposal | None:
+    def merge_onto_champion(self, proposal: Proposal) -> Proposal | None:
         """The edit on the champion of now; None if the two do not go together, or the result is not worth a run."""
         champion = self.store.champion
         source = proposal.source
         if proposal.base != champion:
-            ours = self.repository.read(champion, EDITABLE)
-            source = self.repository.merge(ours, self.repository.read(proposal.base, EDITABLE), proposal.source)
+            of_champion = self.repository.read(champion, EDITABLE)
+            of_base = self.repository.read(proposal.base, EDITABLE)
+            source = self.repository.merge(of_champion, of_base, proposal.source)
             if source is None:
-                self.tell_conflict(proposal)
+                self.assign_conflict(proposal)
                 self.forget_stale_gain(proposal.again_of)
                 return None
         problem = find_problem(self.store, source, self.pending_sources())
         if problem:
             say(f"dropped: {proposal.description}: {problem}")
             if self.proposers:
-                self.proposers.tell(problem)
+                self.proposers.remember_refusal(problem)
             self.forget_stale_gain(proposal.again_of)
             return None
         return replace(proposal, source=source, base=champion)
@@ -317,8 +329,8 @@ class Ratchet:
                 found.add(planned.experiment.source)
         return found
 
-    def tell_conflict(self, proposal: Proposal) -> None:
-        """Give an agent both diffs, once."""
+    def assign_conflict(self, proposal: Proposal) -> None:
+        """Drop a proposal that does not merge; an agent is given both diffs, once."""
         champion = self.store.champion
         say(f"dropped: {proposal.description}: it conflicts with the new champion {champion[:7]}")
         if self.proposers is None:
@@ -339,15 +351,24 @@ class Ratchet:
                 planned.number, experiment.source, experiment.description, facts.profile, facts.digest, experiment.base
             )
         planned.commit = planned.commit or experiment.commit
-        run = self.describe_run(planned)
+        run = self.new_run(planned)
         self.store.write_run(run)
         if run.base:
             (self.store.folder(run.number) / "change.diff").write_bytes(self.repository.diff(run.base, run.commit))
+        job = self.make_job(run, experiment)
+        planned.started_at = time.monotonic()
+        planned.place = ""
+        if not planned.tries:
+            say(f"run {run.number:04d}: {run.description}{self.progress()}")
+        self.store.note("training", run.number, run.description)
+        self.flying[self.fleet.submit(job)] = planned
+
+    def make_job(self, run: Run, experiment: Experiment) -> Job:
         if experiment.source is None or run.commit != experiment.commit:
             tree = self.repository.tree(run.commit)
         else:
-            tree = self.repository.candidate_tree(experiment.base, experiment.source)
-        job = Job(
+            tree = self.repository.candidate_tree(experiment.base, experiment.source)  # the same, sooner
+        return Job(
             number=run.number,
             commit=run.commit,
             description=run.description,
@@ -357,16 +378,11 @@ class Ratchet:
             domain=DOMAIN,
             time_limit=2 * self.facts.time_budget + STARTUP_ALLOWANCE,
             audit=experiment.purpose == "audit",
-            same=self.same,
+            baseline_values=self.baseline_values,
         )
-        planned.started_at = time.monotonic()
-        planned.place = ""
-        if not planned.tries:
-            say(f"run {run.number:04d}: {run.description}{self.progress()}")
-        self.store.note("training", run.number, run.description)
-        self.flying[self.fleet.submit(job)] = planned
 
-    def describe_run(self, planned: PlannedRun) -> Run:
+    def new_run(self, planned: PlannedRun) -> Run:
+        """What run.json says of a run that has not ended."""
         experiment = planned.experiment
         is_of_candidate = experiment.purpose == "experiment" and planned.commit == experiment.commit
         return Run(
@@ -383,8 +399,8 @@ class Ratchet:
 
     def settle(self) -> None:
         """Wait a moment for results, and take those that came, in the order of their runs."""
-        asked = list(self.proposers.asked) if self.proposers else []
-        futures = [*self.flying, *asked]
+        proposals = list(self.proposers.asked) if self.proposers else []  # futures of them
+        futures = [*self.flying, *proposals]
         if futures:
             done, _ = wait(futures, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
         else:
@@ -393,15 +409,16 @@ class Ratchet:
         self.interrupts.heed()
         for future in [future for future in self.flying if future in done]:
             self.take_outcome(self.flying.pop(future), future.result())
-        for future in [future for future in asked if future in done]:
+        for future in [future for future in proposals if future in done]:
             proposal = self.proposers.take(future, self.pending_sources())
             if proposal is not None:
                 self.waiting.append(proposal)
         self.note_places()
-        # On a CPU a rewrite would slow the runs: there it waits for a moment at which one has just ended.
-        self.live_page.keep_fresh(is_quiet=self.facts.device != "cpu" or len(self.flying) < self.fleet.capacity)
-        if is_terminal():  # the line takes a look at every row and at a log
-            show(self.live_line())
+        # On a CPU writing the page would slow the runs: there it waits for a moment at which one has just ended.
+        is_quiet = self.facts.device != "cpu" or len(self.flying) < self.fleet.capacity
+        self.live_page.keep_fresh(is_quiet)
+        if is_terminal():  # else spare the work: the line is made from every row and the end of a log
+            show_live_line(self.live_line())
 
     def note_places(self) -> None:
         """Which node got a run: its seconds count from then on."""
@@ -413,14 +430,15 @@ class Ratchet:
                 self.store.note("training", planned.number, f"{planned.experiment.description} on {place}")
 
     def take_outcome(self, planned: PlannedRun, outcome: Outcome) -> None:
+        """A run has ended, or could not be made. The last run of an experiment lets it be decided."""
         if isinstance(outcome, Unavailable):
             if outcome.is_permanent:
                 raise UserError(outcome.reason)
             if outcome.retries is None or planned.tries < outcome.retries:
-                self.try_again(planned, outcome.reason)
+                self.postpone(planned, outcome.reason)
                 return
             seconds = time.monotonic() - planned.started_at
-            outcome = Crash(outcome.reason, "", seconds)
+            outcome = Crash(outcome.reason, "", seconds)  # it came back as often as it may: the edit's own fault
         self.waiting_for = ""
         self.usual_seconds = outcome.seconds
         self.store.note("measured", planned.number, planned.experiment.description, outcome.seconds)
@@ -441,7 +459,7 @@ class Ratchet:
         elif not experiment.outstanding:
             self.decide(experiment)
 
-    def try_again(self, planned: PlannedRun, reason: str) -> None:
+    def postpone(self, planned: PlannedRun, reason: str) -> None:
         """The machine's fault: the run is made again, as the same run, when it may have recovered."""
         if not self.waiting_for:
             self.waiting_since = time.monotonic()
@@ -469,7 +487,8 @@ class Ratchet:
         self.planned = deque(planned for planned in self.planned if planned.experiment not in dropped)
 
     def finished_run(self, planned: PlannedRun, outcome: Measurement | Crash) -> Run:
-        run = self.describe_run(planned)
+        """What run.json says of a run that has ended; the verdict is added when its experiment is decided."""
+        run = self.new_run(planned)
         if isinstance(outcome, Crash):
             reason = one_line(f"{outcome.reason}: {run.description}")
             return replace(run, decision="crash", description=reason, seconds=outcome.seconds)
@@ -488,6 +507,8 @@ class Ratchet:
         )
 
     def take_crash(self, planned: PlannedRun, crash: Crash) -> None:
+        """A crash ends its experiment; an agent is given the edit and the end of the log. UserError where no agent
+        made the edit: a baseline or an audit that crashes is for a person."""
         experiment = planned.experiment
         log = self.store.folder(planned.number) / "run.log"
         if experiment.purpose == "audit":
@@ -515,9 +536,9 @@ class Ratchet:
     def decide(self, experiment: Experiment) -> None:
         """The verdict on an experiment whose runs have ended; a promising one may get more runs first.
 
-        No more runs beside a champion of the past: there a promising first score is enough to run on the present one.
+        A former champion gets no more runs: a candidate that looks promising beside it runs again on the present one.
         """
-        verdict = self.judge(experiment)
+        verdict = self.find_verdict(experiment)
         is_of_former_champion = experiment.purpose == "experiment" and experiment.base != self.store.champion
         if is_of_former_champion and verdict in ("keep", "look again"):
             self.record(experiment, "stale")
@@ -526,13 +547,13 @@ class Ratchet:
         else:
             self.record(experiment, verdict)
 
-    def judge(self, experiment: Experiment) -> str:
+    def find_verdict(self, experiment: Experiment) -> str:
         """`keep`, `discard`, `crash`, or `look again`: the candidate beside its base."""
         if any(run.decision == "crash" for run in experiment.runs):
             return "crash"
         if experiment.purpose == "baseline":
             return "keep"
-        score = self.believed(experiment)
+        score = self.believed_score(experiment)
         if experiment.purpose == "repeat":
             is_champion = experiment.commit == self.store.champion
             best = self.store.estimate(self.store.champion)
@@ -541,24 +562,24 @@ class Ratchet:
         base_score = self.store.estimate(experiment.base)
         if self.is_simpler(experiment, base_score, score):
             return "keep"
-        if self.limits.confirm:
-            return self.judge_confirmed(experiment, scores)
+        if self.options.confirm:
+            return self.find_confirmed_verdict(experiment, scores)
         return "keep" if ledger.is_gain(base_score, score, DOMAIN) else "discard"
 
-    def believed(self, experiment: Experiment) -> float:
-        """What decides. Of a commit that is run again: the mean of all its scores but the first.
+    def believed_score(self, experiment: Experiment) -> float:
+        """The score that decides: of a commit that is run again, the mean of all its scores but the first.
 
-        The first chose it to be run again, for being nearly good enough, or bad on a busy machine. So runs after the
-        first say what it is worth, all of them: running it until one is lucky does not help.
+        The first score chose the commit to be run again, because it was nearly good enough, or bad on a busy machine.
+        The later ones did not. All of them count: running a commit until one score is lucky does not help.
         """
         scores = experiment.scores(experiment.commit)
         new_rows = [Row(experiment.commit[:7], score, 0.0, "discard", "") for score in scores]
         return ledger.best_estimate([*self.store.rows, *new_rows], experiment.commit[:7])
 
-    def judge_confirmed(self, experiment: Experiment, scores: list[float]) -> str:
+    def find_confirmed_verdict(self, experiment: Experiment, scores: list[float]) -> str:
         """With --confirm the first score only buys fresh runs of both, and these decide."""
         first, *fresh = scores
-        of_base = self.store.fresh(experiment.base) + experiment.scores(experiment.base)
+        of_base = self.store.fresh_scores(experiment.base) + experiment.scores(experiment.base)
         sigma = ledger.deciding_sigma(self.store.rows, DOMAIN.sigma_of(self.facts.profile))
         if not fresh:
             known = of_base or self.store.scores(experiment.base)
@@ -566,7 +587,7 @@ class Ratchet:
             is_promising = had_its_first_look or ledger.deserves_second_look(known, first, sigma, DOMAIN)
             return "look again" if is_promising else "discard"
         tried, kept = ledger.count_tried_and_kept(self.store.rows)
-        return ledger.judge_fresh(of_base, fresh, sigma, tried, kept, DOMAIN)
+        return ledger.verdict_on_fresh_runs(of_base, fresh, sigma, tried, kept, DOMAIN)
 
     def is_simpler(self, experiment: Experiment, before: float, after: float) -> bool:
         """Whether it asked for the rule of simplicity and meets it: fewer lines of code, about the same score."""
@@ -582,7 +603,7 @@ class Ratchet:
     def plan_second_look(self, experiment: Experiment) -> None:
         """One fresh run of the candidate, and of its base where that has too few beside it."""
         looks = len(experiment.scores(experiment.commit)) - 1
-        of_base = self.store.fresh(experiment.base) + experiment.scores(experiment.base)
+        of_base = self.store.fresh_scores(experiment.base) + experiment.scores(experiment.base)
         missing = max(0, ledger.CHAMPION_RUNS[looks] - len(of_base))
         seed = fresh_seed()
         description = f"{experiment.description} (seed {seed})"
@@ -595,41 +616,41 @@ class Ratchet:
 
     def record(self, experiment: Experiment, verdict: str) -> None:
         """Append all rows of the experiment in one write; a kept commit is the champion from now on."""
-        of_base = [run for run in experiment.runs if run.commit != experiment.commit]
-        of_candidate = [run for run in experiment.runs if run.commit == experiment.commit]
-        rows = []
+        runs = sorted(experiment.runs, key=run_number)
+        of_base = [run for run in runs if run.commit != experiment.commit]
+        of_candidate = [run for run in runs if run.commit == experiment.commit]
         former = self.store.champion
-        for run in sorted(of_base, key=run_number):
-            rows.append(self.close_run(run, "keep" if experiment.base == former else "discard"))
-        for run in sorted(of_candidate, key=run_number):
-            rows.append(self.close_run(run, verdict))
+        verdict_on_base = "keep" if experiment.base == former else "discard"  # the last `keep` row is the champion
+        rows = [self.close_run(run, verdict_on_base) for run in of_base]
+        rows += [self.close_run(run, verdict) for run in of_candidate]
         self.store.append(rows)
         self.decided.append(experiment)
-        for run in sorted(of_candidate, key=run_number):
+        for run in of_candidate:
             if run.decision != "crash":
                 say(f"  run {run.number:04d} {verdict}: {compare(run, base_run(self.store, run), DOMAIN)}")
             for weakness in run.marks:
                 say(f"    {weakness}")
         if verdict == "stale":
-            first = min(run.number for run in of_candidate)
+            first = of_candidate[0].number
             again = Proposal(experiment.source, experiment.base, experiment.description, again_of=first)
             self.waiting.appendleft(again)
         if verdict == "keep":
             self.move_champion(former)
-            self.same = summary_of_baseline(self.store)
+            self.baseline_values = find_baseline_values(self.store)
         self.store.publish(self.repository.checkout)
-        self.tell_watch(experiment, verdict, former)
+        self.inform_watch(experiment, verdict, former)
 
-    def tell_watch(self, experiment: Experiment, verdict: str, former: str) -> None:
+    def inform_watch(self, experiment: Experiment, verdict: str, former: str) -> None:
+        """Let --patience, --target and --notify know of a verdict. A stale gain is run again, and counts then."""
         if experiment.purpose == "experiment" and verdict == "keep":
             first = min(run.number for run in experiment.runs)
             self.watch.take_keep(experiment.commit, former, first, experiment.description)
-        elif experiment.purpose == "experiment" and verdict != "stale":  # that one is run again, and counts then
-            self.watch.take_loss()
+        elif experiment.purpose == "experiment" and verdict != "stale":
+            self.watch.take_no_keep()
         self.watch.look_for_target()
 
     def close_run(self, run: Run, verdict: str) -> Row:
-        """Write the verdict to a run's folder; its row."""
+        """Write the verdict to a run's folder; return its row."""
         if run.decision == "crash":
             self.store.write_run(run)
             return Row(run.commit[:7], 0.0, 0.0, "crash", run.description)
@@ -643,7 +664,7 @@ class Ratchet:
 
     def move_champion(self, former: str) -> None:
         """Branch, checkout and idle desks follow the champion."""
-        if self.limits.workers > 1:
+        if self.options.workers > 1:
             self.store.move_branch(former)
         if self.proposers:
             self.proposers.clear_idle()
@@ -653,7 +674,7 @@ class Ratchet:
     def plan_baseline(self) -> None:
         """The baseline, where the ledger has none; with --confirm, until it has run often enough."""
         done = len(self.store.scores(self.store.baseline))
-        wanted = BASELINE_RUNS if self.limits.confirm and len(self.store.rows) == done else 1
+        wanted = BASELINE_RUNS if self.options.confirm and len(self.store.rows) == done else 1
         if done >= wanted:
             return
         commit = self.store.baseline
@@ -732,13 +753,16 @@ class Ratchet:
     # What a person sees
 
     def progress(self) -> str:
-        total = self.limits.max_experiments
+        """` (3 of 10, ~20 min left)`, the present run included; "" for a session without an end."""
+        total = self.options.max_experiments
         if total == math.inf:
             return ""
-        left = (total - self.begun + len(self.flying) + 1) * self.usual_seconds / max(1, self.fleet.capacity)
-        return f" ({self.begun} of {total}, ~{duration(left)} left)"
+        runs_left = total - self.begun + len(self.flying) + 1
+        seconds_left = runs_left * self.usual_seconds / max(1, self.fleet.capacity)
+        return f" ({self.begun} of {total}, ~{duration(seconds_left)} left)"
 
     def live_line(self) -> str:
+        """`best 1.234567 | run 0012 8 s of ~40 s | 1 proposing | the last line of its log`."""
         best = self.store.estimate(self.store.champion)
         parts = ["no score yet" if best is None else f"best {best:.6f}"]
         ages = {planned.number: time.monotonic() - planned.started_at for planned in self.flying.values()}
@@ -758,9 +782,6 @@ class Ratchet:
         return " | ".join(parts)
 
 
-STALE = "gained on a former champion; runs again on the present one"  # ends the description of its first row
-
-
 def run_number(run: Run) -> int:
     return run.number
 
@@ -771,6 +792,7 @@ def fresh_seed() -> int:
 
 
 def unified(old: bytes, new: bytes) -> str:
+    """The unified diff of two texts."""
     lines = [text.decode(errors="replace").splitlines(keepends=True) for text in (old, new)]
     return "".join(difflib.unified_diff(*lines, "before", "after"))
 
@@ -780,10 +802,10 @@ def unified(old: bytes, new: bytes) -> str:
 
 
 def open_session(
-    store: Store, limits: Limits, interrupts: Interrupts, agent: Agent | None = None, keep_edit: bool = False
+    store: Store, options: Options, interrupts: Interrupts, agent: Agent | None = None, keep_edit: bool = False
 ) -> Ratchet:
     """Put right what an earlier session left, and make the session's rooms. Without an agent nobody is asked."""
-    in_checkout = limits.workers == 1
+    in_checkout = options.workers == 1
     if keep_edit:
         use = Use.EDITED
     elif agent is None:
@@ -791,39 +813,42 @@ def open_session(
     else:
         use = Use.DESK if in_checkout else Use.SHOWN
     facts = open_tag(store, use, interrupts.were_sent)
-    if limits.ahead is None:
-        limits = replace(limits, ahead=1 if facts.device == "cuda" else 0)
-    fleet = open_fleet(store, facts, limits, interrupts)
+    if options.ahead is None:
+        options = replace(options, ahead=1 if facts.device == "cuda" else 0)
+    fleet = open_fleet(store, facts, options, interrupts)
     proposers = None
     if agent is not None:
-        desks = make_desks(store, in_checkout, limits.workers)
-        proposers = Proposers(store, desks, agent, facts.profile, limits.agent_timeout, limits.max_usd, interrupts.stop)
+        desks = make_desks(store, in_checkout, options.workers)
+        proposers = Proposers(
+            store, desks, agent, facts.profile, options.agent_timeout, options.max_usd, interrupts.stop
+        )
     say(f"{store.branch}: profile {facts.profile} ({facts.reason}), {facts.device_name}, {facts.time_budget:g} s a run")
     store.note("session")
-    return Ratchet(store, facts, fleet, proposers, limits, interrupts)
+    return Ratchet(store, facts, fleet, proposers, options, interrupts)
 
 
-def open_fleet(store: Store, facts: Description, limits: Limits, interrupts: Interrupts) -> LocalFleet | RayFleet:
+def open_fleet(store: Store, facts: Description, options: Options, interrupts: Interrupts) -> LocalFleet | RayFleet:
     """Where the runs are made: with one worker in this process, with more on Ray."""
     packages = check_packages(store)
-    if limits.ray != OFF and (limits.workers > 1 or limits.ray):
-        return RayFleet(store, facts, limits.workers, limits.ray, mark(store, "run"))
-    devices = list(facts.devices)[: limits.workers]
-    if len(devices) < limits.workers:
-        say(f"note: {limits.workers} workers, {len(devices)} device here: {len(devices)} run at a time")
-    return LocalFleet(store, devices, mark(store, "run"), packages, interrupts.stop)
+    if options.ray != OFF and (options.workers > 1 or options.ray):
+        return RayFleet(store, facts, options.workers, options.ray, process_mark(store, "run"))
+    devices = list(facts.devices)[: options.workers]
+    if len(devices) < options.workers:
+        say(f"note: {options.workers} workers, {len(devices)} device here: {len(devices)} run at a time")
+    return LocalFleet(store, devices, process_mark(store, "run"), packages, interrupts.stop)
 
 
 def make_desks(store: Store, in_checkout: bool, workers: int) -> list[Desk]:
     """With one worker the desk is the checkout; with more, every proposer has a worktree of its own."""
+    mark = process_mark(store, "agent")
     if in_checkout:
-        return [Desk(store.repository, store.repository.checkout, store.home, mark(store, "agent"), store.branch)]
+        return [Desk(store.repository, store.repository.checkout, store.home, mark, store.branch)]
     desks = []
     for number in range(1, workers + 1):
         place = store.desks / f"{number}" / store.repository.checkout.name
         store.repository.add_worktree(place, store.champion)
         store.publish(place)
-        desks.append(Desk(store.repository, place, place.parent, f"{mark(store, 'agent')}:{number}"))
+        desks.append(Desk(store.repository, place, place.parent, f"{mark}:{number}"))
     return desks
 
 

@@ -1,8 +1,8 @@
 """One run on this machine: measure(Job, Place) -> Measurement, or Crash (the idea's fault), or Unavailable (the
 machine's). What goes in and what comes out is plain data that pickles: a job may be measured on another machine.
 
-A job carries the candidate's whole tree. The bench is a fresh folder with exactly those files, so whatever an agent
-did to other files, the judge that runs is the one of the tree.
+A job carries the candidate's whole tree. The bench is a fresh folder with exactly those files. So whatever an agent did
+to other files of its checkout, the judge that runs is the one of the tree.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ class Job:
     domain: Domain
     time_limit: float  # seconds of wall time
     audit: bool = False  # score the sealed split too, and once more in a process that runs none of the agent's code
-    same: dict[str, str] = field(default_factory=dict)  # summary of the baseline: key -> what this run must say too
+    baseline_values: dict[str, str] = field(default_factory=dict)  # of the summary, which this run must print too
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,7 @@ def measure(job: Job, place: Place, stop: threading.Event) -> Outcome:
 
 
 def _changed_data(job: Job) -> Unavailable | None:
+    """Data that is not as it was prepared: no later score would compare with the earlier ones."""
     if path := environment.changed_data(job.facts):
         remedy = f"look with '{job.domain.verify_hint}'"
         return Unavailable(f"{path} is not as it was prepared: {remedy}", is_permanent=True)
@@ -158,7 +159,8 @@ def _measure_on(bench: Path, job: Job, place: Place, stop: threading.Event) -> O
         measurement = _believe(job, bench, text, ending)
     except _Crashed as crash:
         _keep_record(bench, place)
-        remove_folder(bench)  # a disk that the run itself filled is its own fault
+        # The bench goes before the disk is looked at: a disk that this run alone had filled is its own fault.
+        remove_folder(bench)
         last_lines = [line[:300] for line in text.splitlines()[-LOG_END_LINES:]]
         return _missing_after(job, place) or Crash(str(crash), "\n".join(last_lines), ending.seconds)
     if problem := _differs_from_baseline(job, measurement):
@@ -168,7 +170,9 @@ def _measure_on(bench: Path, job: Job, place: Place, stop: threading.Event) -> O
     return measurement
 
 
-def _run(command: tuple[str, ...], folder: Path, log: Path, bench: Path, job: Job, place: Place, stop) -> Ending:
+def _run(
+    command: tuple[str, ...], folder: Path, log: Path, bench: Path, job: Job, place: Place, stop: threading.Event
+) -> Ending:
     """Run one of the domain's commands in a folder of the bench, under the job's limit."""
     return run_child(
         command,
@@ -220,7 +224,7 @@ def _result(bench: Path) -> Path:
 
 
 def _keep_record(bench: Path, place: Place) -> None:
-    """Copy the record to the run's folder, as far as a believable one may reach."""
+    """Copy the record, if there is one, to the run's folder; of one that is too large only the beginning."""
     with contextlib.suppress(OSError), open_regular(_result(bench)) as file:
         (place.output / "result.json").write_bytes(file.read(MAX_RECORD_BYTES))
 
@@ -259,15 +263,17 @@ def _differs_from_baseline(job: Job, measurement: Measurement) -> Unavailable | 
     device_name = measurement.record.device_name
     if device_name != job.facts.device_name:
         return Unavailable(f"it ran on a {device_name}, the baseline on a {job.facts.device_name}")
-    for key, baseline in job.same.items():
+    for key, baseline_value in job.baseline_values.items():
         value = measurement.summary.get(key, "nothing")
-        if value != baseline:
-            # A lost kernel is the machine's fault; an edit that brings it about twice is the edit's.
-            return Unavailable(f"{key} is {value}, the baseline's is {baseline}", retries=1)
+        if value != baseline_value:
+            # Once it may be the machine's fault, such as a kernel that could not be loaded; twice it is the edit's.
+            return Unavailable(f"{key} is {value}, the baseline's is {baseline_value}", retries=1)
     return None
 
 
-def _score_again(bench: Path, job: Job, place: Place, measurement: Measurement, stop) -> Measurement:
+def _score_again(
+    bench: Path, job: Job, place: Place, measurement: Measurement, stop: threading.Event
+) -> Measurement:
     """Score the exported network in a process of its own, in a folder without the edited file."""
     record = measurement.record
     if not job.domain.score_command:
@@ -298,11 +304,11 @@ def _printed_scores(text: str, domain: Domain) -> tuple[float, float] | None:
     return None
 
 
-# What a run said: what was printed is held against the judge's record, and both against the loop's own clock
+# What a run said: what was printed is held against the judge's record, and the judge's clock against the loop's own
 
 
 def _believe(job: Job, bench: Path, log: str, ending: Ending) -> Measurement:
-    """Everything that a run measured. Raises _Crashed with the reason not to believe it."""
+    """The measurement of a run that can be believed. Raises _Crashed with the reason where it cannot."""
     domain = job.domain
     if ending.problem.startswith("timeout"):
         raise _Crashed(ending.problem)
@@ -314,8 +320,8 @@ def _believe(job: Job, bench: Path, log: str, ending: Ending) -> Measurement:
         raise _Crashed(f"{domain.memory} {memory_mb:g} cannot be")
     record = _read_record(_result(bench), printed, domain)
     _check_record(job, record, printed)
-    started_at = _mark_time(bench, STARTED_SUFFIX)
-    stopped_at = _mark_time(bench, STOPPED_SUFFIX)
+    started_at = _clock_mark_time(bench, STARTED_SUFFIX)
+    stopped_at = _clock_mark_time(bench, STOPPED_SUFFIX)
     training_seconds = stopped_at - started_at
     _check_clocks(job, record, training_seconds)
     return Measurement(
@@ -372,7 +378,7 @@ def _read_record(path: Path, printed: float, domain: Domain) -> Record:
 
 
 def _check_record(job: Job, record: Record, printed: float) -> None:
-    """Raises _Crashed unless the record is the one that this run had to write."""
+    """Raises _Crashed for a record of another run, other data or another judge, or a score that cannot be."""
     expected = {
         "profile": job.facts.profile,
         "split": job.domain.split,
@@ -398,7 +404,7 @@ def _check_record(job: Job, record: Record, printed: float) -> None:
         raise _Crashed(f"printed {metric} {printed:g} is not the evaluator's {record.score:g}")
 
 
-def _mark_time(bench: Path, suffix: str) -> float:
+def _clock_mark_time(bench: Path, suffix: str) -> float:
     """When the judge made one of its clock's marks, time.time()."""
     path = _result(bench).with_name(_result(bench).name + suffix)
     try:

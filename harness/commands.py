@@ -39,15 +39,15 @@ TAG_BYTES = 100  # a tag is the name of folders and files
 
 
 @dataclass(frozen=True)
-class Limits:
-    """How far a session goes."""
+class Options:
+    """What a person chose for a session, by the flags of `run`; the defaults are those of `try` and `audit`."""
 
     workers: int = 1
     ray: str = ""  # address of a Ray cluster; "": on this machine; "off": without Ray
     ahead: int | None = None  # candidates that wait for each device; None: 1 on CUDA, else 0
-    confirm: bool = False
+    confirm: bool = False  # a gain counts once fresh seeds have confirmed it
     max_experiments: float = math.inf
-    hours: float = math.inf
+    hours: float = math.inf  # that the session may last
     agent_timeout: float = AGENT_TIMEOUT
     max_usd: float = math.inf  # that the agents of this session may cost
     patience: float = math.inf  # experiments without a keep
@@ -56,7 +56,7 @@ class Limits:
 
 
 def main(domain: Domain, checkout: Path, open_session: Callable) -> int:
-    """Run the command line. `open_session(store, limits, interrupts, agent, keep_edit)` makes a ratchet."""
+    """Run the command line. `open_session(store, options, interrupts, agent, keep_edit)` makes a ratchet."""
     if sys.stdout is not None:
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?"
     args = parse_arguments(sys.argv[1:])
@@ -120,11 +120,11 @@ def open_store(checkout: Path, domain: Domain, tag: str | None) -> Store:
 
 
 def command_run(domain: Domain, checkout: Path, open_session: Callable, args: argparse.Namespace) -> int:
-    check_limits(args)
+    check_options(args)
     check_target(args.target, domain)
     agent = choose_agent(args.agent, args.agent_cmd)
     store = open_store(checkout, domain, args.tag)
-    limits = Limits(
+    options = Options(
         workers=args.workers,
         ray=args.ray,
         ahead=args.ahead,
@@ -139,7 +139,7 @@ def command_run(domain: Domain, checkout: Path, open_session: Callable, args: ar
     )
     with store.locked(), Interrupts(checkout / "STOP") as interrupts:
         (store.home / "try.log").unlink(missing_ok=True)  # the refusal of an earlier `try` is no news any more
-        ratchet = open_session(store, limits, interrupts, agent)
+        ratchet = open_session(store, options, interrupts, agent)
         try:
             ratchet.run()
         except StopNow:
@@ -154,7 +154,7 @@ def command_run(domain: Domain, checkout: Path, open_session: Callable, args: ar
     return 0
 
 
-def check_limits(args: argparse.Namespace) -> None:
+def check_options(args: argparse.Namespace) -> None:
     """Raises UserError for numbers that mean nothing."""
     lowest = {"workers": 1, "ahead": 0, "max_experiments": 0, "hours": 0, "agent_timeout": 0}
     lowest |= {"max_usd": 0, "patience": 1}
@@ -260,7 +260,7 @@ def try_in_session(store: Store, open_session: Callable, source: bytes, descript
     if problem:
         raise UserError(f"refused: {problem}{_how_to_repeat(store, source)}", 2)
     with Interrupts(repository.checkout / "STOP") as interrupts:
-        ratchet = open_session(store, Limits(), interrupts, None, keep_edit=True)
+        ratchet = open_session(store, Options(), interrupts, None, keep_edit=True)
         try:
             if not is_baseline:
                 ratchet.waiting.append(Proposal(source, store.champion, description))
@@ -293,7 +293,7 @@ def repeat_in_session(store: Store, open_session: Callable, commit: str) -> int:
     champion = store.champion
     untouched = store.repository.read(champion, store.repository.editable)
     with Interrupts(store.repository.checkout / "STOP") as interrupts:
-        ratchet = open_session(store, Limits(), interrupts, None, keep_edit=True)
+        ratchet = open_session(store, Options(), interrupts, None, keep_edit=True)
         try:
             ratchet.plan_again(commit)
             ratchet.run()
@@ -350,7 +350,7 @@ def command_audit(domain: Domain, checkout: Path, open_session: Callable, args: 
     if args.replicates < 1:
         raise UserError(f"--replicates {args.replicates}: audit needs at least 1", 2)
     with store.locked(), Interrupts(checkout / "STOP") as interrupts:
-        ratchet = open_session(store, Limits(), interrupts)
+        ratchet = open_session(store, Options(), interrupts)
         try:
             audited = ratchet.audit(args.replicates)
         finally:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from harness.contract import ContractError, Description, Domain, read_description
 from harness.files import is_locked, remove_folder, write_atomically
-from harness.processes import watch
+from harness.processes import run_in_foreground
 from harness.screen import UserError, listed, one_line
 
 MIN_FREE_GB = 1.0  # GB that the disk must have free before a run
@@ -60,7 +60,7 @@ def ask_judge(domain: Domain, place: Path, variables: dict[str, str]) -> Descrip
 
 def prepare_data(domain: Domain, place: Path, variables: dict[str, str], is_stopped) -> None:
     """Let the judge make the missing data; what it prints is for the person."""
-    watch(domain.prepare_command, cwd=place, env=variables, is_stopped=is_stopped)
+    run_in_foreground(domain.prepare_command, cwd=place, env=variables, is_stopped=is_stopped)
 
 
 # What must be there before a run

@@ -32,7 +32,7 @@ class Row:
 
 
 def parse_ledger(text: str) -> tuple[list[Row], int]:
-    """The rows of a ledger and the number of lines that are none; forgiving, an agent may have written it by hand."""
+    """The rows of a ledger, and the number of lines that are none. Forgiving: a hand may have written them."""
     rows = []
     bad = 0
     for line in filter(str.strip, text.splitlines()):
@@ -82,7 +82,7 @@ def _squares_within_commits(rows: list[Row]) -> tuple[float, int]:
 
 
 def standard_error(before: list[float], after: list[float], sigma: float) -> float:
-    """Of the difference of two means."""
+    """The standard error of the difference of two means."""
     return sigma * math.sqrt(1 / len(before) + 1 / len(after))
 
 
@@ -102,11 +102,13 @@ def is_gain(before: float, after: float, domain: Domain) -> bool:
 # --confirm: a good first score buys fresh runs, one after another, and these alone decide
 #
 # The constants were found by simulation: uv run tests/bench_noise.py prints what they cost, and what other rules would.
-# A night of 125 experiments with the effects of one on an H100: 0.15 false keeps, where the plain rule makes 3.9, and
-# 1.22 times its runs. A night of 125 experiments without any effect: 0.07, plain 4.4; one of 910: 0.06, plain 6.4.
-# The price: of gains between two and three sigmas every second is kept, of smaller ones few, so that the night ends
-# five to eight sigmas above the plain rule's end. No rule of at most 1.25 times the runs came within one sigma of it
-# and kept that few nulls.
+# Simulated nights, false keeps with this rule and with the plain one:
+#     125 experiments with the effects that a night on an H100 had      0.15   3.9
+#     125 experiments without any effect                                0.07   4.4
+#     910 experiments without any effect                                0.06   6.4
+# This rule makes 1.22 times the runs. Its price: it keeps every second gain of two to three sigmas and few smaller
+# ones, so that the night ends five to eight sigmas above the plain rule's end. Of the rules with at most 1.25 times
+# the runs, none came within one sigma of that end with as few false keeps.
 
 FIRST_LOOK_SIGMAS = 1.0  # by which a first score must beat the champion's mean to buy a fresh run
 CHAMPION_RUNS = (1, 2, 3, 4)  # fresh runs that the champion must have beside the candidate's first, second, ...
@@ -122,21 +124,24 @@ def deserves_second_look(champion: list[float], first: float, sigma: float, doma
 
 
 def least_confirmed_gain(tried: int, kept: int) -> float:
-    """In standard errors of fresh runs; `tried` commits have been, baseline and candidate included, `kept` were gains.
+    """The gain, in standard errors, that fresh runs must exceed. `tried` and `kept`: see count_tried_and_kept.
 
-    The more were tried, the luckier the luckiest of those without effect looks: of n, about sqrt(2 ln n) standard
-    errors. Where gains were found before, more are to be expected: kept ones lower the threshold again.
+    The more commits were tried, the luckier the luckiest of those without effect looks: of n commits, its score is
+    about sqrt(2 ln n) standard errors too good. Where gains were found before, more are to be expected: every kept one
+    lowers the threshold again.
     """
     luckiest_of = max(1.0, tried / (1 + KEPT_WEIGHT * kept))
     return LUCK_MARGIN + LUCK_SHARE * math.sqrt(2 * math.log(luckiest_of))
 
 
-def judge_fresh(champion: list[float], fresh: list[float], sigma: float, tried: int, kept: int, domain: Domain) -> str:
+def verdict_on_fresh_runs(
+    champion: list[float], fresh: list[float], sigma: float, tried: int, kept: int, domain: Domain
+) -> str:
     """`keep`, `discard` or `look again`: what fresh runs of champion and candidate say so far.
 
-    First scores have no part in it: a candidate's first was selected for being low, and so was the first of a
-    champion. After every fresh run a gain over the threshold is kept, and one that no longer looks like one is
-    dropped; between the two, one more run is made, as long as CHAMPION_RUNS goes on.
+    First scores have no part in it: a candidate's first score was selected for being good, and so was that of a
+    champion. After every fresh run, a gain over the threshold is kept and one that is too small is dropped. Between the
+    two one more run is made, as long as CHAMPION_RUNS goes on.
     """
     gain = domain.gain(statistics.fmean(champion), statistics.fmean(fresh))
     standard_errors = gain / standard_error(champion, fresh, sigma)
@@ -149,7 +154,7 @@ def judge_fresh(champion: list[float], fresh: list[float], sigma: float, tried: 
 
 
 def count_tried_and_kept(rows: list[Row]) -> tuple[int, int]:
-    """For the next verdict: commits tried, baseline and the candidate included, and gains kept."""
+    """For the next verdict: how many commits were tried, baseline and candidate included, and how many gains kept."""
     tried = {row.commit for row in rows}
     kept = {row.commit for row in rows[1:] if row.status == "keep" and row.commit != rows[0].commit}
     return len(tried) + 1, len(kept)
@@ -163,7 +168,10 @@ def deciding_sigma(rows: list[Row], assumed: float) -> float:
 
 
 def fresh_scores(rows: list[Row], commit: str) -> list[float]:
-    """Scores of a commit that did not choose it: all of the baseline's; of others, not the first."""
+    """The scores of a commit that were not selected: all of the baseline's, of another commit all but the first.
+
+    The first score of a candidate is selected: only because it was good did the commit run again.
+    """
     scores = scores_by_commit(rows).get(commit, [])
     is_baseline = bool(rows) and rows[0].commit == commit
     return scores if is_baseline else scores[1:]

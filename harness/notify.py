@@ -72,7 +72,7 @@ def write_line(log: Path, text: str) -> None:
             file.write(f"{when} {' '.join(text.split())}\n")
 
 
-def watch(command: str, log: Path, limit: float) -> int:
+def run_and_log(command: str, log: Path, limit: float) -> int:
     """Run a command on our standard input, end it after `limit` seconds, log what it printed and how it failed."""
     try:
         process = subprocess.Popen(
@@ -105,4 +105,4 @@ def watch(command: str, log: Path, limit: float) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(watch(sys.argv[3], Path(sys.argv[2]), float(sys.argv[1])))
+    sys.exit(run_and_log(sys.argv[3], Path(sys.argv[2]), float(sys.argv[1])))

@@ -33,7 +33,7 @@ class Use(enum.Enum):
 def open_tag(store: Store, use: Use, is_stopped: Callable[[], bool]) -> Description:
     """Make ledger, refs, checkout and data as the next run needs them; what the judge says of itself."""
     for role in ("agent", "run"):
-        sweep(mark(store, role))
+        sweep(process_mark(store, role))
     store.check()
     if use is not Use.UNTOUCHED:
         _check_checkout(store, use)
@@ -61,10 +61,10 @@ def _show_branch(store: Store) -> None:
     if repository.changed_files(repository.head()) and not store.moving.exists():
         repository("update-ref", f"refs/heads/{store.branch}", store.champion)
         return
-    store.show_champion()
+    store.check_out_champion()
 
 
-def mark(store: Store, role: str) -> str:
+def process_mark(store: Store, role: str) -> str:
     """What the processes of a role carry in their environment: "agent" or "run"."""
     return f"{store.home}:{role}"
 
@@ -141,7 +141,7 @@ def check_packages(store: Store) -> Packages:
     return before
 
 
-def summary_of_baseline(store: Store) -> dict[str, str]:
+def find_baseline_values(store: Store) -> dict[str, str]:
     """What the baseline's run printed under the keys that must be the same in every run."""
     for run in store.runs_of(store.baseline):
         found = {key: run.summary[key] for key in store.domain.same_in_every_run if key in run.summary}

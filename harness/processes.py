@@ -184,7 +184,7 @@ def sweep(mark: str) -> None:
             return
 
 
-def watch(command, *, cwd: Path, env: dict, is_stopped) -> None:
+def run_in_foreground(command, *, cwd: Path, env: dict, is_stopped) -> None:
     """Run a command whose output is for the person to see; TERM once `is_stopped()` is true."""
     with subprocess.Popen(command, cwd=cwd, env=env, stdin=subprocess.DEVNULL) as process:
         while process.poll() is None:

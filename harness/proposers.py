@@ -161,7 +161,7 @@ class Proposers:
         rest = max(0.0, self._not_before - time.monotonic())
         say(f"no proposal: {answer.reason}; again in {duration(rest)} ({desk.log})")
 
-    def tell(self, refusal: str) -> None:
+    def remember_refusal(self, refusal: str) -> None:
         """Why a proposal that had passed was dropped after all: the next agent hears it."""
         self._refusal = refusal
 

@@ -110,7 +110,7 @@ class Driver:
         self.flights: dict = {}  # Ray's reference -> Flight
         self.tried: dict[int, set[str]] = {}  # run -> nodes that had it: made again, it goes to others first
         self.looked_at = 0.0
-        self.told = None
+        self.told_slots = None
         self.task = ray.remote(max_retries=0)(carry_out)
 
     def run(self) -> None:
@@ -179,9 +179,9 @@ class Driver:
 
     def tell_slots(self) -> None:
         slots = self.slots_in_all()
-        if slots != self.told:
+        if slots != self.told_slots:
             self.tell("slots", slots, len(self.nodes))
-        self.told = slots
+        self.told_slots = slots
 
     # Jobs
 

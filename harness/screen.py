@@ -23,7 +23,7 @@ def say(text: str) -> None:
     _write(text + "\n")
 
 
-def show(text: str) -> None:
+def show_live_line(text: str) -> None:
     """The live line: rewritten in place, on a terminal only."""
     if is_terminal():
         _write(text[: shutil.get_terminal_size().columns - 1])

@@ -169,7 +169,7 @@ class Store:
     def scores(self, commit: str) -> list[float]:
         return scores_by_commit(self.rows).get(commit[:7], [])
 
-    def fresh(self, commit: str) -> list[float]:
+    def fresh_scores(self, commit: str) -> list[float]:
         return fresh_scores(self.rows, commit[:7])
 
     def estimate(self, commit: str) -> float | None:
@@ -271,7 +271,7 @@ class Store:
         except OSError as error:
             say(f"warning: no copy of the ledger {self.ledger} in {place} ({error})")
 
-    def show_champion(self) -> None:
+    def check_out_champion(self) -> None:
         """Put the checkout to the champion. A kill half-way leaves the mark, and the next start finishes the move."""
         self.moving.touch()
         self.repository.reset(self.repository.checkout, self.champion, self.branch)
@@ -280,7 +280,7 @@ class Store:
     def move_branch(self, former: str) -> None:
         """The branch follows the champion. A checkout that shows it goes along, unless a person changed files there."""
         if self.repository.head_branch() == self.branch and not self.repository.changed_files(former):
-            self.show_champion()
+            self.check_out_champion()
         else:
             self.repository("update-ref", f"refs/heads/{self.branch}", self.champion)
 

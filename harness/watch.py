@@ -11,11 +11,11 @@ LONG_WAIT = 1800  # seconds of waiting after which a person is told
 
 
 class Watch:
-    """Sees every verdict of a session. It decides nothing but that no new candidate begins."""
+    """Sees every verdict of a session. Its only decision is `enough`: no new candidate begins."""
 
     def __init__(self, store: Store, patience: float, target: float | None, command: str):
-        self.enough = ""  # why no new candidate begins
-        self.why_ended = ""
+        self.enough = ""  # why no new candidate begins; "": they may
+        self.why_ended = ""  # the session, for the person who is told
         self._store = store
         self._patience = patience  # experiments without a keep
         self._target = target
@@ -31,7 +31,7 @@ class Watch:
         gain = domain.gain(self._store.estimate(former), score)
         self._tell(f"kept {domain.metric} {score:.6f} (gain {gain:.6f} {domain.unit}, run {run:04d}): {description}")
 
-    def take_loss(self) -> None:
+    def take_no_keep(self) -> None:
         """An experiment was discarded, or crashed."""
         self._without_keep += 1
         if self._without_keep >= self._patience:
@@ -45,7 +45,7 @@ class Watch:
             self._end(f"the champion's {score:.6f} reaches --target {self._target:g}")
 
     def look_for_long_wait(self, waits: dict[str, float]) -> None:
-        """Tell it, once for every long time. `waits`: what the loop waits for -> time.monotonic() since when."""
+        """Tell of a long wait, once each. `waits`: what the loop waits for -> time.monotonic() since when."""
         if not waits:
             self._has_told_wait = False
             return
@@ -67,5 +67,5 @@ class Watch:
             say(f"enough: {reason}; finishing what runs, then stopping")
 
     def _tell(self, news: str) -> None:
-        """It may go to a stranger's server: no path, no log, no error's text."""
+        """The text may go to a stranger's server: it holds no path, no log and no error's text."""
         self._notifier.tell(f"{self._store.branch}: {news}\n{summary(self._store.rows, self._store.domain)}")

@@ -29,7 +29,7 @@ from test_loop_workers import FACTS
 
 import loop
 from harness.bench import Measurement
-from harness.commands import Limits
+from harness.commands import Options
 from harness.contract import Record
 from harness.desk import Assignment, Proposal
 from harness.interrupts import Interrupts
@@ -110,7 +110,7 @@ class InstantAgents:
     def take(self, future: Future, pending: set[bytes]) -> Proposal:
         return self.asked.pop(future)
 
-    def tell(self, refusal: str) -> None:
+    def remember_refusal(self, refusal: str) -> None:
         pass
 
     def clear_idle(self) -> None:
@@ -129,9 +129,9 @@ def settled_a_second(num_rows: int, experiments: int) -> tuple[float, float]:
         write_history(Store(Repository(checkout, "train.py", "program.md"), "t", loop.DOMAIN), num_rows)
         begin = time.perf_counter()
         store = Store(Repository(checkout, "train.py", "program.md"), "t", loop.DOMAIN)
-        limits = Limits(workers=16, ahead=1, max_experiments=experiments)
+        options = Options(workers=16, ahead=1, max_experiments=experiments)
         interrupts = Interrupts(checkout / "STOP")
-        ratchet = loop.Ratchet(store, FACTS, InstantFleet(), InstantAgents(store), limits, interrupts)
+        ratchet = loop.Ratchet(store, FACTS, InstantFleet(), InstantAgents(store), options, interrupts)
         ratchet.plan_stale_gains()
         opened = time.perf_counter()
         ratchet.run()

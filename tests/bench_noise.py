@@ -436,10 +436,10 @@ def judge_plain(candidate: Candidate) -> str:
 
 
 def judge(candidate: Candidate, sigma: float, tried: int, kept: int) -> str:
-    """As Ratchet.judge_confirmed."""
+    """As Ratchet.find_confirmed_verdict."""
     of_base = candidate.base.fresh + candidate.of_base
     if candidate.fresh:
-        return ledger.judge_fresh(of_base, candidate.fresh, sigma, tried, kept, DOMAIN)
+        return ledger.verdict_on_fresh_runs(of_base, candidate.fresh, sigma, tried, kept, DOMAIN)
     is_promising = candidate.is_again or ledger.deserves_second_look(of_base, candidate.first, sigma, DOMAIN)
     return "look again" if is_promising else "discard"
 

@@ -270,9 +270,9 @@ def test_run_on_another_device_is_made_again(runs):
 
 
 def test_run_with_another_kernel_is_made_again_once(runs):
-    outcome = runs.ending("prepare.finish(0.5, attention='flex')", same={"attention": "sdpa"})
+    outcome = runs.ending("prepare.finish(0.5, attention='flex')", baseline_values={"attention": "sdpa"})
     assert outcome == Unavailable("attention is flex, the baseline's is sdpa", retries=1)
-    assert isinstance(runs.ending(GOOD, same={"attention": "sdpa"}), Measurement)
+    assert isinstance(runs.ending(GOOD, baseline_values={"attention": "sdpa"}), Measurement)
 
 
 def test_crash_beside_a_taken_device_is_the_ideas_own(runs):

@@ -31,12 +31,12 @@ from harness.ledger import (
     is_gain,
     is_resolved,
     is_simpler_keep,
-    judge_fresh,
     least_confirmed_gain,
     lines_of_code,
     measured_sigma,
     parse_ledger,
     sigma_to_give_away,
+    verdict_on_fresh_runs,
 )
 from harness.screen import one_line
 
@@ -128,7 +128,7 @@ def test_fresh_runs_keep_a_gain_over_the_threshold_and_drop_one_that_looks_like_
 
     def verdict(standard_errors: float, runs: int, tried: int = 60, kept: int = 4) -> str:
         gain = standard_errors * 0.1 * math.sqrt(1 / 3 + 1 / runs)
-        return judge_fresh(champion, [1.0 + better * gain] * runs, 0.1, tried, kept, domain)
+        return verdict_on_fresh_runs(champion, [1.0 + better * gain] * runs, 0.1, tried, kept, domain)
 
     enough = least_confirmed_gain(60, 4)
     for runs in range(1, len(CHAMPION_RUNS) + 1):

@@ -20,7 +20,7 @@ from conftest import BASELINE, Desk, ended, hear, wait_for
 
 import loop
 from harness.bench import Crash, Job, Measurement, Unavailable
-from harness.commands import Limits
+from harness.commands import Options
 from harness.contract import Description, Device, Record
 from harness.desk import Assignment, Proposal
 from harness.interrupts import Interrupts
@@ -132,7 +132,7 @@ class Agents:
         proposal = self.asked.pop(future)
         return None if find_problem(self.store, proposal.source, pending) else proposal
 
-    def tell(self, refusal: str) -> None:
+    def remember_refusal(self, refusal: str) -> None:
         pass
 
     def clear_idle(self) -> None:
@@ -171,7 +171,7 @@ class Night:
         """Run until it is finished, or killed `before` or `after` a verdict is written to the ledger."""
         self.store = self.open_store()
         agents = Agents(self.store, self.chance)
-        limits = Limits(workers=4, ahead=ahead, max_experiments=experiments)
+        limits = Options(workers=4, ahead=ahead, max_experiments=experiments)
         fleet = Fleet(self.chance)
         ratchet = loop.Ratchet(self.store, FACTS, fleet, agents, limits, Interrupts(self.folder / "STOP"))
         if kill:
@@ -311,7 +311,7 @@ def session_in_flight(night: Night, experiments: int, **limits) -> loop.Ratchet:
     night.session(0)
     store = night.open_store()
     agents = Agents(store, night.chance)
-    wanted = Limits(workers=4, max_experiments=experiments, **({"ahead": 0} | limits))
+    wanted = Options(workers=4, max_experiments=experiments, **({"ahead": 0} | limits))
     fleet = Fleet(night.chance)
     ratchet = loop.Ratchet(store, FACTS, fleet, agents, wanted, Interrupts(night.folder / "STOP"))
     while len(ratchet.flying) < 4:
@@ -342,7 +342,7 @@ def test_device_that_fails_while_the_loop_stops_ends_no_other_run(tmp_path, capf
 def test_proposal_that_was_paid_for_is_waited_for(tmp_path, capfd, quick):
     night = Night(tmp_path, seed=1)
     ratchet = night.session(0)
-    ratchet.limits = Limits(workers=4, max_usd=1.0)
+    ratchet.options = Options(workers=4, max_usd=1.0)
     ratchet.proposers.have_spent_all = lambda: True
     assert ratchet.is_finished()
     ratchet.proposers.asked[Future()] = Proposal(b"", ratchet.store.champion, "the last one")
@@ -359,7 +359,7 @@ def test_gain_that_would_repeat_a_run_in_flight_is_dropped_for_ever(tmp_path, ca
     store.append([Row(first.commit[:7], 1.0, 0.5, "discard", "a gain on a former champion")])
     assert [run.number for run in stale_gains(store)] == [first.number]
     again = Proposal(second.experiment.source, store.champion, "again", again_of=first.number)
-    assert ratchet.merged(again) is None and stale_gains(store) == []
+    assert ratchet.merge_onto_champion(again) is None and stale_gains(store) == []
     assert "repeats an experiment that waits or runs now" in capfd.readouterr().err
 
 
@@ -368,7 +368,7 @@ def test_crash_of_a_second_look_drops_what_is_planned_and_keeps_the_first_score(
     store = ratchet.store
     (future, planned), (_, other), *_ = ratchet.flying.items()
     experiment = planned.experiment
-    experiment.runs.append(replace(ratchet.describe_run(planned), number=store.new_folder(), score=0.9))
+    experiment.runs.append(replace(ratchet.new_run(planned), number=store.new_folder(), score=0.9))
     for of in (experiment, other.experiment, experiment):
         ratchet.planned.append(loop.PlannedRun(of, "second look", "again", 7))
     experiment.outstanding = 3
@@ -376,7 +376,7 @@ def test_crash_of_a_second_look_drops_what_is_planned_and_keeps_the_first_score(
     ratchet.settle()
     assert [left.experiment for left in ratchet.planned] == [other.experiment]
     assert [(row.status, row.score) for row in store.rows[1:]] == [("crash", 0.0), ("discard", 0.9)]
-    assert ratchet.judge(experiment) == "crash"
+    assert ratchet.find_verdict(experiment) == "crash"
 
 
 def test_with_confirm_a_gain_on_a_former_champion_is_looked_at_again_whatever_its_next_score(tmp_path, capfd, quick):
@@ -384,10 +384,10 @@ def test_with_confirm_a_gain_on_a_former_champion_is_looked_at_again_whatever_it
     baseline = ratchet.store.baseline
     experiment = loop.Experiment("idea", "experiment", base=baseline, commit="c" * 40)
     score = ratchet.store.estimate(baseline)
-    assert ratchet.judge_confirmed(experiment, [score]) == "discard"
+    assert ratchet.find_confirmed_verdict(experiment, [score]) == "discard"
     experiment.again_of = 7
-    assert ratchet.judge_confirmed(experiment, [score]) == "look again"
-    assert ratchet.judge_confirmed(experiment, [score, score + 1]) == "discard"
+    assert ratchet.find_confirmed_verdict(experiment, [score]) == "look again"
+    assert ratchet.find_confirmed_verdict(experiment, [score, score + 1]) == "discard"
 
 
 def test_commit_that_is_run_again_is_worth_all_its_runs_but_the_first(tmp_path, capfd, quick):

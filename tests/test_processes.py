@@ -17,7 +17,7 @@ from harness import processes
 from harness.files import is_locked, open_regular, read_tail, read_text, take_lock, write_atomically
 from harness.interrupts import Interrupts, StopNow
 from harness.processes import Ending, find_processes, run_child, sweep
-from harness.screen import duration, one_line, say, show
+from harness.screen import duration, one_line, say, show_live_line
 
 
 @pytest.fixture(autouse=True)
@@ -236,7 +236,7 @@ def test_say_and_show_survive_a_lost_stderr(monkeypatch):
     for stderr in (None, closed):
         monkeypatch.setattr(sys, "stderr", stderr)
         say("nobody hears this")
-        show("nor sees this")
+        show_live_line("nor sees this")
 
 
 def test_write_atomically_replaces_and_leaves_nothing(tmp_path):
