@@ -114,6 +114,7 @@ def test_dirty_instructions_and_untracked_files_are_no_error(desk):
 # ---- Tags, profiles, numbers -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_tag_that_is_no_branch_name_is_refused(desk):
     for tag in ("a b", "..", "a/b", "x.lock", "a~1", "a:b", "é\x07", "@{", 101 * "x"):
         assert "is not a valid branch name" in refused(desk, "status", f"--tag={tag}", code=2)

@@ -277,6 +277,7 @@ def test_core_worktree_is_named_with_its_remedy_and_no_file_is_written_there(des
     assert desk.statuses() == ["keep", "keep"]
 
 
+@pytest.mark.slow
 def test_deleted_refs_are_named_with_the_command_that_brings_each_back(desk):
     delete = """
         if count("calls") == 2:

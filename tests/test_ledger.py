@@ -341,6 +341,7 @@ def test_session_with_confirm_and_four_workers_keeps_the_real_gain_whatever_arri
     assert [len(found[1]) for found in told] == [event["run"] for event in desk.events() if event["event"] == "rows"]
 
 
+@pytest.mark.slow
 def test_session_with_confirm_measures_a_champion_again_that_was_kept_by_the_plain_rule(desk):
     desk.set_knob(NOISE=1e-13)
     desk.commit("noise")

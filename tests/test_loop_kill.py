@@ -253,7 +253,7 @@ def test_kill_while_the_checkout_moves_leaves_no_change_in_it(desk):
         night.kill_at_move(command)
 
 
-@pytest.mark.parametrize("role", ["agent", "run"])
+@pytest.mark.parametrize("role", ["agent", pytest.param("run", marks=pytest.mark.slow)])
 def test_children_of_a_killed_loop_are_ended_by_the_next(desk, role):
     """The first call hangs, with a grandchild in a session of its own; the loop dies; its successor cleans up."""
     hang = "import subprocess, time; subprocess.Popen(['sleep', '60'], start_new_session=True); time.sleep(60)"

@@ -219,6 +219,7 @@ def packaged(desk) -> Desk:
     return desk
 
 
+@pytest.mark.slow
 def test_packages_that_changed_between_sessions_refuse_a_start_with_their_names(packaged):
     packaged.loop(*BASELINE)
     (packaged.site / "torch" / "__pycache__" / "nn.pyc").write_text("Python's own cache changes all the time")

@@ -162,6 +162,7 @@ def test_torn_last_line_is_cut_at_the_next_start(night):
     assert night.rows()[:1] == rows and night.statuses() == ["keep"] * 2
 
 
+@pytest.mark.slow
 def test_torn_timeline_and_run_hide_nothing_else(night):
     with open(night.home() / "timeline.jsonl", "a") as file:
         file.write('{"at": 1.0, "ev')
@@ -313,6 +314,7 @@ def test_audit_without_a_ledger_begins_nothing(desk):
     assert "autoresearch" not in desk.git("for-each-ref") and desk.git("symbolic-ref", "--short", "HEAD") == "main"
 
 
+@pytest.mark.slow
 def test_status_report_and_audit_of_a_tag_leave_any_checkout_as_it_is(night):
     night.git("checkout", "-q", "main")
     night.set_knob(DEPTH=7)

@@ -82,6 +82,7 @@ def test_report_of_a_tag_that_has_no_ledger_shows_no_other_tags(night):
     assert done.stdout == "" and "autoresearch/nosuch/results.tsv: 'ls " in errors(done)[0]
 
 
+@pytest.mark.slow
 def test_report_and_status_work_from_another_worktree_and_branch(night):
     from_the_desk = night.loop("report").stdout
     other = night.outside / "other"
@@ -135,6 +136,7 @@ def test_report_marks_rows_that_their_records_do_not_bear_out_and_marks_of_kept_
     ]
 
 
+@pytest.mark.slow
 def test_report_assumes_the_noise_of_its_profile_and_measures_it_where_commits_ran_twice(desk):
     desk.replace("loop.py", 'assumed_sigma={"climbmix": 0.0004,', 'assumed_sigma={"fake": 0.02,')
     desk.commit("a noisy profile")
@@ -149,6 +151,7 @@ def test_report_assumes_the_noise_of_its_profile_and_measures_it_where_commits_r
     assert re.search(r"(?m)^b +0\.990000 +0\.011000  within noise +y$", out)  # its first score chose it
 
 
+@pytest.mark.slow
 def test_report_of_hand_written_or_damaged_ledgers_tells_what_it_left_out(desk):
     text = "a1b2c3d 0.99 44.0 keep spaces\n# tried things\nb1b2c3d\t0.98\t44.0\tKEEP\tcapitals\ne1b2c3d\t0.97\n"
     process = report_of(desk, text)
@@ -222,6 +225,7 @@ def test_picture_shows_the_best_as_believed_and_leaves_far_failures_out(better):
     assert cut("abcdef", 5) == "abcd…" and cut("abcde", 5) == "abcde"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lower_is_better", [True, False])
 def test_labels_of_many_keeps_stay_inside_the_frame_and_clear_of_one_another(lower_is_better):
     """83 kept of 2,500, most of them in the first tenth; the largest gains are labelled."""
@@ -268,6 +272,7 @@ def outline(text, renderer) -> MatplotlibPath:
     return MatplotlibPath(turned.transform(corners))
 
 
+@pytest.mark.slow
 def test_report_of_15000_rows_takes_seconds(desk):
     rows = []
     best = 1.0
@@ -435,6 +440,7 @@ def test_audit_fails_where_the_two_scores_differ_by_more_than_rounding(capsys, c
     assert ("not in a clean process    no graph (1 of 2)" in out) == (changes.get("problem") == "no graph")
 
 
+@pytest.mark.slow
 def test_audit_that_cannot_be_is_one_error_line(night, desk):
     for count in ("0", "-1"):
         done = night.loop("audit", "--replicates", count, code=2)
@@ -444,6 +450,7 @@ def test_audit_that_cannot_be_is_one_error_line(night, desk):
     assert process.stderr == "error: there are no rows to audit: 'uv run loop.py --agent random' starts a run\n"
 
 
+@pytest.mark.slow
 def test_report_and_audit_print_steps_and_tokens_a_second_where_runs_say_them(desk):
     desk.replace("train.py", "time.sleep(SECONDS)", 'time.sleep(0.02); print("batch 2,048 tokens = 8 rows")')
     with open(desk.path / "train.py", "a") as file:

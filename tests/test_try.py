@@ -297,6 +297,7 @@ def test_run_is_refused_while_an_experiment_of_try_runs(desk):
     ended(waiter)
 
 
+@pytest.mark.slow
 def test_run_and_try_continue_each_others_ledger(desk):
     attempt(desk, "deeper", DEPTH=5)
     agent = desk.agent('knob("DEPTH", int(knob("DEPTH")) + 1)\n')
