@@ -144,22 +144,22 @@ def test_watch_counts_losses_since_the_last_keep_and_ends_at_the_target(store, m
     watch = Watch(store, 2, None, "")
     told = []
     watch._notifier.tell = told.append
-    watch.take_loss()
+    watch.take_no_keep()
     watch.take_keep("b" * 40, "a" * 40, 7, "idea")
     watch.look_for_target()
-    watch.take_loss()
+    watch.take_no_keep()
     assert watch.enough == "" and told[0].startswith(
         f"autoresearch/t: kept val_bpb {5 + better * 0.5:.6f} (gain 0.500000 bpb, run 0007): idea\n"
     )
-    watch.take_loss()
+    watch.take_no_keep()
     assert watch.enough == "no keep in 2 experiments (--patience)"
     for target, is_reached in ((5 + better * 0.5, True), (5 + better * 0.4, True), (5 + better * 0.6, False)):
         watch = Watch(store, 2, target, "")
         watch.look_for_target()
         assert bool(watch.enough) == is_reached, target
-    watch.take_loss()
+    watch.take_no_keep()
     watch.enough = "another reason"
-    watch.take_loss()
+    watch.take_no_keep()
     assert watch.enough == "another reason"
 
 
