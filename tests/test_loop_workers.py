@@ -377,6 +377,27 @@ def test_crash_of_a_second_look_drops_what_is_planned_and_keeps_the_first_score(
     assert [left.experiment for left in ratchet.planned] == [other.experiment]
     assert [(row.status, row.score) for row in store.rows[1:]] == [("crash", 0.0), ("discard", 0.9)]
     assert ratchet.find_verdict(experiment) == "crash"
+    ratchet.abandon_what_has_not_begun()
+    assert len(ratchet.planned) == 1  # the session stops, and this experiment has begun
+    ratchet.planned[0].tries = 1
+    ratchet.abandon_what_has_not_begun()
+    assert not ratchet.planned  # it waits for the machine: nobody knows how long
+
+
+def test_runs_beside_a_former_champion_do_not_bring_it_back(tmp_path, capfd, quick):
+    """With --confirm: a promising candidate of it is run again on the present one."""
+    ratchet = session_in_flight(Night(tmp_path, seed=1), 100)
+    store = ratchet.store
+    planned = next(iter(ratchet.flying.values()))
+    experiment = planned.experiment
+    store.rows.append(Row("f" * 7, 0.5, 1.0, "keep", "a gain meanwhile"))
+    once_more = Run(store.new_folder(), experiment.base, "", 7, "champion once more", "second look", score=1.2)
+    experiment.runs = [replace(ratchet.new_run(planned), score=0.1), once_more]
+    ratchet.find_verdict = lambda _: "look again"
+    ratchet.decide(experiment)
+    assert [(row.status, row.score) for row in store.rows[-2:]] == [("discard", 1.2), ("discard", 0.1)]
+    assert store.rows[-1].description.endswith(loop.STALE) and ratchet.waiting[0].again_of == planned.number
+    assert store.champion == "f" * 7
 
 
 def test_with_confirm_a_gain_on_a_former_champion_is_looked_at_again_whatever_its_next_score(tmp_path, capfd, quick):
