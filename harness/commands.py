@@ -70,7 +70,7 @@ def main(domain: Domain, checkout: Path, open_session: Callable) -> int:
 
 
 def guarded(command: Callable[[], int]) -> int:
-    """The exit code of a command; an error that a person can mend is one line."""
+    """Call a command and return its exit code; an error that a person can mend becomes one line."""
     try:
         code = command()
         if sys.stdout is not None:
@@ -80,7 +80,7 @@ def guarded(command: Callable[[], int]) -> int:
         if not _reader_is_gone():
             say(f"error: {error}")
             return 1
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still to be written at the exit must not fail either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what Python still writes at its exit must not fail either
         return 0
     except (StopNow, KeyboardInterrupt):
         say("stopped")
@@ -183,20 +183,12 @@ def check_target(target: float | None, domain: Domain) -> None:
 def command_try(domain: Domain, checkout: Path, open_session: Callable, args: argparse.Namespace) -> int:
     """The experiment runs in a session of its own: killing this command, which only waits for it, does not end it."""
     store = open_store(checkout, domain, None)
-    if store.repository.head_branch() != store.branch:
-        remedy = f"'git checkout -b {store.branch}' makes one"
-        if store.repository("rev-parse", "--verify", "--quiet", f"refs/heads/{store.branch}", default=""):
-            remedy = f"'git checkout {store.branch}' goes to it"
-        raise UserError(f"this checkout is not on the branch of a run: {remedy}", 2)
-    editable = checkout / domain.editable
-    if editable.is_symlink() or not editable.is_file():
-        remedy = f"'git checkout -- {domain.editable}' restores it"
-        raise UserError(f"{domain.editable} is not a regular file: {remedy}", 2)
+    check_place_of_try(store)
     with store.locked():
         rows_before = len(store.rows)
         log = store.home / "try.log"
         log.unlink(missing_ok=True)
-        with open_regular(editable) as file:
+        with open_regular(checkout / domain.editable) as file:
             source = file.read()
         if args.again is not None or args.base:
             commit = commit_to_repeat(store, args.again)
@@ -222,6 +214,20 @@ def command_try(domain: Domain, checkout: Path, open_session: Callable, args: ar
     if not is_refused and (former := store.better_former()):
         print(_how_to_go_back(store, former))
     return code
+
+
+def check_place_of_try(store: Store) -> None:
+    """Raises UserError unless the checkout is on the branch of a run and has an editable file."""
+    repository = store.repository
+    if repository.head_branch() != store.branch:
+        remedy = f"'git checkout -b {store.branch}' makes one"
+        if repository("rev-parse", "--verify", "--quiet", f"refs/heads/{store.branch}", default=""):
+            remedy = f"'git checkout {store.branch}' goes to it"
+        raise UserError(f"this checkout is not on the branch of a run: {remedy}", 2)
+    editable = repository.checkout / repository.editable
+    if editable.is_symlink() or not editable.is_file():
+        remedy = f"'git checkout -- {repository.editable}' restores it"
+        raise UserError(f"{repository.editable} is not a regular file: {remedy}", 2)
 
 
 def commit_to_repeat(store: Store, number: int | None) -> str:
@@ -253,7 +259,7 @@ def _detach(log: Path) -> None:
 
 
 def try_in_session(store: Store, open_session: Callable, source: bytes, description: str) -> int:
-    """Measure one edit; the baseline first, where there is none. The edit of an agent that went on is not ours."""
+    """Measure one edit; the baseline first, where there is none."""
     repository = store.repository
     is_baseline = not store.rows and source == repository.read(store.champion, repository.editable)
     problem = "" if is_baseline else find_problem(store, source)
@@ -283,6 +289,7 @@ def _how_to_repeat(store: Store, source: bytes) -> str:
 
 
 def _how_to_go_back(store: Store, commit: str) -> str:
+    """The line below a verdict: a former champion is believed better, and this command takes it back."""
     command = f"uv run loop.py try --again {store.first_number(commit)}"
     believed = f"{commit[:7]}, a former best, is believed better ({store.estimate(commit):.6f})"
     return f"{believed}: '{command}' measures it again, and makes it the best if that holds"
@@ -307,14 +314,18 @@ def repeat_in_session(store: Store, open_session: Callable, commit: str) -> int:
 
 
 def _put_back(store: Store, source: bytes) -> bool:
-    """Put the checkout to the champion; an edit other than `source` stays, and the answer is whether there is one."""
+    """Put the checkout to the champion, but for an edit other than `source`; return whether there is one.
+
+    An agent that did not wait for the verdict may be at its next idea already: that edit is not ours to undo.
+    """
     repository = store.repository
     editable = repository.checkout / repository.editable
-    later = editable.read_bytes() if editable.is_file() and not editable.is_symlink() else source
+    is_regular = editable.is_file() and not editable.is_symlink()
+    found = editable.read_bytes() if is_regular else source
     repository.reset(repository.checkout, store.champion, store.branch)
-    has_edit = later != source
-    if has_edit:  # the agent is at its next idea already
-        editable.write_bytes(later)
+    has_edit = found != source
+    if has_edit:
+        editable.write_bytes(found)
     return has_edit
 
 
@@ -374,7 +385,7 @@ COMMANDS = {
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    """`run` is the command where none is named."""
+    """The arguments of a command line; `run` is the command where none is named."""
     description = sys.modules["__main__"].__doc__
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="loop.py", description=description, formatter_class=layout)

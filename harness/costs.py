@@ -1,11 +1,11 @@
-"""What a coding agent's CLI says of its work in its JSON mode: what it did, in plain words, and what that cost.
+"""What a coding agent's CLI prints in its JSON mode: what it did, in plain words, and what that cost.
 
 Pure functions from the text that a CLI printed. Three CLIs print JSON objects, one a line, as read in November 2026:
 claude 2.1 (`--output-format json`), codex 0.169 (`exec --json`) and opencode 1.18 (`run --format json`). The types of
-the objects tell which of them it was, so the same output of any other command is understood too. vibe 3.0 prints no
-tokens in any of its formats.
+the objects tell which CLI it was, so the same output of any other command is understood too. vibe 3.0 prints no tokens
+in any of its formats.
 
-Whatever is not reported, or cannot be true, is unknown (None), never 0.
+Whatever is not reported, or cannot be true, is unknown: None, never 0.
 """
 
 import json
@@ -52,7 +52,7 @@ def read_answer(output: str) -> Answer:
 
 
 def _find_objects(output: str) -> list[dict]:
-    """The JSON objects among the lines. Other lines, such as warnings and torn ones, are left out."""
+    """The JSON objects among the lines; warnings, torn lines and the like are left out."""
     found = []
     for line in output.splitlines():
         if not line.startswith(("{", "[")):
@@ -106,6 +106,7 @@ def _text(value: object, *keys: str) -> str:
 
 
 def _cost_of(events: list[dict]) -> Cost:
+    """The cost of a whole call, from the objects that tell it."""
     by_kind: dict[str, list[dict]] = {}
     for event in events:
         by_kind.setdefault(str(event.get("type")), []).append(event)
@@ -192,7 +193,7 @@ def spending(events: Iterable[dict], kept: int) -> str:
 
 
 def _cost_of_event(event: dict) -> Cost:
-    """A line of the timeline may be of another version, or of a hand."""
+    """The cost in a line of the timeline, checked: another version, or a hand, may have written it."""
     return Cost(
         _number(event.get("tokens_in"), MOST_TOKENS),
         _number(event.get("tokens_out"), MOST_TOKENS),

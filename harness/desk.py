@@ -1,6 +1,6 @@
 """A checkout that one agent edits: asked for a proposal, it gives an edit of the one file, or says why there is none.
 
-An agent may leave anything behind. Its exit code is not trusted either way: an edit is what counts.
+An agent may leave anything behind. Its exit code is not trusted: if the file has changed, there is a proposal.
 """
 
 import contextlib
@@ -24,17 +24,17 @@ MAX_LOG_BYTES = 16 * 2**20  # that are read of an agent's log; what is kept of i
 
 @dataclass(frozen=True)
 class Assignment:
-    """What an agent starts from."""
+    """What an agent starts from: the champion's file, or an edit that crashed; and what it is told beyond the usual."""
 
     base: str  # the commit that its edit changes
     start: bytes  # the editable file as the agent finds it
-    text: str = ""  # what it is told beyond the usual
-    failures: int = 0  # of agents that got it
+    text: str = ""  # of a crash or a conflict; "": nothing beyond the usual
+    failures: int = 0  # agents that got it and failed
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """An edit."""
+    """An edit that an agent made, and what it is for."""
 
     source: bytes  # the editable file as the agent left it
     base: str
@@ -73,7 +73,7 @@ class Desk:
         return self.place / self.repository.editable
 
     def clear(self, champion: str) -> None:
-        """Put tracked files, index and HEAD to the champion, whatever an agent did to them."""
+        """Put tracked files, index and HEAD back to the champion, whatever an agent did to them."""
         self.repository.reset(self.place, champion, self.branch)
 
     def lay_out(self, champion: str, assignment: Assignment, prompt: str) -> None:

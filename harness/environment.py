@@ -1,4 +1,4 @@
-"""The machine that runs stand on: what a child is told, and what must be there. Its faults are never an idea's."""
+"""The machine: what a child is told of it, and what must be there before a run. Its faults are never an idea's."""
 
 import contextlib
 import hashlib
@@ -19,7 +19,9 @@ from harness.screen import UserError, listed, one_line
 
 MIN_FREE_GB = 1.0  # GB that the disk must have free before a run
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH|_PAT$", re.IGNORECASE)  # names withheld from training
-OF_A_RUN = ("AUTORESEARCH_RESULT", "AUTORESEARCH_AUDIT", "AUTORESEARCH_SEED", "AUTORESEARCH_MARK")
+OF_A_RUN = (  # the loop sets these anew for each child: what its own environment says of them is not handed on
+    "AUTORESEARCH_RESULT", "AUTORESEARCH_AUDIT", "AUTORESEARCH_SEED", "AUTORESEARCH_MARK",
+)  # fmt: skip
 
 
 def variables_for_agent(profile: str) -> dict[str, str]:
@@ -104,7 +106,7 @@ COMPILER_FILES = re.compile(r"inductor/(fit.*|[^/]+\.(py|lock|tmp))")  # train.p
 
 
 def remove_foreign_files(compile_cache: Path) -> None:
-    """Remove what compilers do not put at the top of their folders: a run may have left weights for the next one."""
+    """Remove what no compiler puts at the top of its folder: a run may have left weights there for the next one."""
     for pattern in ("*", "*/*"):
         for path in compile_cache.glob(pattern):
             name = path.relative_to(compile_cache).as_posix()
@@ -156,6 +158,7 @@ class Packages:
 
 
 def _list_folder(folder: str, files: dict, folders: list[str]) -> None:
+    """Add a folder's files to `files` and its folders to `folders`."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             if entry.name in ("__pycache__", "site-packages"):  # those in use are roots of their own

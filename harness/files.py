@@ -1,4 +1,4 @@
-"""Files that others may break: read without a hang, written whole, locked."""
+"""Files in folders that agents and runs can write to: read without a hang, written whole, locked."""
 
 import contextlib
 import fcntl

@@ -1,4 +1,7 @@
-"""How a person stops a loop: Ctrl-C once or twice, SIGTERM, a file STOP. Heard at once, heeded between two looks."""
+"""How a person stops a loop. Ctrl-C once, or a file STOP: finish what runs. Ctrl-C twice, or SIGTERM: stop now.
+
+A signal is noted at once. The deciding thread acts on it, by `heed`, between two looks at its results.
+"""
 
 import contextlib
 import signal
@@ -13,7 +16,7 @@ class StopNow(Exception):
 
 
 class Interrupts:
-    """While entered, signals are only noted: the deciding thread heeds them where it can."""
+    """A context in which signals are only noted; `heed` acts on them."""
 
     def __init__(self, stop_file: Path):
         self.is_stopping = False  # no new experiment begins

@@ -17,7 +17,7 @@ from harness.screen import ERROR_CHARS, say
 from harness.store import Store
 
 PAGE_SECONDS = 60  # at least, before the first write and between two of them
-REST = 20  # times as long as a write took: so long at least it rests, however long the ledger
+REST = 20  # the pause after a write is at least so many times as long as the write: a long ledger costs no more
 LONGEST_WRITE = 120  # seconds
 MOST_FILES = 1024  # open files of the loop that a child lets go of
 
@@ -43,7 +43,7 @@ class LivePage:
             self._begin(is_live=True)
 
     def close(self) -> None:
-        """Begin the last write of the session, if there is a page: it reloads itself no more. Nobody waits for it."""
+        """Begin the session's last write, if there is a page: it reloads no more then. Nobody waits for the write."""
         if os.path.lexists(self._store.repository.checkout / morning.PAGE_NAME):
             self._begin(is_live=False)
 
@@ -90,7 +90,7 @@ class LivePage:
     # In the child
 
     def _detach(self) -> None:
-        """Nothing of the loop's own: neither its signals, nor its open files, nor its place in the queue."""
+        """Let go of the loop's signal handlers, its open files and its priority."""
         os.setsid()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
             signal.signal(number, signal.SIG_DFL)

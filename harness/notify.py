@@ -1,8 +1,8 @@
 """Tells a person what happened, by a command of their own: `loop.py run --notify 'mail -s autoresearch me@here'`.
 
 The text comes on the command's standard input. The command runs through the shell, in a session of its own, so that
-Ctrl-C does not reach it; a second process, this file run as a program, watches it, so that its time limit also holds
-when the loop has ended. What it prints, and why it failed, goes to a log. It never blocks or ends the loop.
+Ctrl-C does not reach it. A second process, this file run as a program, holds it to its time limit, also when the loop
+has ended. What it prints, and why it failed, goes to a log. It never blocks or ends the loop.
 """
 
 import contextlib
@@ -61,7 +61,7 @@ class Notifier:
 
 
 def write_line(log: Path, text: str) -> None:
-    """A line of the log, with the time of day. A log that cannot be written is no reason to fail."""
+    """Append a line to the log, with date and time. A log that cannot be written is no reason to fail."""
     when = time.strftime("%Y-%m-%d %H:%M:%S")
     with contextlib.suppress(OSError):
         if log.exists() and log.stat().st_size > LOG_CAP:

@@ -1,6 +1,6 @@
-"""The opening of a session: whatever a killed loop, an agent or a person left behind is put right here, once.
+"""The opening of a session: what a killed loop, an agent or a person left behind is put right here, once.
 
-Called under the store's lock, before anything runs. UserError for what only a person can mend.
+`open_tag` is called under the store's lock, before anything runs. UserError for what only a person can mend.
 """
 
 import enum
@@ -31,7 +31,7 @@ class Use(enum.Enum):
 
 
 def open_tag(store: Store, use: Use, is_stopped: Callable[[], bool]) -> Description:
-    """Make ledger, refs, checkout and data as the next run needs them; what the judge says of itself."""
+    """Make ledger, refs, checkout and data as the next run needs them; return what the judge says of itself."""
     for role in ("agent", "run"):
         sweep(process_mark(store, role))
     store.check()
@@ -65,12 +65,13 @@ def _show_branch(store: Store) -> None:
 
 
 def process_mark(store: Store, role: str) -> str:
-    """What the processes of a role carry in their environment: "agent" or "run"."""
+    """What the processes of a role, "agent" or "run", carry in their environment: by it they are found and ended."""
     return f"{store.home}:{role}"
 
 
 def _check_checkout(store: Store, use: Use) -> None:
-    """A first start needs a clean checkout and a free branch; later what differs is saved before it is put back."""
+    """On a tag's first start: UserError unless the checkout is clean and the branch is free. Later: save what differs
+    from the champion, before it is put back."""
     repository = store.repository
     champion = store.champion
     tip = repository("rev-parse", "--verify", "--quiet", f"refs/heads/{store.branch}", default=champion)
@@ -120,7 +121,7 @@ def _describe(store: Store, is_stopped: Callable[[], bool]) -> Description:
 
 
 def _check_trailer(store: Store, key: str, value: str) -> None:
-    """A tag stays with the profile and the data that it was begun with."""
+    """UserError unless profile or data are those that the tag was begun with."""
     had = store.trailer(key)
     if had != value:
         name = key.removeprefix("Autoresearch-")
@@ -129,7 +130,7 @@ def _check_trailer(store: Store, key: str, value: str) -> None:
 
 
 def check_packages(store: Store) -> Packages:
-    """The installed packages, which must be as they were when the tag began."""
+    """The installed packages. UserError unless they are as they were when the tag began."""
     now = Packages.installed()
     before = Packages.load(store.packages)
     if before is None:
@@ -151,7 +152,7 @@ def find_baseline_values(store: Store) -> dict[str, str]:
 
 
 def false_rows(store: Store) -> list[str]:
-    """Rows that the records of their runs do not bear out: an edited loop.py, or a hand, wrote them."""
+    """A line for each row that no record of a run bears out: a hand, or an edited loop.py, wrote it."""
     recorded: dict[str, list[float]] = {}  # 7 characters of a commit -> scores of its runs, audits left out
     for run in store.read_runs():
         score = recorded_score(store.folder(run.number), store.domain)
@@ -164,7 +165,7 @@ def false_rows(store: Store) -> list[str]:
         left = recorded.get(row.commit, [])
         agreeing = [score for score in left if abs(score - row.score) <= ROUNDING_OF_ROWS]
         if agreeing:
-            left.remove(agreeing[0])  # a second row needs a second record
+            left.remove(agreeing[0])  # a second row of this score needs a second record
         elif left:
             had = ", ".join(f"{score:.6f}" for score in left)
             lines.append(f"row {row.commit} says {row.score:.6f}, the record of its run says {had}")

@@ -1,7 +1,9 @@
-"""The page report.html: one file that asks nobody for anything. Here is how text gets onto it, safely and cut to size.
+"""The page report.html, one file that loads nothing: how text gets onto it, safely and cut to size.
 
-Everything that an agent or a run wrote goes through `clean` and is escaped; the page's own policy forbids the browser
-to load anything or to run any script but the one that stands in the template.
+Everything that an agent or a run wrote goes through `clean` and is escaped. The page's own policy forbids the browser
+to load anything, or to run any script but the one in the template (page.html). What the page says is in morning.py.
+
+jinja2 and its markupsafe are imported where they are used: they take a moment, and most commands write no page.
 """
 
 import base64
@@ -21,12 +23,13 @@ REMOVED = "-"
 
 
 def read_template() -> str:
+    """The template, for `render`. A loop reads it at its start: later an agent may have edited the file."""
     return TEMPLATE.read_text()
 
 
 def render(template: str, **values) -> str:
     """The page. Plain strings are escaped; what is markup already, such as a picture, is of type Markup."""
-    import jinja2  # here, since it takes a moment to import
+    import jinja2
 
     undefined = jinja2.StrictUndefined
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=undefined)
@@ -35,12 +38,12 @@ def render(template: str, **values) -> str:
 
 
 def digest(text: str) -> str:
-    """The name under which a page's policy allows a script."""
+    """A script's digest, as the page's policy names the one script that may run."""
     return "sha256-" + base64.b64encode(hashlib.sha256(str(text).encode()).digest()).decode()
 
 
 def clean(text: str) -> str:
-    """Text without what a browser would not show as it is: escape sequences, control characters, turned directions."""
+    """The text without what a browser would not show as it is: escape sequences, control and direction characters."""
     text = TERMINAL_CODES.sub("", text)
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     return UNSHOWABLE.sub("\ufffd", text)
@@ -57,14 +60,14 @@ def shorten_lines(text: str) -> str:
 
 
 def bytes_on_page(text: str) -> int:
-    """What an escaped text takes."""
+    """Bytes that a text takes once it is escaped."""
     from markupsafe import escape
 
     return len(str(escape(text)).encode())
 
 
 def cut_to(text: str, limit: float, keep_end: bool = False) -> str:
-    """Whole lines from the begin, or the end, of a text, as many as take at most `limit` bytes on the page."""
+    """Whole lines from the beginning, or the end, of a text: as many as take at most `limit` bytes on the page."""
     if bytes_on_page(text) <= limit:
         return text
     lines = text.split("\n")
@@ -82,7 +85,7 @@ def cut_to(text: str, limit: float, keep_end: bool = False) -> str:
 
 
 def fair_limit(sizes: Iterable[int], total: float) -> float:
-    """The limit to each size at which all together take at most `total`; small ones stay whole."""
+    """The limit for each of these sizes at which they take at most `total` together; small ones stay whole."""
     left = total
     waiting = sorted(sizes)
     while waiting:

@@ -1,8 +1,8 @@
 """Children: started with a mark in their environment, watched, and ended for certain. Nothing here knows why they run.
 
-A coding agent's tools, and what a training run starts, may hide in sessions of their own, where killing the process
-group does not reach them. They keep their environment, though: so every child carries a mark, and the sweep ends
-whatever carries it.
+A coding agent's tools, and what a training run starts, may move to sessions of their own, where killing the process
+group does not reach them. But they keep their environment. So every child carries a mark, and `sweep` ends whatever
+carries it.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from harness.files import new_file, open_regular
 MARK = "AUTORESEARCH_MARK"  # the variable that holds a child's mark
 POLL_SECONDS = 0.2  # between looks at a child
 KILL_GRACE = 2  # seconds from TERM to KILL
-STARTS = 3  # at most, of a child that a Ctrl-C kills before it begins
+MOST_STARTS = 3  # of a child that a Ctrl-C kills before it begins
 KILLED_BY_CTRL_C = "killed by SIGINT"
 LOG_CAP = 8 * 2**20  # bytes kept of a log's head
 TAIL_CAP = 256 * 2**10  # bytes kept of what follows
@@ -30,7 +30,7 @@ TAIL_CAP = 256 * 2**10  # bytes kept of what follows
 class Ending:
     """How a child ended."""
 
-    problem: str  # "" after exit code 0; else "exit code 1", "killed by SIGSEGV", "timeout after 360 s", "stopped"
+    problem: str  # "" after exit code 0; "exit code 1", "killed by SIGSEGV", "timeout after 360 s", "stopped"
     began_at: float  # time.time() when it was started
     seconds: float  # that it ran
     paused_seconds: float  # of these it was stopped (SIGSTOP), or the machine slept
@@ -42,7 +42,7 @@ def run_child(command, *, cwd: Path, env: dict, mark: str, log: Path, limit: flo
     Its output goes to the file `log`, its head and its tail where it is long. No process that it started is left.
     Raises OSError if the command does not start.
     """
-    for _ in range(STARTS):
+    for _ in range(MOST_STARTS):
         ending = _run_once(command, cwd=cwd, env=env, mark=mark, log=log, limit=limit, stop=stop, stdin=stdin)
         # A terminal's Ctrl-C kills a child that has been forked but is not in its own session yet: it never began.
         never_began = ending.problem == KILLED_BY_CTRL_C and log.stat().st_size == 0
@@ -139,7 +139,7 @@ class _PauseClock:
         slept = _seconds_asleep()
         if self._is_stopped():
             self.paused_seconds += now - self._looked
-        if slept - self._slept > 1:  # clocks drift by less
+        if slept - self._slept > 1:  # second: the two clocks drift by less
             self.paused_seconds += slept - self._slept
             self._slept = slept
         self._looked = now
@@ -159,7 +159,7 @@ def _seconds_asleep() -> float:
 
 
 def find_processes(file: str, pattern: bytes) -> set[int]:
-    """Ids of the other processes, zombies aside, whose /proc/ID/<file> matches (none where there is no /proc)."""
+    """Ids of the processes whose /proc/ID/<file> matches, this one and zombies aside; none where there is no /proc."""
     found = set()
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -171,7 +171,8 @@ def find_processes(file: str, pattern: bytes) -> set[int]:
 def sweep(mark: str) -> None:
     """End every process with this mark, or with one that begins `mark:`, in whatever session it hides."""
     pattern = rb"(^|\0)%b(:[^\0]*)?\0" % re.escape(f"{MARK}={mark}").encode()
-    for number in (signal.SIGTERM, *[signal.SIGKILL] * 5):  # a process may start another between look and kill
+    # Several times: a process may start another one between our look and the signal.
+    for number in (signal.SIGTERM, *[signal.SIGKILL] * 5):
         pids = find_processes("environ", pattern)
         for pid in pids:
             with contextlib.suppress(ProcessLookupError, PermissionError):

@@ -23,7 +23,7 @@ from harness.verdict import discarded_when_busy, latest_verdicts
 
 FIRST_BACKOFF = 5  # seconds to wait after a failed proposal; doubles
 LAST_BACKOFF = 600  # seconds, the longest wait
-OFFERS = 3  # of an assignment to agents that fail; a last one follows once an agent worked without it
+OFFERS = 3  # of an assignment to agents that fail; it is offered once more when an agent has worked without it
 
 
 class Proposers:
@@ -90,7 +90,7 @@ class Proposers:
         return True
 
     def _next_assignment(self) -> Assignment | None:
-        """A crash or a conflict, if one waits; None for the champion's file."""
+        """Take a crash or a conflict, if one waits; None: the agent starts from the champion's file."""
         if not self.assignments:
             return None
         if self._failures and self.assignments[0].failures >= OFFERS:
@@ -104,7 +104,7 @@ class Proposers:
         return Background(sigma, discarded_when_busy(store), merged, latest_verdicts(store))
 
     def _put_back(self, assignment: Assignment) -> None:
-        """The agent that got it did not work: the next one gets it, unless it may be the reason."""
+        """Let the next agent have an assignment whose agent failed, unless the assignment may be why agents fail."""
         if assignment.text and assignment.failures < OFFERS:
             self.assignments.appendleft(replace(assignment, failures=assignment.failures + 1))
 
@@ -138,7 +138,7 @@ class Proposers:
         return None
 
     def _note_cost(self, answer: Proposal | NoProposal) -> None:
-        """Every call counts, also one that gave no proposal."""
+        """Write to the timeline what a call cost, also one that gave no proposal."""
         description = answer.description if isinstance(answer, Proposal) else f"no proposal: {answer.reason}"
         self._store.note("proposal", description=description, cost=answer.cost)
         if answer.cost.usd is not None:
@@ -148,6 +148,7 @@ class Proposers:
             self._has_unknown_cost = True
 
     def _refuse(self, answer: NoProposal, desk: Desk) -> None:
+        """Say why there is no proposal, and let the agents rest: longer for every failure in a row."""
         if self.failing_since is None:
             self.failing_since = time.monotonic()
         # Agents that work side by side fail together, of a rate limit say: that is one failure.
@@ -157,16 +158,16 @@ class Proposers:
             self._failures += 1
             self._not_before = time.monotonic() + delay
         if answer.is_refusal:
-            self._refusal = answer.reason
+            self.remember_refusal(answer.reason)
         rest = max(0.0, self._not_before - time.monotonic())
         say(f"no proposal: {answer.reason}; again in {duration(rest)} ({desk.log})")
 
     def remember_refusal(self, refusal: str) -> None:
-        """Why a proposal that had passed was dropped after all: the next agent hears it."""
+        """Tell the next agent why an edit was refused, or dropped although it had passed the gate."""
         self._refusal = refusal
 
     def clear_idle(self) -> None:
-        """Put the desks that no agent uses just now to the champion."""
+        """Put the desks at which no agent works to the champion."""
         busy = set(self.asked.values())
         for desk in self._desks:
             if desk not in busy:

@@ -1,4 +1,4 @@
-"""A proposer that needs no model. It changes one knob of train.py; an LLM must beat it.
+"""An agent that needs no model. It changes one knob of train.py at random: that is what a coding agent must beat.
 
     uv run loop.py --agent random
     AUTORESEARCH_PROFILE=pocket python -P harness/random_search.py < /dev/null     # one edit by hand, in a checkout
@@ -58,7 +58,7 @@ def _knob_lines(source: str) -> tuple[int, int]:
 
 
 def _collect(statements: list[ast.stmt], profile: str, knobs: dict[str, Knob]) -> None:
-    """Add the knobs of some statements; of an `if` those of the branch that is taken."""
+    """Add the knobs of these statements; of an `if` those of the branch that is taken."""
     for node in statements:
         if isinstance(node, ast.If):
             branch = node.body if _counts(node.test, profile) else node.orelse

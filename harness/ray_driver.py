@@ -1,8 +1,10 @@
-"""Jobs on Ray, in a process of its own: the loop (ray_fleet.py) writes commands to its standard input and reads what
-became of them from its standard output. Ray ends a driver whose cluster is gone; here that ends only this process.
+"""Jobs on Ray, in a process of its own: the loop (ray_fleet.py) writes jobs to its standard input and reads what became
+of them from its standard output. Ray ends a driver whose cluster is gone: then only this process ends, not the loop.
 
-Nothing of the package is imported: Ray ships the functions of a script by value, so a node needs Ray and the packages
-of training, and no checkout. What a node measures with comes along as source.
+This script imports nothing of the package. Ray ships a script's functions by value, so a node needs Ray and the
+packages of training, and no checkout: the rooms with which it measures come along as source.
+
+Ray itself, an optional extra, is imported where it is used.
 """
 
 import contextlib
@@ -33,7 +35,7 @@ SWEEP = "import sys; sys.path.append(sys.argv[1]); from harness.processes import
 
 
 def carry_out(request: dict) -> dict:
-    """Let a process of its own measure a job, and wait for its reply."""
+    """Let a process of its own (ray_node.py) measure a job, and wait for its reply."""
     if request["takes_gpu"]:
         import ray
 
@@ -52,13 +54,13 @@ def carry_out(request: dict) -> dict:
     try:
         child.stdin.write(errand)
         child.stdin.flush()
-        reply = child.stdout.read()  # to the end of a process that is no longer our child
+        reply = child.stdout.read()  # until that process has ended, though it is our child no more (see _detach there)
     except BrokenPipeError:
         pass
     finally:
         child.wait()
         child.stdin.close()
-        if not reply:  # it was killed: what it ran is swept from here
+        if not reply:  # it was killed: we sweep what it ran
             sweep = [sys.executable, "-P", "-c", SWEEP, folder, request["mark"]]
             subprocess.run(sweep, stderr=subprocess.DEVNULL)
             shutil.rmtree(folder, ignore_errors=True)
@@ -82,7 +84,7 @@ class Node:
     rests_until: float = 0.0  # time.monotonic()
     refusal: str = ""  # the last one
 
-    def rests(self) -> bool:
+    def is_resting(self) -> bool:
         return time.monotonic() < self.rests_until
 
 
@@ -108,9 +110,9 @@ class Driver:
         self.nodes: dict[str, Node] = {}  # alive, by id
         self.waiting: deque[Flight] = deque()
         self.flights: dict = {}  # Ray's reference -> Flight
-        self.tried: dict[int, set[str]] = {}  # run -> nodes that had it: made again, it goes to others first
+        self.tried: dict[int, set[str]] = {}  # run -> nodes that had it: when it is made again, others come first
         self.looked_at = 0.0
-        self.told_slots = None
+        self.told_slots = None  # number of slots that the loop was last told
         self.task = ray.remote(max_retries=0)(carry_out)
 
     def run(self) -> None:
@@ -138,7 +140,7 @@ class Driver:
         os._exit(1)
 
     def take_commands(self) -> bool:
-        """Take what the loop sent; whether it is still there."""
+        """Take what the loop sent; return whether the loop is still there."""
         wait_seconds = 0.0 if self.flights else POLL_SECONDS
         with contextlib.suppress(queue.Empty):
             while True:
@@ -175,7 +177,7 @@ class Driver:
         return len(node.known) or 1
 
     def slots_in_all(self) -> int:
-        return sum(self.slots(node) for node in self.nodes.values() if not node.rests())
+        return sum(self.slots(node) for node in self.nodes.values() if not node.is_resting())
 
     def tell_slots(self) -> None:
         slots = self.slots_in_all()
@@ -189,7 +191,7 @@ class Driver:
         """Send the waiting jobs to free devices; give those back that no node can run."""
         if not self.waiting:
             return
-        usable = {node_id: node for node_id, node in self.nodes.items() if self.slots(node) and not node.rests()}
+        usable = {node_id: node for node_id, node in self.nodes.items() if self.slots(node) and not node.is_resting()}
         if not usable:
             reasons = {f"node {node.name}: {node.refusal}" for node in self.nodes.values() if node.refusal}
             kind = "GPU" if self.takes_gpu else "CPU"
@@ -255,7 +257,7 @@ class Driver:
     def take_reply(self, flight: Flight, node: Node | None, reply: dict) -> None:
         if node is not None:
             node.known |= reply["known"]
-        is_alone = len(self.nodes) == 1  # this machine only, say: its faults are for the loop to weigh
+        is_alone = len(self.nodes) == 1  # no other node could try: the loop weighs what this one lacks
         if reply["answer"] and (not reply["refused"] or is_alone):
             self.tell("done", flight.number, reply["answer"])
         else:

@@ -1,7 +1,7 @@
 """Where jobs run when there is more than one worker: submit(Job) -> Future of an Outcome, on Ray.
 
-Ray is started on this machine, or a cluster is joined by its address. All of Ray is in a process of its own
-(ray_driver.py): it ends with its cluster, and is started again until the cluster is back.
+Ray is started on this machine, or a cluster is joined by its address. All of Ray is in a process of its own, the driver
+(ray_driver.py). It ends when its cluster is gone, and is started again until the cluster is back.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from harness.ray_node import Answer, Errand, installed_versions
 from harness.screen import UserError, say
 from harness.store import Store
 
-OFF = "off"  # instead of an address: this machine's devices, a thread each, without Ray
+OFF = "off"  # in place of an address: no Ray, but this machine's devices, a thread for each
 DRIVER = Path(__file__).with_name("ray_driver.py")
 START_SECONDS = 120  # for Ray to start, or to be joined
 RETRY_SECONDS = 5  # between looks for a cluster that is gone
@@ -128,7 +128,8 @@ class RayFleet:
                 start_new_session=True,  # Ctrl-C is the loop's alone
             )
         package = DRIVER.parent
-        # A node of a cluster may see another cache than the loop: it is asked. Here there is only one.
+        # A node of a cluster may have another device or another cache than the loop, so that its own judge is asked.
+        # This machine was asked already.
         known = {} if self._address else {name: pickle.dumps(self._facts) for name in self._facts.devices}
         self._send(
             {
@@ -183,6 +184,7 @@ class RayFleet:
                 self._find_again()
 
     def _take_messages(self) -> None:
+        """Act on the driver's messages until it ends."""
         with contextlib.suppress(EOFError, OSError, pickle.UnpicklingError):
             while True:
                 kind, *values = pickle.load(self._driver.stdout)
@@ -198,6 +200,7 @@ class RayFleet:
                     self._take_loss(*values)
 
     def _find_again(self) -> None:
+        """Start the driver anew until the cluster is back, or the session closes."""
         while not self._is_closing.wait(RETRY_SECONDS):
             with contextlib.suppress(UserError, OSError):
                 nodes, slots = self._start()
@@ -244,7 +247,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def _variables(address: str) -> dict[str, str]:
-    """The environment of Ray's processes: no keys of the person's, but those of Ray's own door."""
+    """The environment of Ray's processes: without the person's keys and tokens, but with Ray's own."""
     kept = {}
     for name, value in os.environ.items():
         is_rays = name.startswith("RAY_")

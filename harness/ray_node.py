@@ -1,8 +1,9 @@
 """What a node of a Ray cluster does with a job, in a process of its own that imports nothing of Ray.
 
-The Ray worker (ray_driver.py) lays this package beside it, writes the errand to its standard input and leaves that pipe
-open. The pipe is the leash: it closes when the worker, the node's Ray or the loop has died, in whatever way, and then
-the run is ended, its training process and all that this one started. Ray's own cleanup does not reach those.
+The Ray worker (ray_driver.py) writes this package into a folder, starts this process there, writes the errand to its
+standard input and leaves that pipe open. The pipe is the leash: it closes when the worker, the node's Ray or the loop
+has died, in whatever way. Then this process ends the run with everything that the run has started, which Ray's own
+cleanup does not reach.
 """
 
 import contextlib
@@ -20,13 +21,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from harness import environment
-from harness.bench import Job, Outcome, Place, Unavailable, measure, unpack
+from harness.bench import MAX_RECORD_BYTES, Job, Outcome, Place, Unavailable, measure, unpack
 from harness.contract import Description, Domain
 from harness.files import open_regular
 from harness.processes import LOG_CAP, TAIL_CAP, sweep
 from harness.screen import UserError, one_line
 
-FILE_CAPS = {"run.log": LOG_CAP + TAIL_CAP + 4096, "result.json": 2**20, "score.log": 2**20}  # bytes that come back
+FILE_CAPS = {  # bytes of each file that come back
+    "run.log": LOG_CAP + TAIL_CAP + 4096,
+    "result.json": MAX_RECORD_BYTES,
+    "score.log": 2**20,
+}
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,8 @@ def installed_versions() -> dict[str, str]:
 def main(folder: str) -> None:
     """Read an errand from standard input, do it, write what came of it to standard output.
 
-    The folder holds this package and is removed at the end. Both ways the data is a pickled dict of plain values,
-    which the worker between can read: it has Ray, and none of these classes.
+    The folder holds this package and is removed at the end. In both directions the data is a pickled dict of plain
+    values, so that the Ray worker can read it: it has Ray, and none of these classes.
     """
     try:
         _detach()
@@ -79,7 +84,8 @@ def main(folder: str) -> None:
 
 
 def _detach() -> None:
-    """Be nobody's child: Ray kills the children of a worker that ends, but not what those started."""
+    """Be nobody's child. Ray kills the children of a worker that ends, and this process must outlive the worker by the
+    moment that it takes to end the run."""
     if os.fork():
         os._exit(0)
     os.setsid()
@@ -112,13 +118,13 @@ def _carry_out(errand: Errand, known: dict[str, bytes], device: str, folder: Pat
         return {"refused": one_line(str(error), 500), "known": {}, "answer": b""}
     finally:
         sweep(errand.mark)
-    # The same reason reads the same from run to run: it is told once.
+    # Without this run's folder the same reason reads the same from run to run, and is told once.
     refusal = _refusal(answer.outcome).replace(str(folder), str(folder.parent))
     return {"refused": refusal, "known": descriptions, "answer": pickle.dumps(answer)}
 
 
 def _set_variables(errand: Errand) -> None:
-    """The environment as the node's own, less what Ray's worker added, with what the loop has."""
+    """The node's own environment, less what Ray's worker added to it; OMP_NUM_THREADS and its like are the loop's."""
     for name in [name for name in os.environ if name.startswith("RAY_") or name == "SPT_NOENV"]:
         del os.environ[name]
     for name, value in errand.variables.items():

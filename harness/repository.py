@@ -1,4 +1,7 @@
-"""Git: no hooks, no filters, the loop's own identity, and a way out of every lock that a killed git left behind."""
+"""Git, as the loop uses it: without hooks and filters, under an identity of its own, past locks of a killed git.
+
+`repository("rev-parse", "HEAD")` runs any command; what is done in several places, or in several steps, has a method.
+"""
 
 import contextlib
 import functools
@@ -17,7 +20,7 @@ from harness.files import remove_folder
 from harness.processes import find_processes
 from harness.screen import UserError, say
 
-OPTIONS = (
+OPTIONS = (  # of every git command, so that neither a person's settings nor an agent's change what it does
     "core.hooksPath=/dev/null",
     "core.fsmonitor=false",
     "core.autocrlf=false",
@@ -52,7 +55,7 @@ def git_hash(data: bytes, digits: int) -> str:
 
 
 class Repository:
-    """The repository of one checkout. Every method that works on files takes the checkout or worktree as `place`."""
+    """The repository of one checkout. Methods that write files take the checkout or a worktree as `place`."""
 
     def __init__(self, checkout: Path, editable: str, instructions: str):
         if not shutil.which("git"):
@@ -70,7 +73,7 @@ class Repository:
         self._check_checkout()
         self.common = Path(self("rev-parse", "--path-format=absolute", "--git-common-dir"))
         self._name_digits = len(self.head())
-        # What a commit holds never changes. The same few are read for every run, and a git process takes 5 ms.
+        # What a commit holds never changes, and the same few commits are read for every run: a git process takes 5 ms.
         self.read = functools.lru_cache(FILES_KEPT)(self._read)
         self.tree = functools.lru_cache(TREES_KEPT)(self._tree)
 
@@ -85,6 +88,7 @@ class Repository:
             raise UserError("core.bare is true, so git knows no checkout: run 'git config core.bare false'")
 
     def _check_checkout(self) -> None:
+        """Raises UserError unless the checkout is the top level of a repository that has a commit."""
         self._check_worktree()
         try:
             top = self("rev-parse", "--show-toplevel")
@@ -121,7 +125,7 @@ class Repository:
                 )
             except self._failure as error:
                 if error.status == -signal.SIGINT:
-                    continue  # a terminal's Ctrl-C met it between its fork and its own session: it did nothing yet
+                    continue  # a terminal's Ctrl-C met it before it had a session of its own: it has done nothing yet
                 message = error.stderr.removeprefix("\n  stderr: '").rstrip("'") or str(error)
             lock = re.search(r"'([^']+\.lock)': File exists", message)
             if lock is None and default is not None:
@@ -163,14 +167,14 @@ class Repository:
         return self("cat-file", "blob", f"{commit}:{path}", raw=True)
 
     def blobs_of(self, commits: list[str]) -> list[str]:
-        """What git names the editable file of each commit."""
+        """Git's name for the editable file of each commit."""
         if not commits:
             return []
         names = "".join(f"{commit}:{self.editable}\n" for commit in commits)
         return self._feed(names.encode(), "cat-file", "--batch-check=%(objectname)").decode().splitlines()
 
     def hash_of_data(self, data: bytes) -> str:
-        """What git names these bytes as a blob."""
+        """Git's name for these bytes as a blob."""
         return git_hash(data, self._name_digits)
 
     def diff(self, old: str, new: str) -> bytes:
@@ -180,7 +184,7 @@ class Repository:
         return self("log", "-1", f"--format=%(trailers:key={key},valueonly)", commit).strip()
 
     def candidate_tree(self, parent: str, source: bytes) -> tuple[Blob, ...]:
-        """Every file of the commit that `commit` makes of a parent and a source."""
+        """The tree of the commit that `commit` makes of a parent and a source, without a call of git."""
         edited = Blob(self.editable, "100644", self.hash_of_data(source), source)
         return tuple(edited if blob.path == self.editable else blob for blob in self.tree(parent))
 
@@ -216,10 +220,10 @@ class Repository:
         return [name for name in names if name not in ("", self.instructions)]
 
     def converts_line_ends(self) -> bool:
-        """Whether the person's git writes CRLF into a checkout (Git for Windows is installed so)."""
+        """Whether the person's git writes CRLF into a checkout (the default of Git for Windows)."""
         values = self("config", "--get-all", "core.autocrlf", default="").splitlines()
-        own = values[:-1]  # the last one is from OPTIONS
-        return own[-1:] == ["true"]
+        persons_own = values[:-1]  # the last one is from OPTIONS
+        return persons_own[-1:] == ["true"]
 
     # Writing: commits and refs
 
@@ -250,8 +254,10 @@ class Repository:
     # Writing: files of a checkout
 
     def reset(self, place: Path, commit: str, branch: str = "") -> None:
-        """Index and tracked files at the commit; HEAD on the branch, or detached. The instructions and untracked
-        files stay as they are."""
+        """Put index and tracked files to a commit, and HEAD on the branch there, or detached.
+
+        The instructions and untracked files stay as they are.
+        """
         self._check_worktree()
         path = place / self.editable
         if path.is_dir() and not path.is_symlink():
@@ -271,8 +277,9 @@ class Repository:
     def add_worktree(self, place: Path, commit: str) -> None:
         """A worktree with a detached HEAD, made anew."""
         remove_folder(place)
-        for path in (self.common / "worktrees").glob("*/gitdir"):  # a half-made one would stop every git worktree
-            with contextlib.suppress(OSError):  # another tag's loop may be at the same
+        # The entry of a half-made worktree would make every later `git worktree` fail.
+        for path in (self.common / "worktrees").glob("*/gitdir"):
+            with contextlib.suppress(OSError):  # another tag's loop may be removing it too
                 if path.read_text().strip() == f"{place}/.git":
                     remove_folder(path.parent)
         place.parent.mkdir(parents=True, exist_ok=True)

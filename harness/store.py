@@ -5,10 +5,11 @@
                        and its live line carry the same number
     timeline.jsonl     what happened when: from it `status` tells where a run stands, and how busy the devices were
     packages.json      the installed packages as they were when the tag began
-    desks/, bench/     worktrees of the agents; folders of runs in flight
+    desks/             the agents' worktrees, where there is more than one worker
+    bench/             folders of runs in flight
 
-Ledger, refs and run.json are the whole state: kill the loop anywhere and start it again. Only one thread of one
-process writes here, the one that holds the lock.
+Ledger, refs and run.json are the whole state: kill the loop anywhere and start it again. Only one thread writes here:
+the deciding one of the process that holds the tag's lock.
 """
 
 import contextlib
@@ -34,7 +35,7 @@ DIGEST_TRAILER = "Autoresearch-digest"
 
 @dataclass(frozen=True)
 class Run:
-    """What run.json says. The second half is empty until the run is decided."""
+    """What run.json says. From `decision` on, fields are empty until the run has ended."""
 
     number: int
     commit: str
@@ -43,10 +44,10 @@ class Run:
     description: str
     purpose: str  # baseline, experiment, repeat, second look, audit
     again_of: int = 0  # the run whose gain on a former champion is run again here
-    decision: str = ""  # keep, discard, crash; stale: a gain on a former champion
+    decision: str = ""  # keep, discard, crash, audit; stale: a gain on a former champion
     score: float = 0.0
     memory_gb: float = 0.0
-    seconds: float = 0.0
+    seconds: float = 0.0  # wall time of the whole run
     startup_seconds: float | None = None
     training_seconds: float | None = None
     summary: dict[str, str] = field(default_factory=dict)
@@ -156,10 +157,9 @@ class Store:
         missing = [commit for commit in self._commits.values() if commit not in self._blobs]
         self._blobs |= dict(zip(missing, self.repository.blobs_of(missing), strict=True))
         commits = {commit[:7] for commit, blob_of_commit in self._blobs.items() if blob_of_commit == blob}
-        for row in self.rows if commits else ():
-            if row.commit in commits:
-                return row
-        return None
+        if not commits:
+            return None
+        return next((row for row in self.rows if row.commit in commits), None)
 
     def description(self, commit: str) -> str:
         """What an attempt changes, as its commit says it."""
@@ -212,7 +212,7 @@ class Store:
         return is_locked(self.home / "lock")
 
     def next_number(self) -> int:
-        """One that no run of this tag ever had."""
+        """A number that no run of this tag ever had."""
         if self._highest is None:
             self._highest = max([0, *self.attempts, *self._folder_numbers()])
         return self._highest + 1
@@ -221,7 +221,7 @@ class Store:
         return self.runs / f"{number:04d}"
 
     def new_folder(self) -> int:
-        """Make the folder of the next run; its number."""
+        """Make the folder of the next run; return its number."""
         self.runs.mkdir(exist_ok=True)
         number = self.next_number()
         self.folder(number).mkdir()
@@ -272,7 +272,7 @@ class Store:
             say(f"warning: no copy of the ledger {self.ledger} in {place} ({error})")
 
     def check_out_champion(self) -> None:
-        """Put the checkout to the champion. A kill half-way leaves the mark, and the next start finishes the move."""
+        """Put the checkout to the champion. A kill half-way leaves the file `moving`: the next start finishes it."""
         self.moving.touch()
         self.repository.reset(self.repository.checkout, self.champion, self.branch)
         self.moving.unlink()

@@ -195,12 +195,12 @@ def test_refusal_of_a_node_sends_the_job_elsewhere_and_the_only_nodes_goes_to_th
     flight = ray_driver.Flight(1, b"", "", "a")
     reply = {"answer": b"its disk is full", "refused": "its disk is full", "known": {}}
     driver.take_reply(flight, node, reply)
-    assert driver.said == [("done", 1, b"its disk is full")] and not node.rests()
+    assert driver.said == [("done", 1, b"its disk is full")] and not node.is_resting()
     driver.nodes["b"] = ray_driver.Node("b", 4, 0)
     for _ in range(2):
         driver.take_reply(flight, node, reply)
     assert driver.said[1:] == [("say", "node a is left out: its disk is full")]  # once
-    assert node.rests() and node.known == {} and [one.number for one in driver.waiting] == [1, 1]
+    assert node.is_resting() and node.known == {} and [one.number for one in driver.waiting] == [1, 1]
 
 
 def test_run_that_loses_three_workers_is_a_crash_and_no_more_run_than_was_asked_for(monkeypatch):
