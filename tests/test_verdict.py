@@ -11,10 +11,12 @@ from harness.curve import Point, Training
 from harness.ledger import Row
 from harness.store import Run, Store
 from harness.verdict import (
+    Beliefs,
     Side,
     base_run,
     compare,
     discarded_when_busy,
+    earlier_run,
     explain,
     find_marks,
     in_a_word,
@@ -153,6 +155,7 @@ def test_base_of_a_run_is_the_last_one_before_it_and_no_audits(store):
     later = add_run(store, BASE, 1.1, "keep", base="", busy_others=0.2)
     assert base_run(store, run).number == second.number and base_run(store, first) is None
     assert base_run(store, add_run(store, "d" * 40, 0.9, "keep")).number == later.number
+    assert earlier_run(store, later).number == second.number and earlier_run(store, first) is None
     early = add_run(store, "e" * 40, 1.0, "keep", base="f" * 40)
     late = add_run(store, "f" * 40, 1.0, "keep", base="")
     assert base_run(store, early).number == late.number  # none came before it
@@ -239,3 +242,8 @@ def test_discard_says_little_only_if_every_run_was_disturbed(store):
             add_run(store, commit * 40, 1.1, "discard", busy_others=share)
     add_run(store, "1" * 40, 0.9, "keep", busy_others=0.4)
     assert discarded_when_busy(store) == {"ccccccc", "fffffff"}
+
+
+def test_change_is_over_the_noise_above_two_standard_errors():
+    beliefs = Beliefs({}, {"b" * 7: [1.0], "c" * 7: [0.72], "d" * 7: [1.29]}, sigma=0.1)  # an error is 0.1414
+    assert not beliefs.is_over_noise("c" * 40, BASE) and beliefs.is_over_noise("d" * 40, BASE)
