@@ -65,6 +65,15 @@ def test_imports_of_harness_run_one_way():
         placed |= ready
 
 
+def test_list_of_the_rooms_names_each_after_those_that_it_imports():
+    listed = re.findall(r"^    ([a-z_]+)  +", (ROOT / "harness" / "__init__.py").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(ROOMS), "the list in harness/__init__.py lacks rooms, or has more"
+    for number, room in enumerate(listed):
+        modules = imported_modules(ROOMS[room])
+        not_yet = {other for other in listed[number:] if f"harness.{other}" in modules}
+        assert not not_yet, f"{room} imports {not_yet}: harness/__init__.py lists it too early"
+
+
 def test_picture_of_the_rooms_is_as_the_imports_are():
     """In CONTRIBUTING.md each line of rooms imports only from the lines below it."""
     picture = (ROOT / "CONTRIBUTING.md").read_text().partition("```\nloop ")[2].partition("```")[0]
