@@ -498,13 +498,13 @@ def test_assignment_that_agents_fail_of_is_given_up():
     proposers.assignments = deque([Assignment("base", b"", "mend this")])
     proposers._failures = 0
     offered = []
-    for works_without in (False, False, False, False, True, False, True):
+    for works_without in (False, False, False, False, True, False, True, True):
         assignment = proposers._next_assignment()
         offered.append(assignment is not None)
         if assignment is not None:
             proposers._put_back(assignment)
         proposers._failures = 0 if assignment is None and works_without else proposers._failures + 1
-    assert offered == [True, True, True, False, False, True, False]
+    assert offered == [True, True, True, False, False, True, False, False]
 
 
 def test_mended_crash_is_an_experiment_of_its_own_and_the_next_starts_from_the_champion(desk):

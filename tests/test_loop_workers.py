@@ -6,10 +6,12 @@ arrive in an order drawn by chance. The second half runs loop.py with four worke
 
 import contextlib
 import itertools
+import math
 import random
 import re
 import signal
 import subprocess
+import threading
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import replace
@@ -19,14 +21,15 @@ import pytest
 from conftest import BASELINE, Desk, ended, hear, wait_for
 
 import loop
+from harness.agents import Agent
 from harness.bench import Crash, Job, Measurement, Unavailable
 from harness.commands import Options
 from harness.contract import Description, Device, Record
-from harness.desk import Assignment, Proposal
+from harness.desk import Assignment, NoProposal, Proposal
 from harness.interrupts import Interrupts
 from harness.ledger import Row
 from harness.opening import stale_gains
-from harness.proposers import find_problem
+from harness.proposers import Proposers, find_problem
 from harness.repository import Repository
 from harness.screen import UserError
 from harness.store import Run, Store, read_run
@@ -451,6 +454,46 @@ def test_device_held_by_others_floods_nothing(tmp_path, capfd, quick, monkeypatc
     ratchet.settle()
     ratchet.launch()
     assert len(ratchet.planned) == 4 and not ratchet.flying  # not before their time
+
+
+class StandInDesk:
+    """Gives the next answer, and keeps the prompts."""
+
+    def __init__(self, answers: list):
+        self.answers = answers
+        self.prompts: list[str] = []
+        self.log = Path("agent.log")
+
+    def lay_out(self, champion: str, assignment: Assignment, prompt: str) -> None:
+        self.prompts.append(prompt)
+
+    def ask(self, *_):
+        return self.answers.pop(0)
+
+    def clear(self, champion: str) -> None:
+        pass
+
+
+def test_refusal_is_told_once_and_a_proposal_that_passes_ends_the_failing(tmp_path, capfd, quick):
+    night = Night(tmp_path, seed=1)
+    night.session(0)
+    store = night.store
+    champion = store.champion
+    better = START.replace("A = 0", "A = 4").encode()
+    answers = [Proposal(START.encode(), champion, "nothing"), NoProposal("rate limited", is_failure=True)]
+    desk = StandInDesk([*answers, Proposal(better, champion, "A = 4")])
+    proposers = Proposers(store, [desk], Agent([]), "fake", 1.0, math.inf, threading.Event())
+    taken = []
+    failing = []
+    for _ in range(3):
+        proposers._not_before = 0.0
+        assert proposers.ask([])
+        taken.append(proposers.take(next(iter(proposers.asked)), set()))
+        failing.append(proposers.failing_since is not None)
+    assert [proposal and proposal.source for proposal in taken] == [None, None, better]
+    assert failing == [True, True, False] and proposers._failures == 0
+    refusal = "The last proposal was refused: train.py is the champion's"
+    assert [refusal in text for text in desk.prompts] == [False, True, False]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
