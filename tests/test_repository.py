@@ -109,7 +109,10 @@ def test_commit_replaces_one_blob_of_the_parents_tree(desk, git):
     (desk.path / "link").symlink_to("sub/run.sh")
     (desk.path / "a name\twith\nall").write_bytes(bytes(range(256)))
     (desk.path / ".gitattributes").write_text("* text eol=crlf\n")
+    (desk.path / "module").mkdir()  # a submodule that is not checked out has no file to give
+    desk.git("update-index", "--add", "--cacheinfo", f"160000,{desk.git('rev-parse', 'HEAD')},module")
     parent = desk.commit("a tree of every kind")
+    assert " commit " in desk.git("ls-tree", parent, "module") and "module" not in [b.path for b in git.tree(parent)]
     (desk.path / "prepare.py").write_text("an agent's edit, staged")
     desk.git("add", "-A")
     for hook in ("pre-commit", "commit-msg", "reference-transaction"):
