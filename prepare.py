@@ -156,7 +156,7 @@ def _write_text(path, text):
 
 
 def _lock(path, waiting_for):
-    """Takes an exclusive flock, saying so if it has to wait; closing the file, or dying, gives it back."""
+    """Takes an exclusive flock, and says so if it has to wait. It ends when the file is closed or the process dies."""
     try:
         file = _open_lock(path)
     except OSError as error:
@@ -177,7 +177,7 @@ def _open_lock(path):
     """Opens a lock file that every user may lock; makes it, and its folder, where they are missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.parent == LOCKS:
-        with contextlib.suppress(PermissionError):  # it is another user's, who has done this
+        with contextlib.suppress(PermissionError):  # it is another user's: that one's run has set the mode
             path.parent.chmod(0o1777)
     while True:
         # Linux refuses O_CREAT for another user's file in a folder with mode 1777: opening and creating are two steps.
@@ -198,7 +198,7 @@ DISK_FACTOR = 2.5  # bytes on disk for one of parquet
 
 
 def _session():
-    """Repeats what is answered with 429 or 5xx, after as long as Retry-After says."""
+    """A session that repeats requests answered with 429 or 5xx, after the time that Retry-After names."""
     import requests
     from requests.adapters import HTTPAdapter, Retry
 
@@ -382,7 +382,7 @@ def _listed_urls(endpoint):
 
 
 def _local_files() -> list[Path]:
-    """The files of a local source, in an order that no file system or locale decides; none: no such place."""
+    """The files of a local source, in an order that depends on no file system or locale; none for a hub's id."""
     if SOURCE == "python:torch":
         return _torch_files()
     if SOURCE == "python:all":
@@ -410,7 +410,8 @@ def _torch_files() -> list[Path]:
     codegen = folder / "_inductor" / "codegen"
     files = [file for file in folder.rglob("*.py") if file != folder / "version.py" and codegen not in file.parents]
 
-    def name_digest(file):  # by name, the first files would be of one or two packages; `smoke` reads no others
+    # Not in the order of names: the first files would be of one or two packages, and `smoke` reads only the first.
+    def name_digest(file):
         name = file.relative_to(folder).as_posix()
         return hashlib.sha256(name.encode()).digest()
 
@@ -484,7 +485,7 @@ def _document_batches(path):
 
 
 def _split(documents, folder):
-    """Writes the shards. A document's SHA-256 chooses its split, so no text is in two."""
+    """Writes the shards. A document's SHA-256 chooses its split, so no text is in two splits."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -514,7 +515,7 @@ def _split(documents, folder):
                 waiting_chars = 0
             held_out = _held_out_split(document)
             for piece in _cut(document, 2 * MAX_SEQ_LEN):
-                # A short run sees one training shard: each shard has pieces of every document.
+                # A short run sees only one training shard, so each shard gets pieces of every document.
                 name = held_out or train[rng.randrange(TRAIN_SHARDS)]
                 pieces[name].append(piece)
             chars += len(document)
@@ -698,10 +699,10 @@ def _encoded_batches(tokenizer, batches, pool):
         return [np.append(np.uint16(BOS_ID), array.astype(np.uint16)) for array in arrays]
 
     while True:
-        some = list(itertools.islice(batches, 8 * (os.cpu_count() or 1)))
-        if not some:
+        group = list(itertools.islice(batches, 8 * (os.cpu_count() or 1)))
+        if not group:
             return
-        yield from pool.map(encode, some)
+        yield from pool.map(encode, group)
 
 
 def _write_shard(path, batches):
@@ -1154,7 +1155,7 @@ def _device_of(model):
 
 
 def _check_constants(manifest):
-    """Refuses a run that has set one of this file's constants to another value."""
+    """Refuses a run that gave one of this file's constants another value, in its process."""
     prepared = manifest["metric"]["constants"]
     for name in ("MAX_SEQ_LEN", "TIME_BUDGET", "EVAL_TOKENS", "VOCAB_SIZE"):
         value = globals()[name]
@@ -1561,7 +1562,10 @@ def _score_network(path: Path) -> dict:
 
 
 def describe() -> dict:
-    """What the loop asks in a child process, JSON-able; of the data, only the manifest is read."""
+    """What the judge says of itself, the data and this machine, JSON-able; the loop asks for it in a child process.
+
+    Of the data only the manifest is read.
+    """
     manifest = {}
     problem = None
     try:
@@ -1620,7 +1624,7 @@ def _prepare(num_shards: int | None, workers: int) -> None:
 
 
 def _has_tokenizer():
-    """Whether there is one with this profile's vocabulary: an unfinished preparation may have left another."""
+    """Whether the profile has its tokenizer; one of another size was left by a preparation that did not finish."""
     if not (CACHE / "tokenizer.tiktoken").exists():
         return False
     return Tokenizer.from_directory().get_vocab_size() == VOCAB_SIZE

@@ -15,8 +15,9 @@ import os
 import time
 
 PROCESS_STARTED = time.perf_counter()
-# torch reads both when it is imported. libgomp's default wait at barriers crawls where cores are shared. Segments that
-# can grow leave fewer holes in a GPU's memory when batches of different sizes have come and gone.
+# torch reads both when it is imported. At a barrier libgomp's threads spin before they sleep, and with its default
+# number of spins they are slow where cores are shared. Segments that can grow leave fewer holes in a GPU's memory when
+# batches of different sizes have come and gone.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 import gc
@@ -69,7 +70,7 @@ if PROFILE in ("pocket", "smoke") or (PROFILE not in ("climbmix", "code") and no
     EMBEDDING_LR = 0.3
     UNEMBEDDING_LR = 0.01
     WARMDOWN_RATIO = 0.7
-    COMPILE = False  # on two cores 1.3 times the steps, for 20 (cached) to 40 s more to wait in every run
+    COMPILE = False  # True makes 1.3 times the steps on two cores, and every run starts 20 (cached) to 40 s later
 
 
 def log(message: str, end: str = "\n") -> None:
@@ -90,8 +91,8 @@ _masks: dict = {}  # built before a model is compiled, shared by its layers
 def attention(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, window: int) -> Tensor:
     """Causal attention, scale 1/sqrt(D): query t sees keys t-window .. t. k and v may have fewer heads than q (grouped
     queries, arXiv 2305.13245). The back-end is the one that choose_attention found."""
-    # An audit scores the exported network where only torch's own operators are known. (While torch.compile traces,
-    # is_exporting() is True as well.)
+    # An audit scores the exported network in a process that knows only torch's own operators. (While torch.compile
+    # traces, is_exporting() is True as well.)
     if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
         return sdpa_attention(q_BTHD, k_BTHD, v_BTHD, window)
     return attention_backend(q_BTHD, k_BTHD, v_BTHD, window)
@@ -146,7 +147,7 @@ def flex_attention(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, window: int) 
 
 def flash_snapshots() -> list[Path]:
     """Downloads of the pinned kernel in the hub's local cache, newest first."""
-    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.constants import HF_HUB_CACHE  # here, as kernels below: only a GPU needs them
 
     cache = Path(os.environ.get("KERNELS_CACHE") or HF_HUB_CACHE)
     found = set()
@@ -388,7 +389,9 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        V, C, L = config.vocab_size, config.n_embd, config.n_layer
+        V = config.vocab_size
+        C = config.n_embd
+        L = config.n_layer
         head_dim = C // config.n_head
         blocks = nn.ModuleList()
         value_embeds = nn.ModuleDict()
@@ -424,7 +427,7 @@ class GPT(nn.Module):
         position = torch.arange(T, device=device)[:, None, None]
         frequency = 10000.0 ** (-torch.arange(half, device=device) / half)
         angle = position * frequency  # (T, 1, D/2)
-        # On CUDA these tables are bfloat16: half the memory, and the residual stream starts from them as bfloat16.
+        # On CUDA tables and embeddings are bfloat16: half the memory, and the residual stream starts as bfloat16.
         compute_type = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.cos = angle.cos().to(compute_type)
         self.sin = angle.sin().to(compute_type)
@@ -732,7 +735,8 @@ def read_fits() -> dict[str, int]:
 
 
 def remember_fit(kind: str, rows: int) -> None:
-    """Spare the next run of this kind the search, in which every size that fails costs a compilation."""
+    """Write down what fits, so that the next run of this kind need not search: every size that fails costs a
+    compilation."""
     fits = read_fits()
     if fits.get(kind) == rows:
         return
@@ -759,7 +763,7 @@ def fit_device_batch(trial: Callable[[int], None], total_rows: int, upper_bound:
             if rows == 1:
                 raise UserError(f"one row runs out of memory: make the model smaller ({one_line(error)})") from error
         log(f"out of memory with {rows} rows per micro-step: halving them")
-        torch.compiler.reset()  # a function is compiled for a few sizes only
+        torch.compiler.reset()  # else torch stops compiling: it does so for a few sizes of a function, and no more
         upper_bound = rows // 2
 
 
@@ -778,7 +782,7 @@ def choose_threads(micro_step: Callable[[], None]) -> int:
     for _ in range(5):
         for count in counts:
             torch.set_num_threads(count)
-            micro_step()  # the first with this number starts or ends threads
+            micro_step()  # not timed: the first one with a number of threads starts or ends some
             started = time.perf_counter()
             micro_step()
             seconds[count].append(time.perf_counter() - started)
