@@ -18,6 +18,7 @@ import loop
 from harness import morning, page
 from harness.files import is_locked
 from harness.ledger import Row
+from harness.live_page import LivePage
 from harness.report import compute
 from harness.store import Run, Store
 from harness.verdict import explain, read_beliefs
@@ -217,6 +218,23 @@ def test_page_is_rewritten_while_a_loop_runs_and_at_its_end_reloads_no_more(desk
     assert desk.git("status", "--porcelain") == ""
     printed = desk.loop("audit", "--replicates", "1").stdout
     wait_for(lambda: printed.strip() in html.unescape(path.read_text()))
+
+
+def test_page_is_rewritten_where_rows_came_a_minute_passed_and_no_run_is_disturbed(store, monkeypatch):
+    live_page = LivePage(store)
+    begun = []
+    monkeypatch.setattr(live_page, "_begin", lambda is_live: begun.append(is_live))
+    store.rows.append(Row("a", 1.0, 1.0, "keep", "baseline"))
+    live_page.keep_fresh(is_quiet=True)
+    assert begun == []  # it was begun just now
+    live_page._began -= 61
+    live_page.keep_fresh(is_quiet=False)
+    assert begun == []
+    live_page.keep_fresh(is_quiet=True)
+    assert begun == [True]
+    live_page._rows = 1
+    live_page.keep_fresh(is_quiet=True)
+    assert begun == [True]  # no row came
 
 
 def test_small_texts_stay_whole_where_large_ones_are_cut():

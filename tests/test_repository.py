@@ -251,3 +251,10 @@ def test_reset_restores_whatever_replaced_the_file(desk, git, kind):
     git.reset(desk.path, commit, "autoresearch/t")
     assert path.is_file() and not path.is_symlink() and path.read_bytes() == git.read(commit, "train.py")
     assert not (desk.outside / "elsewhere").exists()
+
+
+def test_worktree_is_whole_though_an_agent_made_the_checkout_sparse(desk, git):
+    desk.git("sparse-checkout", "set", "--no-cone", "nothing")
+    place = desk.outside / "worktree"
+    git.add_worktree(place, git.head())
+    assert (place / "prepare.py").exists() and (place / "harness").is_dir()
