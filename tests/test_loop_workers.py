@@ -420,9 +420,9 @@ def test_commit_that_is_run_again_is_worth_all_its_runs_but_the_first(tmp_path, 
     commit = "c" * 40
     experiment = loop.Experiment("idea", "experiment", base=ratchet.store.baseline, commit=commit)
     experiment.runs.append(Run(9, commit, "", 7, "idea", "experiment", score=0.8))
-    assert ratchet.believed(experiment) == 0.8
+    assert ratchet.believed_score(experiment) == 0.8
     ratchet.store.rows += [Row(commit[:7], score, 1.0, "discard", "idea") for score in (0.5, 1.0)]
-    assert ratchet.believed(experiment) == pytest.approx(0.9)
+    assert ratchet.believed_score(experiment) == pytest.approx(0.9)
 
 
 def test_baseline_that_crashes_when_measured_again_costs_no_ref(tmp_path, capfd, quick):
