@@ -5,9 +5,7 @@ line and never a traceback.
 """
 
 import argparse
-import contextlib
 import functools
-import io
 import math
 import os
 import select
@@ -27,12 +25,13 @@ from harness.files import open_regular, read_tail
 from harness.interrupts import Interrupts, StopNow
 from harness.live_page import LivePage
 from harness.page import read_template
-from harness.prompt import summary
+from harness.prompt import standing
 from harness.proposers import find_problem
 from harness.ray_fleet import check_extra
 from harness.repository import Repository
 from harness.screen import ERROR_CHARS, UserError, one_line, say
 from harness.store import Store
+from harness.verdict import repeat_command
 
 AGENT_TIMEOUT = 1800  # seconds that a proposal may take
 TAG_BYTES = 100  # a tag is the name of folders and files
@@ -150,7 +149,7 @@ def command_run(domain: Domain, checkout: Path, open_session: Callable, args: ar
             raise
         finally:
             ratchet.close()
-    say(f"{summary(store.rows, domain)} Read it with: uv run loop.py report")
+    say(f"{standing(store.rows, domain)} Read it with: uv run loop.py report")
     return 0
 
 
@@ -282,15 +281,13 @@ def _how_to_repeat(store: Store, source: bytes) -> str:
     row = store.find_attempt(store.repository.hash_of_data(source))
     if row is None:
         return ""
-    commit = store.full(row.commit)
-    if commit == store.champion:
-        return ": 'uv run loop.py try --base' runs it once more"
-    return f": 'uv run loop.py try --again {store.first_number(commit)}' runs it once more"
+    command = repeat_command(store, store.full_commit(row.commit))
+    return f": '{command}' runs it once more"
 
 
 def _how_to_go_back(store: Store, commit: str) -> str:
     """The line below a verdict: a former champion is believed better, and this command takes it back."""
-    command = f"uv run loop.py try --again {store.first_number(commit)}"
+    command = repeat_command(store, commit)
     believed = f"{commit[:7]}, a former best, is believed better ({store.estimate(commit):.6f})"
     return f"{believed}: '{command}' measures it again, and makes it the best if that holds"
 
@@ -366,13 +363,14 @@ def command_audit(domain: Domain, checkout: Path, open_session: Callable, args: 
             audited = ratchet.audit(args.replicates)
         finally:
             ratchet.close()
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        code = report.print_audit(audited, domain)
-    print(printed.getvalue(), end="")
-    morning.keep_audit(store, printed.getvalue(), report.find_doubts(audited))
+    text = report.audit_text(audited, domain)
+    print(text)
+    doubts = report.find_doubts(audited)
+    for doubt in doubts:
+        say(f"error: {doubt}")
+    morning.keep_audit(store, text, doubts)
     LivePage(store).close()  # the session's own last write was before this
-    return code
+    return 1 if doubts else 0
 
 
 COMMANDS = {

@@ -1,7 +1,9 @@
-"""What the morning page says: everything of a tag that a person may want to see, gathered and cut to size.
+"""What report.html, the page for the morning, says: everything of a tag that a person may want to see, cut to size.
 
-A long ledger is not shown whole: all that was kept, the near misses and the newest rows are, and the page says what was
-left out. Diffs, logs and verdicts together take at most DETAIL_BYTES.
+Of a long ledger the page shows what was kept, the near misses and the newest rows, and says what it leaves out. Diffs,
+logs and verdicts together take at most DETAIL_BYTES. Functions named ..._values give values of the template, page.html.
+
+markupsafe is imported where it is used: it comes with jinja2, and most commands write no page (see page.py).
 """
 
 import contextlib
@@ -17,7 +19,7 @@ from harness.contract import Domain
 from harness.curve import read_training, unit_of
 from harness.files import open_to_append, read_head, read_tail, read_text, write_atomically
 from harness.ledger import Row
-from harness.report import Findings, tell_busy, tell_gain, tell_kept
+from harness.report import Findings, busy_sentence, gain_words, kept_sentence
 from harness.screen import UserError, duration, one_line
 from harness.store import Run, Store
 from harness.verdict import BUSY_SHARE, Beliefs, explain, read_beliefs
@@ -51,7 +53,7 @@ class Entry:
 def write_page(
     store: Store | None, findings: Findings, checkout: Path, domain: Domain, is_live: bool, template: str
 ) -> Path:
-    """Write report.html into a checkout; where. With `is_live` it reloads itself."""
+    """Write report.html into a checkout; return its path. With `is_live` the page reloads itself."""
     path = checkout / PAGE_NAME
     write_atomically(path, compose(store, findings, domain, is_live, template))
     return path
@@ -88,24 +90,24 @@ def compose(store: Store | None, findings: Findings, domain: Domain, is_live: bo
         "sigma": f"{findings.sigma:.6f} {domain.unit}",
         "sigma_source": findings.sigma_source,
         "early": f"{picture.EARLY_SHARE:.0%}",
-        "warnings": [words(warning) for warning in findings.warnings],
+        "warnings": [clean_line(warning) for warning in findings.warnings],
         "progress_svg": Markup(picture.progress_svg(findings.rows, domain, findings.sigma)),
-        "pace": tell_pace(store, findings),
+        "pace": pace_lines(store, findings),
         "samples": find_samples(named, domain),
     }
-    values |= tell_overview(findings, domain)
-    values |= tell_table_of_kept(findings, domain)
-    values |= tell_whole_change(store, findings)
-    values |= tell_curves(store, named, shown, domain)
-    values |= tell_audit(store)
-    values |= tell_machine(store, entries)
-    values |= tell_rows(store, entries, shown, domain)
+    values |= overview_values(findings, domain)
+    values |= kept_values(findings, domain)
+    values |= whole_change_values(store, findings)
+    values |= curve_values(store, named, shown, domain)
+    values |= audit_values(store)
+    values |= machine_values(store, entries)
+    values |= rows_values(store, entries, shown, domain)
     return page.render(template, **values)
 
 
 def keep_audit(store: Store, text: str, doubts: list[str]) -> None:
-    """What an audit printed, for the page."""
-    lines = [text.rstrip("\n"), *(f"error: {doubt}" for doubt in doubts)]
+    """Keep what an audit printed, for the page."""
+    lines = [text, *(f"error: {doubt}" for doubt in doubts)]
     write_atomically(store.home / AUDIT_NAME, "\n".join(lines) + "\n")
 
 
@@ -117,7 +119,7 @@ def find_entries(store: Store | None, rows: list[Row]) -> list[Entry]:
     """Every row with its run: the n-th row of a commit is the n-th of its runs that was decided."""
     runs: dict[str, list[Run]] = {}
     for run in store.read_runs() if store is not None else []:
-        if run.decision and run.purpose != "audit":
+        if run.is_decided:
             runs.setdefault(run.commit[:7], []).append(run)
     entries = []
     for index, row in enumerate(rows):
@@ -149,25 +151,25 @@ def choose_entries(entries: list[Entry], findings: Findings, domain: Domain) -> 
 # The parts of the page
 
 
-def words(text: str) -> str:
-    """Somebody's words, fit for one line."""
+def clean_line(text: str) -> str:
+    """What an agent or a run wrote, fit for one line of the page."""
     return one_line(page.clean(text), LONGEST_WORDS)
 
 
-def tell_overview(findings: Findings, domain: Domain) -> dict:
+def overview_values(findings: Findings, domain: Domain) -> dict:
     rows = findings.rows
     first = findings.kept[0]
     best = findings.kept[-1]
     counts = [f"{sum(row.status == status for row in rows):,} {status}" for status in ("keep", "discard", "crash")]
-    gain = tell_gain(first.score, best.score, domain)
+    gain = gain_words(first.score, best.score, domain)
     overview = [
-        f"Baseline {first.score:.6f}, {gain}. {tell_kept(findings.kept)}",
+        f"Baseline {first.score:.6f}, {gain}. {kept_sentence(findings.kept)}",
         f"{len(rows):,} rows: {', '.join(counts)}.",
     ]
     return {"headline": f"Best {domain.metric} {best.score:.6f}", "overview": overview}
 
 
-def tell_table_of_kept(findings: Findings, domain: Domain) -> dict:
+def kept_values(findings: Findings, domain: Domain) -> dict:
     """The table of what was kept, with steps and tokens a second where the runs say them: a faster host is no gain."""
     first, *changes = findings.kept
     largest = sorted(changes, key=lambda change: change.gain, reverse=True)[:MOST_KEPT]
@@ -184,19 +186,19 @@ def tell_table_of_kept(findings: Findings, domain: Domain) -> dict:
     for change in findings.kept:
         if change.commit not in in_table:
             continue
-        cells = [words(change.commit), f"{change.score:.6f}", "", ""]
+        cells = [clean_line(change.commit), f"{change.score:.6f}", "", ""]
         if change is not first:
             cells[2:] = [f"{change.gain:.6f}", "resolved" if change.resolved else "within noise"]
         for name in speeds:
             value = getattr(change, name)
             cells.append("-" if value is None else f"{value:,.0f}")
-        table.append([*cells, words(change.description)])
+        table.append([*cells, clean_line(change.description)])
     left_out = len(changes) - len(largest)
     note = f"{left_out:,} smaller gains are left out here; results.tsv has them." if left_out else ""
     return {"kept_heads": [*heads, "description"], "kept": table, "kept_left_out": note}
 
 
-def tell_whole_change(store: Store | None, findings: Findings) -> dict:
+def whole_change_values(store: Store | None, findings: Findings) -> dict:
     """The diff from baseline to champion; nothing where a commit of the ledger is not in this repository."""
     difference = b""
     if store is not None and len(findings.kept) > 1 and store.baseline:
@@ -208,8 +210,8 @@ def tell_whole_change(store: Store | None, findings: Findings) -> dict:
     return {"whole_diff": page.diff_markup(page.cut_to(page.shorten_lines(text), READ_BYTES))}
 
 
-def tell_pace(store: Store | None, findings: Findings) -> list[tuple[str, str]]:
-    """What the timeline tells; cost and sessions only where the loop called agents: each `try` is a session."""
+def pace_lines(store: Store | None, findings: Findings) -> list[tuple[str, str]]:
+    """What the timeline tells. Cost and sessions only where the loop called agents: else each `try` is a session."""
     events = store.read_timeline() if store is not None else []
     runs = [event["seconds"] for event in events if event["event"] == "measured"]
     sessions = sum(event["event"] == "session" for event in events)
@@ -223,7 +225,7 @@ def tell_pace(store: Store | None, findings: Findings) -> list[tuple[str, str]]:
     return told
 
 
-def tell_curves(store: Store | None, named: dict[str, Run], shown: list[Entry], domain: Domain) -> dict:
+def curve_values(store: Store | None, named: dict[str, Run], shown: list[Entry], domain: Domain) -> dict:
     """Loss curves of baseline and champion, and the lines of other runs to choose from."""
     nothing = {"curves_svg": "", "choices": [], "choices_left_out": ""}
     if store is None or not domain.curve_pattern:
@@ -239,7 +241,7 @@ def tell_curves(store: Store | None, named: dict[str, Run], shown: list[Entry], 
     for entry in others[:MOST_CURVES]:
         lines = curves.lines(read_training(store.folder(entry.run.number), domain))
         if any(lines):
-            name = f"{entry.run.number:04d} {entry.row.status} {words(entry.row.description)}"
+            name = f"{entry.run.number:04d} {entry.row.status} {clean_line(entry.row.description)}"
             choices.append({"name": one_line(name, 90), "lines": lines})
     left_out = len(others) - MOST_CURVES
     note = f"The curves of {left_out:,} older runs are left out." if left_out > 0 else ""
@@ -252,12 +254,12 @@ def find_samples(named: dict[str, Run], domain: Domain) -> list[dict]:
     for name, run in named.items():
         text = page.clean(str(run.summary.get(domain.sample, ""))) if domain.sample else ""
         if text:
-            title = f"{name} {words(run.commit[:7])}, {domain.metric} {run.score:.6f}"
+            title = f"{name} {clean_line(run.commit[:7])}, {domain.metric} {run.score:.6f}"
             samples.append({"name": title, "text": text[:SAMPLE_CHARS]})
     return samples
 
 
-def tell_audit(store: Store | None) -> dict:
+def audit_values(store: Store | None) -> dict:
     path = store.home / AUDIT_NAME if store is not None else None
     text = page.shorten_lines(read_text(path)).rstrip() if path is not None else ""
     if not text:
@@ -266,7 +268,7 @@ def tell_audit(store: Store | None) -> dict:
     return {"audit": text, "audit_when": f"printed {when}"}
 
 
-def tell_machine(store: Store | None, entries: list[Entry]) -> dict:
+def machine_values(store: Store | None, entries: list[Entry]) -> dict:
     """How busy others kept the machine, and what the loop had to wait for."""
     known = [entry.run for entry in entries if entry.run is not None and entry.run.busy_others is not None]
     busy = []
@@ -274,12 +276,12 @@ def tell_machine(store: Store | None, entries: list[Entry]) -> dict:
         share = min(1.0, max(0.0, run.busy_others))
         name = f"run {run.number:04d}: {share:.0%}"
         busy.append({"name": name, "height": round(100 * share), "is_much": share > BUSY_SHARE})
-    text = tell_busy(known) or "How busy others kept it is unknown: no run's record says it."
+    text = busy_sentence(known) or "How busy others kept it is unknown: no run's record says it."
     waits = []
     for event in store.read_timeline() if store is not None else []:
         if event["event"] == "waiting":
             when = time.strftime("%m-%d %H:%M", time.localtime(event["at"]))
-            waits.append(f"{when}, run {event['run']:04d} waited: {words(event['description'])}")
+            waits.append(f"{when}, run {event['run']:04d} waited: {clean_line(event['description'])}")
     return {"machine": text, "busy": busy, "waits": waits[-MOST_WAITS:]}
 
 
@@ -287,7 +289,7 @@ def tell_machine(store: Store | None, entries: list[Entry]) -> dict:
 # The rows
 
 
-def tell_rows(store: Store | None, entries: list[Entry], shown: list[Entry], domain: Domain) -> dict:
+def rows_values(store: Store | None, entries: list[Entry], shown: list[Entry], domain: Domain) -> dict:
     """The chosen rows with what a person may unfold, and a sentence about the others."""
     beliefs = read_beliefs(store) if store is not None else None
     texts = [read_details(store, entry, beliefs, place < MOST_CURVES) for place, entry in enumerate(shown)]
@@ -295,7 +297,7 @@ def tell_rows(store: Store | None, entries: list[Entry], shown: list[Entry], dom
     limit = page.fair_limit(sizes, DETAIL_BYTES)
     rows = []
     for entry, details in zip(shown, texts, strict=True):
-        rows.append(tell_row(entry, details, beliefs, limit))
+        rows.append(row_values(entry, details, beliefs, limit))
     left_out = ""
     if len(shown) < len(entries):
         indices = {entry.index for entry in shown}
@@ -320,7 +322,8 @@ def read_details(store: Store | None, entry: Entry, beliefs: Beliefs | None, wit
     }
 
 
-def tell_row(entry: Entry, details: dict[str, str], beliefs: Beliefs | None, limit: float) -> dict:
+def row_values(entry: Entry, details: dict[str, str], beliefs: Beliefs | None, limit: float) -> dict:
+    """One row. Each of its details takes at most `limit` bytes."""
     row = entry.row
     run = entry.run
     is_crash = row.status == "crash"
@@ -337,8 +340,8 @@ def tell_row(entry: Entry, details: dict[str, str], beliefs: Beliefs | None, lim
         "status": row.status,
         "score": "" if is_crash else f"{row.score:.6f}",
         "change": "" if change is None else f"{change:+.6f}",
-        "description": words(row.description),
-        "commit": words(row.commit),
+        "description": clean_line(row.description),
+        "commit": clean_line(row.commit),
         "memory": f"{row.memory_gb:.1f}",
         "facts": facts,
         "has_details": any(details.values()),

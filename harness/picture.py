@@ -1,8 +1,11 @@
-"""Pictures. Of a ledger: every run a dot, the best so far a line, the gains that matter most labelled.
+"""Pictures of a ledger and of the training: progress.png, and the same and loss curves as SVG for report.html.
 
-The green line is the best so far: where a commit ran more
-than once, the mean of the scores that are believed. The band around it is one sigma wide on either side: a single run
-cannot tell apart what lies within it. Of the training: loss curves, at equal time and at equal tokens.
+In the picture of a ledger every run is a dot and the best so far a green line; the largest gains are labelled. Where
+the best commit ran more than once, the line is the mean of the scores that are believed. The band around it is one
+sigma wide on either side: a single run cannot tell apart what lies within it. The loss curves stand at equal time and
+at equal tokens.
+
+matplotlib and numpy are imported where they are used: they take a second, and most commands draw nothing.
 """
 
 import itertools
@@ -58,7 +61,7 @@ class Best:
 
 def plot(rows: list[Row], path: Path, domain: Domain, sigma: float) -> None:
     """Draw the ledger to a PNG file."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here, since it takes a second to import
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     figure = draw(rows, domain, sigma, size=(14, 7), ink="black")
     picture = BytesIO()
@@ -324,7 +327,7 @@ class _Labels:
                     break
 
     def place_one(self, best: Best, text: str) -> bool:
-        """Draw the label at the nearest free place, with a thin line to its point; whether there was one."""
+        """Draw the label at the nearest free place, with a thin line to its point; return whether there was one."""
         from matplotlib.font_manager import FontProperties
 
         if not text:

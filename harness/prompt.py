@@ -28,8 +28,8 @@ class Background:
     verdicts: list[str]  # the latest experiments beside their bases, a table each
 
 
-def summary(rows: list[Row], domain: Domain) -> str:
-    """Best so far and what it took, in one line."""
+def standing(rows: list[Row], domain: Domain) -> str:
+    """Where a run stands, in one line: the best so far, and how many rows it took."""
     scored = [row for row in rows if row.status != "crash"]
     if not scored:
         return "No run yet: the baseline comes first."
@@ -54,7 +54,7 @@ def write_prompt(
 ) -> str:
     """The whole prompt. `task` is what this proposal starts from beyond the champion, `refusal` why the last failed."""
     parts = [instructions.rstrip(), "---", "# This experiment"]
-    parts.append(f"loop.py calls you for one proposal. {summary(rows, domain)}")
+    parts.append(f"loop.py calls you for one proposal. {standing(rows, domain)}")
     parts.append("The ledger's last rows:\n\n" + domain.columns + "".join(map(str, rows[-LAST_ROWS:])).rstrip())
     parts += memory(rows, background, domain)
     if background.verdicts:
@@ -76,7 +76,7 @@ def write_prompt(
 
 
 def memory(rows: list[Row], background: Background, domain: Domain) -> list[str]:
-    """What was kept, what nearly was, what led nowhere, and whether the neighbourhood is exhausted.
+    """What was kept, what was nearly kept, what led nowhere, and whether the neighbourhood is exhausted.
 
     An experiment counts once, however often it ran, with the score that is believed of it.
     """
@@ -96,9 +96,11 @@ def memory(rows: list[Row], background: Background, domain: Domain) -> list[str]
             unsettled.append(f"the machine was busy: {row.description}")
 
     parts = []
+    kept_lines = [str(row).rstrip() for row in kept[-KEPT:]]
+    near_lines = [str(row).rstrip() for row in near]
     sections = (
-        ("Kept so far:", [str(row).rstrip() for row in kept[-KEPT:]], ""),
-        ("Near misses, the best of what was discarded (two may go together):", [str(row).rstrip() for row in near], ""),
+        ("Kept so far:", kept_lines, ""),
+        ("Near misses, the best of what was discarded (two may go together):", near_lines, ""),
         ("Dead ends, clearly worse (try something else):", dead[-DEAD_ENDS:], "- "),
         ("Not settled, and no dead ends (a mended or changed form may work):", unsettled[-UNSETTLED:], "- "),
     )
@@ -156,11 +158,11 @@ def _clear_losses(
 
 
 def _settled_since_keep(rows: list[Row], background: Background) -> int:
-    """Experiments since the champion became it, but for crashes and those that say little."""
+    """How many experiments the present champion has outlasted, crashes and those that say little aside."""
     kept = [row.commit for row in rows if row.status == "keep"]
     begin = 0
     if kept:
-        begin = next(i for i, row in enumerate(rows) if row.commit == kept[-1] and row.status == "keep")
+        begin = next(number for number, row in enumerate(rows) if row.commit == kept[-1] and row.status == "keep")
     commits = {row.commit for row in rows[begin:] if row.status != "crash"}
     return len(commits - {*kept} - background.busy - background.merged)
 

@@ -29,7 +29,7 @@ from harness.ledger import (
     wants_simpler_rule,
 )
 from harness.opening import false_rows
-from harness.prompt import summary
+from harness.prompt import standing
 from harness.screen import ERROR_CHARS, UserError, duration, say
 from harness.store import PROFILE_TRAILER, Run, Store
 from harness.verdict import BUSY_SHARE, explain, mean_of_known, mean_pace
@@ -49,9 +49,9 @@ def print_status(store: Store, wait: bool) -> int:
         if store.rows:
             print(verdict_text(store))
             return 0
-    state = _where(store) if store.is_busy() else "no loop is running"
+    state = _what_runs(store) if store.is_busy() else "no loop is running"
     print(f"{store.branch}: {state}")
-    print(summary(store.rows, store.domain))
+    print(standing(store.rows, store.domain))
     if store.rows:
         events = store.read_timeline()
         print(_pace(events))
@@ -83,7 +83,7 @@ def _wait_for_verdict(store: Store, rows_before: int) -> None:
     store.load()
 
 
-def _where(store: Store) -> str:
+def _what_runs(store: Store) -> str:
     """What runs now and for how long, from the timeline."""
     running: dict[int, dict] = {}
     waiting: dict[int, dict] = {}
@@ -136,8 +136,8 @@ def verdict_text(store: Store) -> str:
     if refused.startswith("error: "):
         return refused
     row = store.rows[-1]
-    lines = [str(row).strip(), summary(store.rows, store.domain)]
-    runs = [run for run in store.runs_of(store.full(row.commit)) if run.decision and run.purpose != "audit"]
+    lines = [str(row).strip(), standing(store.rows, store.domain)]
+    runs = [run for run in store.runs_of(store.full_commit(row.commit)) if run.is_decided]
     if runs:
         lines += explain(store, runs[-1], with_commands=True)
     # A gain on a former champion that could not be run again on the present one.
@@ -171,8 +171,8 @@ class Kept:
     gain: float  # on the one before; 0 for the baseline
     resolved: bool  # larger than the noise
     description: str
-    steps: float | None = None  # and what was taken in a second: the means of its runs; None where none says so
-    pace: float | None = None
+    steps: float | None = None  # the mean of its runs; None where none says so
+    pace: float | None = None  # tokens a second, the same
 
 
 @dataclass(frozen=True)
@@ -193,15 +193,15 @@ class Findings:
 
 
 def print_report(store: Store | None, ledger: str | None, checkout: Path, domain: Domain) -> Findings:
-    """Print the table of kept changes and draw progress.png; of a tag, or of any ledger file. What was found."""
+    """Print the table of kept changes and draw progress.png, of a tag or of any ledger file; return what was found."""
     rows, path, bad = read_rows(store, ledger, checkout)
     if bad:
         say(f"warning: {bad} lines of {path} are no rows and were left out")
     findings = compute(store, rows, path, domain)
     print_findings(findings, domain)
-    path = checkout / picture.PICTURE_NAME
-    picture.plot(rows, path, domain, findings.sigma)
-    print(f"picture: {path}")
+    picture_path = checkout / picture.PICTURE_NAME
+    picture.plot(rows, picture_path, domain, findings.sigma)
+    print(f"picture: {picture_path}")
     return findings
 
 
@@ -239,7 +239,7 @@ def compute(store: Store | None, rows: list[Row], path: Path, domain: Domain) ->
         has_simpler=any(row.status == "keep" and wants_simpler_rule(row.description) for row in rows),
         pace=_pace(events) if events else "",
         spent=spending(events, _number_kept(rows)),
-        busy=tell_busy(_decided_runs(store)),
+        busy=busy_sentence(_decided_runs(store)),
         warnings=_warnings(store),
     )
 
@@ -255,7 +255,7 @@ def _noise(rows: list[Row], profile: str, domain: Domain) -> tuple[float, str]:
 
 
 def _kept_changes(rows: list[Row], sigma: float, domain: Domain, store: Store | None = None) -> list[Kept]:
-    """The champions, one after the other: one that was measured again counts once, one that came back twice."""
+    """The champions, one after the other. One that was measured again counts once, one that came back counts twice."""
     descriptions: dict[str, str] = {}
     champions: list[str] = []
     for row in rows:
@@ -287,17 +287,16 @@ def _speed_of(store: Store | None, commit: str) -> tuple[float | None, float | N
     """Steps and tokens a second of a commit's runs; None in a ledger without run folders."""
     if store is None:
         return None, None
-    runs = [run for run in store.runs_of(store.full(commit)) if run.score and run.purpose != "audit"]
+    runs = [run for run in store.runs_of(store.full_commit(commit)) if run.is_scored]
     return mean_pace(store, runs)
 
 
 def _decided_runs(store: Store | None) -> list[Run]:
-    """Those that have a row."""
     runs = store.read_runs() if store is not None else []
-    return [run for run in runs if run.decision and run.purpose != "audit"]
+    return [run for run in runs if run.is_decided]
 
 
-def tell_busy(runs: list[Run]) -> str:
+def busy_sentence(runs: list[Run]) -> str:
     """How busy others kept the machine, in a sentence; "" where no record says it."""
     shares = [run.busy_others for run in runs if run.busy_others is not None]
     if not shares:
@@ -309,8 +308,8 @@ def tell_busy(runs: list[Run]) -> str:
     return f"{text}, and over {BUSY_SHARE:.0%} in {much:,} of {len(shares):,} runs: those scores are weak."
 
 
-def tell_kept(kept: list[Kept]) -> str:
-    """How many changes were kept, in a sentence; of the champions the first is the baseline."""
+def kept_sentence(kept: list[Kept]) -> str:
+    """How many changes were kept, in a sentence. The first of `kept` is the baseline."""
     changes = len(kept) - 1
     if not changes:
         return "Nothing was kept yet."
@@ -319,15 +318,15 @@ def tell_kept(kept: list[Kept]) -> str:
     return f"{were} kept, {resolved:,} of them resolved."
 
 
-def tell_gain(first: float, best: float, domain: Domain) -> str:
-    """What all kept changes together gained on the baseline, in words that no sign turns around."""
+def gain_words(first: float, best: float, domain: Domain) -> str:
+    """What all kept changes together gained on the baseline; a loss is called one, not a negative gain."""
     gain = domain.gain(first, best)
     amount = f"{abs(gain):.6f} {domain.unit} ({abs(gain) / (abs(first) or 1):.2%})"
     return f"worse than the baseline by {amount}" if gain < 0 else f"gain {amount}"
 
 
 def _warnings(store: Store | None) -> list[str]:
-    """Rows that their records do not bear out, and marks of kept runs, the newest first."""
+    """Rows that no record of a run bears out, and the marks of kept runs, newest first."""
     if store is None:
         return []
     warnings = false_rows(store)
@@ -348,9 +347,9 @@ def print_findings(findings: Findings, domain: Domain) -> None:
         print(findings.pace)
     first = findings.kept[0]
     best = findings.kept[-1]
-    gain = tell_gain(first.score, best.score, domain)
+    gain = gain_words(first.score, best.score, domain)
     print(f"best {best.score:.6f} ({best.commit}), baseline {first.score:.6f}, {gain}")
-    print(tell_kept(findings.kept))
+    print(kept_sentence(findings.kept))
     print()
     speeds = speed_columns([(change.steps, change.pace) for change in findings.kept], domain)
     print(f"{'kept':8} {domain.metric:>8} {'gain':>9}  {'':12}{speeds[0]} description")
@@ -408,41 +407,38 @@ class Audited:
     problem: str  # why there are no clean scores
     was_refused: bool  # there is an exported network, and the clean process gave it no scores
     device: str
-    steps: float | None = None  # and what it took in a second, as the run says
-    pace: float | None = None
+    steps: float | None = None  # as the run says
+    pace: float | None = None  # tokens a second, as the run says
 
 
-def print_audit(audited: list[Audited], domain: Domain) -> int:
-    """Both splits, mean and deviation over the seeds, in the run's process and in the clean one; the exit code."""
+def audit_text(audited: list[Audited], domain: Domain) -> str:
+    """Both splits, mean and deviation over the seeds, in the run's process and in the clean one."""
     names = list(dict.fromkeys(run.name for run in audited))
     replicates = sum(run.name == names[0] for run in audited)
     headings = f"{'validation ' + domain.unit:>21} {'sealed test ' + domain.unit:>21}"
     seeds = "1 fresh seed" if replicates == 1 else f"{replicates} fresh seeds"
     speeds = speed_columns([_mean_speed([run for run in audited if run.name == name]) for name in names], domain)
-    print(f"{'':27} {headings}{speeds[0]}   ({seeds} each)")
+    lines = [f"{'':27} {headings}{speeds[0]}   ({seeds} each)"]
     means = {}
     for name, speed in zip(names, speeds[1:], strict=True):
         runs = [run for run in audited if run.name == name]
         columns = ([run.score for run in runs], [run.test_score for run in runs])
         means[name] = [statistics.fmean(column) for column in columns]
-        print(f"{name:27} {_cell(columns[0])} {_cell(columns[1])}{speed}".rstrip())
+        lines.append(f"{name:27} {_cell(columns[0])} {_cell(columns[1])}{speed}".rstrip())
         clean = [run for run in runs if run.clean_score is not None]
         if clean:
             cells = f"{_cell([run.clean_score for run in clean])} {_cell([run.clean_test_score for run in clean])}"
-            print(f"{'  in a clean process':27} {cells}")
+            lines.append(f"{'  in a clean process':27} {cells}")
         for problem in dict.fromkeys(run.problem for run in runs if run.problem):
             count = sum(run.problem == problem for run in runs)
-            print(f"{'  not in a clean process':27} {problem} ({count} of {len(runs)})")
+            lines.append(f"{'  not in a clean process':27} {problem} ({count} of {len(runs)})")
     if len(names) > 1:
         before, after = means.values()
         gains = [domain.gain(old, new) for old, new in zip(before, after, strict=True)]
-        print(f"{'gain':27} {gains[0]:>21.6f} {gains[1]:>21.6f}")
+        lines.append(f"{'gain':27} {gains[0]:>21.6f} {gains[1]:>21.6f}")
     else:
-        print("nothing was kept: the baseline is the champion")
-    doubts = find_doubts(audited)
-    for doubt in doubts:
-        say(f"error: {doubt}")
-    return 1 if doubts else 0
+        lines.append("nothing was kept: the baseline is the champion")
+    return "\n".join(lines)
 
 
 def _mean_speed(runs: list[Audited]) -> tuple[float | None, float | None]:

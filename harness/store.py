@@ -55,6 +55,16 @@ class Run:
     busy_others: float | None = None  # share of the processors that others used meanwhile, 0 to 1
     device_others: int | None = None  # other processes on the device
 
+    @property
+    def is_decided(self) -> bool:
+        """Whether it has a verdict, and so a row; an audit's run never has."""
+        return bool(self.decision) and self.purpose != "audit"
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether it gave a score that counts; an audit's does not."""
+        return bool(self.score) and self.purpose != "audit"
+
 
 class Store:
     """Loads a tag's state and appends to it. Reading changes nothing."""
@@ -139,7 +149,7 @@ class Store:
         """The former champion that is believed better than the present one, the best of them; "" if none is."""
         best = self.champion
         for row in self.rows:
-            commit = self.full(row.commit)
+            commit = self.full_commit(row.commit)
             if row.status == "keep" and commit and self.domain.gain(self.estimate(best), self.estimate(commit)) > 0:
                 best = commit
         return "" if best == self.champion else best
@@ -148,7 +158,7 @@ class Store:
         """The number of a commit's first run."""
         return min(number for number, attempt in self.attempts.items() if attempt == commit)
 
-    def full(self, short: str) -> str:
+    def full_commit(self, short: str) -> str:
         """The commit that the ledger names by 7 characters."""
         return self._commits.get(short, "")
 

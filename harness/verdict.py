@@ -45,7 +45,7 @@ def find_marks(record: Record, startup_seconds: float, base: Run | None) -> tupl
 
 
 def _busy_marks(measured: Record | Run) -> list[str]:
-    """What others did meanwhile, where it was enough to make the score weak."""
+    """What others did on the machine meanwhile, where it was enough to make the score weak."""
     marks = []
     if measured.busy_others is not None and measured.busy_others > BUSY_SHARE:
         marks.append(f"others used {measured.busy_others:.0%} of the machine: this score is weak")
@@ -187,7 +187,7 @@ def explain(store: Store, run: Run, beliefs: Beliefs | None = None, with_command
 
 
 def what_is_believed(store: Store, run: Run, base: Run | None, beliefs: Beliefs) -> list[str]:
-    """Of commits that ran more than once the mean that is believed; then the change that decides, and the noise."""
+    """For a commit that ran more than once: the mean that is believed. Then the change that decides, and the noise."""
     lines = []
     has_means = False
     if base is not None and len(beliefs.scores.get(base.commit[:7], [])) > 1:
@@ -208,7 +208,7 @@ def what_is_believed(store: Store, run: Run, base: Run | None, beliefs: Beliefs)
 
 def numbers_of_believed(store: Store, commit: str, beliefs: Beliefs) -> list[str]:
     """The runs whose scores are believed, `0008` and so on, the newest few: they are the last ones of their commit."""
-    runs = [run for run in store.runs_of(commit) if run.decision and run.score and run.purpose != "audit"]
+    runs = [run for run in store.runs_of(commit) if run.is_decided and run.is_scored]
     count = len(beliefs.believed[commit[:7]])
     numbers = [f"{run.number:04d}" for run in runs[-count:]]
     if len(numbers) > LISTED_SCORES:
@@ -243,17 +243,17 @@ def weakness(store: Store, run: Run, other: Run | None, with_commands: bool) -> 
         text = _busy_marks(run)[0]
     if not with_commands:
         return text
-    commands = list(dict.fromkeys(again(store, each) for each in weak))
+    commands = list(dict.fromkeys(repeat_command(store, each.commit, each.number) for each in weak))
     order = ", one after the other" if len(commands) > 1 else ""
     return f"{text}; measure again{order}: {', '.join(commands)}"
 
 
-def again(store: Store, run: Run) -> str:
-    """The command that measures the commit of a run once more. It names the commit's first run."""
-    if run.commit == store.champion:
+def repeat_command(store: Store, commit: str, number: int = 0) -> str:
+    """The command that measures a commit once more, by the number of its first run; `number` where that is unknown."""
+    if commit == store.champion:
         return "uv run loop.py try --base"
-    known = run.commit in store.attempts.values()
-    number = store.first_number(run.commit) if known else run.number
+    if commit in store.attempts.values():
+        number = store.first_number(commit)
     return f"uv run loop.py try --again {number}"
 
 
@@ -262,7 +262,7 @@ def latest_verdicts(store: Store) -> list[str]:
     beliefs = read_beliefs(store)
     texts = []
     for row in reversed(store.rows[-LOOK_BACK:]):
-        runs = [run for run in store.runs_of(store.full(row.commit)) if run.base and run.decision and run.score]
+        runs = [run for run in store.runs_of(store.full_commit(row.commit)) if run.base and run.decision and run.score]
         if row.status != "crash" and runs and not any(text.startswith(row.commit) for text in texts):
             texts.append("\n".join([str(row).rstrip(), *explain(store, runs[-1], beliefs)]))
         if len(texts) == LATEST:
@@ -281,18 +281,23 @@ def discarded_when_busy(store: Store) -> set[str]:
 
 
 def base_run(store: Store, run: Run) -> Run | None:
-    """The run of its base that came last before it: of all of them the machine was most likely as it was then."""
+    """The run of its base that came last before it: the machine has had the least time to change since.
+
+    A base that was only measured later, beside the candidate, is better than none.
+    """
     if not run.base:
         return None
-    runs = [other for other in store.runs_of(run.base) if other.score and other.purpose != "audit"]
+    runs = [other for other in store.runs_of(run.base) if other.is_scored]
     earlier = [other for other in runs if other.number < run.number]
-    return (earlier or runs or [None])[-1]
+    if earlier:
+        return earlier[-1]
+    return runs[-1] if runs else None
 
 
 def earlier_run(store: Store, run: Run) -> Run | None:
     """The run of the same commit that came last before it."""
-    runs = [other for other in store.runs_of(run.commit) if other.score and other.purpose != "audit"]
-    return next((other for other in reversed(runs) if other.number < run.number), None)
+    earlier = [other for other in store.runs_of(run.commit) if other.is_scored and other.number < run.number]
+    return earlier[-1] if earlier else None
 
 
 def table(candidate: Side, base: Side, domain: Domain) -> list[str]:
@@ -330,10 +335,10 @@ def _others_rows(candidate: Run, base: Run) -> list[tuple | None]:
     rows = []
     shares = (candidate.busy_others, base.busy_others)
     if max(share or 0 for share in shares) > LITTLE_BUSY:
-        rows.append(_row("machine used by others", *shares, "{:.0%}".format, _words("")))
+        rows.append(_row("machine used by others", *shares, "{:.0%}".format, _always("")))
     counts = (candidate.device_others, base.device_others)
     if any(counts):
-        rows.append(_row("others on the device", *counts, _count, _words("")))
+        rows.append(_row("others on the device", *counts, _count, _always("")))
     return rows
 
 
@@ -351,7 +356,7 @@ def _loss_rows(candidate: Training, base: Training, domain: Domain) -> list[tupl
         total = _amount(min(candidate.total, base.total))
         if not is_same_stage(points):
             shares = f"at {of_candidate.share:.0%} and {of_base.share:.0%} of the time"
-            change = _words(f"({shares}: not comparable)")
+            change = _always(f"({shares}: not comparable)")
         rows.append(_row(f"loss at {total} {unit_of(domain)} *", of_candidate.loss, of_base.loss, loss, change))
     return rows
 
@@ -408,12 +413,13 @@ def in_a_word(candidate: Side, base: Side, domain: Domain) -> str:
     return ""
 
 
-def _row(name: str, new: float | None, old: float | None, show: Callable, change: Callable) -> tuple | None:
-    """Name, candidate, base, change; None where neither is known."""
+def _row(name: str, new: float | None, old: float | None, write: Callable, change: Callable) -> tuple | None:
+    """Name, candidate, base, change; None where neither is known. `write` and `change` make the texts."""
     if new is None and old is None:
         return None
-    cells = ["-" if value is None else show(value) for value in (new, old)]
-    return (name, *cells, "" if new is None or old is None else change(new, old))
+    cells = ["-" if value is None else write(value) for value in (new, old)]
+    is_known = new is not None and old is not None
+    return (name, *cells, change(new, old) if is_known else "")
 
 
 def _amount_row(name: str, new: float | None, old: float | None) -> tuple | None:
@@ -423,7 +429,8 @@ def _amount_row(name: str, new: float | None, old: float | None) -> tuple | None
     return _row(name, new, old, "{:,.1f}".format, _difference("{:+,.1f}"))
 
 
-def _words(text: str) -> Callable[[float, float], str]:
+def _always(text: str) -> Callable[[float, float], str]:
+    """The same text, whatever the two numbers are."""
     return lambda new, old: text
 
 

@@ -3,7 +3,7 @@
 import time
 
 from harness.notify import Notifier
-from harness.prompt import summary
+from harness.prompt import standing
 from harness.screen import duration, say
 from harness.store import Store
 
@@ -68,4 +68,4 @@ class Watch:
 
     def _tell(self, news: str) -> None:
         """The text may go to a stranger's server: it holds no path, no log and no error's text."""
-        self._notifier.tell(f"{self._store.branch}: {news}\n{summary(self._store.rows, self._store.domain)}")
+        self._notifier.tell(f"{self._store.branch}: {news}\n{standing(self._store.rows, self._store.domain)}")

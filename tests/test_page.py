@@ -155,12 +155,12 @@ def test_rows_of_a_commit_stand_beside_their_own_runs(store):
     assert [entry.run.number for entry in entries] == [1, 4, 5, 6]
     assert morning.first_run(entries, "bbbbbbb").number == 6
     beliefs = read_beliefs(store)
-    told = [morning.tell_row(entry, {}, beliefs, 0) for entry in entries]
+    told = [morning.row_values(entry, {}, beliefs, 0) for entry in entries]
     assert [row["change"] for row in told] == ["", "", "", "+0.250000"]  # the base is 1.05, of two runs
     assert told[2]["score"] == ""
     assert any(line.startswith("change that decides +0.250000, ") for line in explain(store, entries[3].run))
     store.write_run(dataclasses.replace(entries[3].run, busy_others=0.4))
-    told = morning.tell_machine(store, morning.find_entries(store, store.rows))
+    told = morning.machine_values(store, morning.find_entries(store, store.rows))
     assert [bar["is_much"] for bar in told["busy"]] == [False, False, False, True]
     assert "in 1 of 4 runs" in told["machine"]
 
@@ -178,12 +178,12 @@ def test_page_of_a_long_night_shows_the_newest_the_nearest_misses_and_the_larges
     entries = morning.find_entries(None, rows)
     chosen = morning.choose_entries(entries, findings, domain)
     assert [entry.index for entry in chosen] == [8, 7, 4, 3, 2, 0]
-    assert "of what was kept the 2 largest gains" in morning.tell_rows(None, entries, chosen, domain)["rows_left_out"]
-    told = morning.tell_table_of_kept(findings, domain)
+    assert "of what was kept the 2 largest gains" in morning.rows_values(None, entries, chosen, domain)["rows_left_out"]
+    told = morning.kept_values(findings, domain)
     assert [cells[2:4] for cells in told["kept"]] == [["", ""], ["0.100000", "resolved"], ["0.400000", "resolved"]]
     assert told["kept_left_out"].startswith("1 smaller gains are left out")
     monkeypatch.setattr(morning, "MOST_KEPT", 9)
-    assert morning.tell_table_of_kept(findings, domain)["kept"][-1][2:4] == ["0.000100", "within noise"]
+    assert morning.kept_values(findings, domain)["kept"][-1][2:4] == ["0.000100", "within noise"]
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import re
 
 import loop
 from harness.ledger import parse_ledger
-from harness.prompt import DEAD_ENDS, KEPT, PLATEAU, UNSETTLED, Background, memory, summary, write_prompt
+from harness.prompt import DEAD_ENDS, KEPT, PLATEAU, UNSETTLED, Background, memory, standing, write_prompt
 
 HIGHER = dataclasses.replace(loop.DOMAIN, lower_is_better=False)
 
@@ -73,7 +73,7 @@ def test_memory_keeps_the_newest_of_each_kind_and_tells_a_plateau_as_it_begins()
 
 def test_summary_of_a_ledger_without_a_keep_tells_its_first_score():
     rows, _ = parse_ledger("aaaaaaa\t0\t0\tcrash\tboom\nbbbbbbb\t1.25\t0\tdiscard\tidea\n")
-    assert summary(rows, loop.DOMAIN) == "Best val_bpb 1.250000 (bbbbbbb); rows: 0 keep, 1 discard, 1 crash."
+    assert standing(rows, loop.DOMAIN) == "Best val_bpb 1.250000 (bbbbbbb); rows: 0 keep, 1 discard, 1 crash."
 
 
 def test_prompt_has_every_part_in_order_and_none_that_is_empty():
