@@ -83,38 +83,61 @@ def draw(rows: list[Row], domain: Domain, sigma: float, size: tuple[float, float
     from matplotlib.figure import Figure
 
     bests = find_bests(rows, domain)
-    kept = [(i, row.score) for i, row in enumerate(rows, 1) if row.status == "keep"]
-    discarded = [(i, row.score) for i, row in enumerate(rows, 1) if row.status == "discard"]
-    crashed = [i for i, row in enumerate(rows, 1) if row.status == "crash"]
-    bottom, top = _frame([best.score for best in bests] + [score for _, score in kept], sigma, domain.lower_is_better)
-    inside = [(i, score) for i, score in discarded if bottom <= score <= top]
-    is_crowded = len(rows) > MANY_DOTS
+    kept = [(number, row.score) for number, row in enumerate(rows, 1) if row.status == "keep"]
+    scores_in_view = [best.score for best in bests] + [score for _, score in kept]
+    bottom, top = _frame(scores_in_view, sigma, domain.lower_is_better)
 
     figure = Figure(figsize=size, dpi=110)
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0.065, 0.085, 0.92, 0.86))
     last = len(rows) + 0.5  # the line of the best ends half a run after the last: a single run has a line too
     axes.set(xlim=(0.5 - 0.02 * last, 1.18 * last + 0.5), ylim=(bottom, top))  # room for the last labels
+    outside = _draw_failures(axes, rows, bottom, top, domain.lower_is_better)
+    steps = [(best.at, best.score) for best in bests]
+    steps.append((last, bests[-1].score))
+    _draw_best(axes, steps, sigma)
+    axes.plot(*_columns(kept), "o", color=GREEN, markersize=4 if len(rows) > MANY_DOTS else 6, label="kept")
+    _write_around(axes, rows, bests, outside, domain, ink)
+
+    corner = "upper right" if domain.lower_is_better else "lower right"
+    below_crosses = (1, 1 - 2 * CROSS_INSET if domain.lower_is_better else 2 * CROSS_INSET)
+    legend = axes.legend(loc=corner, bbox_to_anchor=below_crosses, facecolor="none", edgecolor="none", labelcolor=ink)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a character that the font lacks is drawn as a box
+        _Labels(figure, axes, legend, steps, kept, domain.lower_is_better, ink).place(bests)
+    return figure
+
+
+def _draw_failures(axes, rows: list[Row], bottom: float, top: float, lower_is_better: bool) -> int:
+    """A dot for each discarded run, a cross at the worse edge for each crash; return how many dots are out of view."""
+    discarded = [(number, row.score) for number, row in enumerate(rows, 1) if row.status == "discard"]
+    crashed = [number for number, row in enumerate(rows, 1) if row.status == "crash"]
+    inside = [(number, score) for number, score in discarded if bottom <= score <= top]
+    is_crowded = len(rows) > MANY_DOTS
     grey_size = 2 if is_crowded else 4
     alpha = 0.5 if is_crowded else 0.9
     style = {"color": GREY, "markersize": grey_size, "alpha": alpha, "markeredgewidth": 0, "rasterized": is_crowded}
     axes.plot(*_columns(inside), "o", label="discarded", **style)
-    worst_edge = top if domain.lower_is_better else bottom
+    worst_edge = top if lower_is_better else bottom
     worst = worst_edge + CROSS_INSET * (bottom + top - 2 * worst_edge)  # so far inside that no cross is cut
     red_size = 3 if is_crowded else 6
     style = {"color": RED, "markersize": red_size, "rasterized": is_crowded}
     axes.plot(crashed, [worst] * len(crashed), "x", label="crashed", **style)
-    steps = [(best.at, best.score) for best in bests]
-    steps.append((last, bests[-1].score))
+    return len(discarded) - len(inside)
+
+
+def _draw_best(axes, steps: list[tuple[float, float]], sigma: float) -> None:
+    """The best so far as a line of steps, in its band."""
     xs, ys = _columns(steps)
     low = [y - sigma for y in ys]
     high = [y + sigma for y in ys]
     band = f"±{sigma:.2g}: what one run cannot tell apart"
     axes.fill_between(xs, low, high, step="post", color=GREEN, alpha=0.18, linewidth=0, label=band)
     axes.step(xs, ys, where="post", color=GREEN, linewidth=1.5, label="best")
-    axes.plot(*_columns(kept), "o", color=GREEN, markersize=4 if is_crowded else 6, label="kept")
 
-    outside = len(discarded) - len(inside)
+
+def _write_around(axes, rows: list[Row], bests: list[Best], outside: int, domain: Domain, ink: str) -> None:
+    """Title, names and ticks of the axes. `outside`: discarded runs out of view."""
     note = f" ({outside} of the discarded are outside the frame)" if outside else ""
     direction = "lower" if domain.lower_is_better else "higher"
     axes.set_xlabel(f"run{note}", color=ink)
@@ -131,13 +154,6 @@ def draw(rows: list[Row], domain: Domain, sigma: float, size: tuple[float, float
     axes.grid(color=ink, alpha=0.12)
     for spine in axes.spines.values():
         spine.set_color(ink)
-    corner = "upper right" if domain.lower_is_better else "lower right"
-    below_crosses = (1, 1 - 2 * CROSS_INSET if domain.lower_is_better else 2 * CROSS_INSET)
-    legend = axes.legend(loc=corner, bbox_to_anchor=below_crosses, facecolor="none", edgecolor="none", labelcolor=ink)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        _Labels(figure, axes, legend, steps, kept, domain.lower_is_better, ink).place(bests)
-    return figure
 
 
 def find_bests(rows: list[Row], domain: Domain) -> list[Best]:
