@@ -1,8 +1,5 @@
 """loop.py, the ratchet: agents propose edits of train.py; the loop commits, runs, measures, decides and records.
 
-This file is what a person reads to know how a run is decided. What it stands on is in harness/, a room a file;
-harness/__init__.py lists them.
-
     uv run loop.py --agent claude             # all night (Ctrl-C once: finish what runs and stop; twice: stop now)
     uv run loop.py try "raise depth to 10"    # one experiment on the edit now in train.py, for an agent that loops
     uv run loop.py try --again 12             # an earlier experiment once more, on a fresh seed (--base: the champion)
@@ -24,6 +21,8 @@ One thread decides, and it alone writes ledger, branch and refs. Agents and runs
 what they give back is plain data. Ledger, refs and run folders are the whole state: kill the loop anywhere, start it
 again. Exit codes: 0 done, or stopped by request; 1 error or crash; 2 usage or refusal.
 """
+# How a run is decided stands in this file. What the loop stands on is in harness/, a room a file: harness/__init__.py
+# lists them.
 
 import sys
 

@@ -1,6 +1,11 @@
-"""Shared by the loop's tests: a scratch repository whose prepare.py and train.py take milliseconds instead of minutes.
+"""Shared by the loop's tests: `Desk`, a scratch repository in which a run takes milliseconds instead of minutes.
 
-loop.py and harness/ are the real ones; so are git, the processes and the signals.
+    def test_baseline_is_kept(desk):
+        desk.loop(*BASELINE)
+        assert desk.statuses() == ["keep"]
+
+FAKE_PREPARE and FAKE_TRAIN stand in for the judge and for what is judged. loop.py and harness/ are the real ones; so
+are git, the processes and the signals.
 """
 
 import atexit
@@ -127,7 +132,7 @@ IGNORED = "results.tsv\nrun.log\nruns\nexperiment.txt\nSTOP\nprogress.png\nrepor
 
 @functools.cache
 def desk_template() -> Path:
-    """The checkout that every desk is a copy of, made once a process: patched, compiled and committed."""
+    """The checkout that every desk is a copy of, made once a process: with short waits, compiled and committed."""
     folder = Path(tempfile.mkdtemp(prefix="autoresearch-desk-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     desk = Desk.__new__(Desk)
@@ -160,7 +165,7 @@ class Desk:
         self.path = folder / "desk"
         self.cache = folder / "cache"
         self.outside = folder / "outside"
-        self.site = folder / "site"  # stands in for the installed packages: to look at those takes a while
+        self.site = folder / "site"  # stands in for the installed packages: listing the real ones takes a while
         self.hold = self.cache / "hold"  # while it exists, every training waits
         for path in (self.cache, self.outside, self.site, folder / "home"):
             path.mkdir(parents=True)
@@ -191,7 +196,11 @@ class Desk:
         return self.git("rev-parse", "HEAD")
 
     def agent(self, body: str) -> str:
-        """An --agent-cmd that runs this Python on the desk, with knob(NAME), knob(NAME, value), say(text), count()."""
+        """An --agent-cmd that runs this Python code on the desk.
+
+        It can call knob(NAME) to read a knob, knob(NAME, value) to set it, say(text) to describe the edit, and count()
+        for the number of calls so far.
+        """
         self.agents = getattr(self, "agents", 0) + 1
         path = self.outside / f"agent{self.agents}.py"
         head = """
@@ -290,7 +299,7 @@ def ended(process: subprocess.Popen, code: int = 0, timeout: float = 30) -> subp
 
 
 def hear(process: subprocess.Popen, words: str, seconds: float = 20.0) -> str:
-    """Wait for the line of stderr with these words; `ended` does not tell again what was read here."""
+    """Wait for the line of stderr with these words. What is read here is missing from what `ended` returns."""
     alarm = threading.Timer(seconds, os.killpg, (process.pid, signal.SIGKILL))
     alarm.start()
     try:
