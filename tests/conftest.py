@@ -12,6 +12,7 @@ import atexit
 import compileall
 import contextlib
 import functools
+import importlib.util
 import json
 import os
 import re
@@ -175,12 +176,19 @@ class Desk:
     def set_constant(self, file: str, name: str, value: str) -> None:
         text, count = re.subn(rf"(?m)^( *){name} = .*$", rf"\1{name} = {value}", (self.path / file).read_text())
         assert count == 1, name
-        (self.path / file).write_text(text)
+        self.write(file, text)
 
     def replace(self, file: str, old: str, new: str) -> None:
         text = (self.path / file).read_text()
         assert old in text, old
-        (self.path / file).write_text(text.replace(old, new))
+        self.write(file, text.replace(old, new))
+
+    def write(self, file: str, text: str) -> None:
+        """Replace a file and forget its bytecode, which within a second, at the same length, would pass for the new."""
+        path = self.path / file
+        path.write_text(text)
+        if path.suffix == ".py":
+            Path(importlib.util.cache_from_source(str(path))).unlink(missing_ok=True)
 
     def set_knob(self, **knobs) -> None:
         for name, value in knobs.items():

@@ -72,6 +72,8 @@ def load_prepare(path, profile, cache, seed=42, **variables):
     os.environ.update(AUTORESEARCH_PROFILE=profile, AUTORESEARCH_CACHE=str(cache), AUTORESEARCH_SEED=str(seed))
     os.environ["AUTORESEARCH_LOCKS"] = str(Path(cache) / "locks")
     os.environ.update(variables)
+    writes_none = sys.dont_write_bytecode
+    sys.dont_write_bytecode = True  # a file that is changed within a second, at the same length, would look unchanged
     try:
         spec = importlib.util.spec_from_file_location(f"prepare_{profile}_{random.getrandbits(64):x}", path)
         module = importlib.util.module_from_spec(spec)
@@ -79,6 +81,7 @@ def load_prepare(path, profile, cache, seed=42, **variables):
         spec.loader.exec_module(module)
         LOADED.append(module)
     finally:
+        sys.dont_write_bytecode = writes_none
         os.environ.clear()
         os.environ.update(before)
     return module
