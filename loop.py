@@ -242,6 +242,7 @@ class Ratchet:
     # Ask: every idle desk, while too few candidates wait
 
     def ask(self) -> None:
+        """Ask idle desks for proposals, as many as devices are free and as may wait."""
         if self.proposers is None or self.is_stopping() or self.proposers.have_spent_all():
             return
         wanted = self.free_places() + self.options.ahead * self.fleet.capacity
@@ -257,6 +258,7 @@ class Ratchet:
         return max(0, self.fleet.capacity - len(self.flying) - len(self.planned))
 
     def descriptions_in_flight(self) -> list[str]:
+        """Of the experiments that wait or run: an agent is told not to propose them again."""
         experiments = [planned.experiment for planned in (*self.flying.values(), *self.planned)]
         descriptions = [experiment.description for experiment in experiments if experiment.purpose == "experiment"]
         return descriptions + [proposal.description for proposal in self.waiting]
@@ -267,13 +269,16 @@ class Ratchet:
         if self.is_stopping():
             self.abandon_what_has_not_begun()
         while len(self.flying) < self.fleet.capacity:
-            planned = self.next_run()
+            planned = self.take_next_run()
             if planned is None:
                 return
             self.start(planned)
 
-    def next_run(self) -> PlannedRun | None:
-        """The next run that may start now. A candidate is first merged onto the champion of now."""
+    def take_next_run(self) -> PlannedRun | None:
+        """Take the next run that may start now: a planned one, else a candidate, merged onto the champion of now.
+
+        No candidate starts before the baseline has its row.
+        """
         for planned in self.planned:
             if planned.not_before <= time.monotonic():
                 self.planned.remove(planned)
@@ -283,10 +288,10 @@ class Ratchet:
             if proposal is not None:
                 if not proposal.again_of:
                     self.begun += 1
-                return self.first_run(proposal)
+                return self.first_run_of(proposal)
         return None
 
-    def first_run(self, proposal: Proposal) -> PlannedRun:
+    def first_run_of(self, proposal: Proposal) -> PlannedRun:
         experiment = Experiment(
             proposal.description, "experiment", base=proposal.base, source=proposal.source, again_of=proposal.again_of
         )
