@@ -218,6 +218,7 @@ def test_variables_of_a_git_hook_do_not_lead_the_loop_elsewhere(desk):
     desk.loop("status", GIT_DIR="/nonexistent", GIT_WORK_TREE="/nonexistent", GIT_INDEX_FILE="/nonexistent")
 
 
+@pytest.mark.slow
 def test_harness_of_this_checkout_wins_over_an_installed_one_and_the_desks_files_shadow_nothing(desk):
     """An installed package `harness`, and a json.py and a git.py that an agent left on the desk."""
     installed = desk.outside / "harness"

@@ -235,6 +235,7 @@ pathlib.Path(".git/info/attributes").write_text("FILE filter=evil\\n")
 """
 
 
+@pytest.mark.slow
 def test_smudge_filter_on_the_judge_does_not_reach_the_bench_and_on_train_ends_the_run_with_one_line(desk):
     run(desk, desk.agent(SMUDGE.replace("FILE", "prepare.py") + EDIT), experiments=1)
     assert [row[1] for row in desk.rows()] == ["1.080000", "1.070000"]
@@ -247,6 +248,7 @@ def test_smudge_filter_on_the_judge_does_not_reach_the_bench_and_on_train_ends_t
     assert desk.statuses() == ["keep"] * 3
 
 
+@pytest.mark.slow
 def test_replaced_git_objects_do_not_reach_the_bench(desk):
     replace = """
         def git(*args, text=None):
@@ -262,6 +264,7 @@ def test_replaced_git_objects_do_not_reach_the_bench(desk):
     assert desk.rows()[-1][1] == "1.050000"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("elsewhere", ["/nonexistent", "OUTSIDE"])
 def test_core_worktree_is_named_with_its_remedy_and_no_file_is_written_there(desk, elsewhere):
     path = elsewhere.replace("OUTSIDE", str(desk.outside / "elsewhere"))

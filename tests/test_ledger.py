@@ -318,6 +318,7 @@ def test_session_with_confirm_decides_on_fresh_seeds_alone(desk):
     assert "from commits that were run more than once" in report
 
 
+@pytest.mark.slow
 def test_session_with_confirm_and_four_workers_keeps_the_real_gain_whatever_arrives_first(desk):
     lucky_desk(desk)
     desk.set_knob(SECONDS=0.001)  # a run takes up to 0.2 s, by its process id
@@ -361,6 +362,7 @@ def test_session_with_confirm_measures_a_champion_again_that_was_kept_by_the_pla
     assert len(of_candidate) == 2 and len({cells[0] for cells in of_candidate}) == 1
 
 
+@pytest.mark.slow
 def test_session_with_simplify_keeps_fewer_lines_within_the_noise_and_not_more_than_two_sigmas(desk):
     desk.replace("loop.py", "default_sigma=0.0004", "default_sigma=0.01")
     desk.replace("train.py", "# ---- The rest ----", "# ---- The rest ----\na = 1\nb = 2\nc = 3\nd = 4\n# a comment\n")

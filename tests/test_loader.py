@@ -215,6 +215,7 @@ def test_pinned_slots_survive_a_slow_device(tiny):
     loader.close()
 
 
+@pytest.mark.slow
 def test_import_is_quiet_and_starts_neither_cuda_nor_what_training_does_not_need():
     code = (
         "import sys, torch, prepare; print(torch.cuda.is_initialized(), "

@@ -94,6 +94,7 @@ def test_run_that_fills_the_disk_itself_is_a_crash_and_the_night_goes_on(small_d
     assert desk.statuses() == ["keep", "crash", "keep"]
 
 
+@pytest.mark.slow
 def test_ledger_on_a_full_disk_ends_with_one_line_and_resumes(small_disk):
     """The disk fills up while a run trains: its row cannot be written; no part of one may stay."""
     desk = small_disk

@@ -101,6 +101,7 @@ def test_resume_under_another_profile_or_other_data_is_refused(desk, what, told)
 # ---- What a kill leaves ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_baseline_that_crashes_ends_with_one_line_and_is_mended(desk):
     good = (desk.path / "train.py").read_text()
     (desk.path / "train.py").write_text(good + "raise RuntimeError('no kernel')\n")
@@ -150,6 +151,7 @@ def test_every_start_restores_the_ledgers_copy_and_the_link_to_the_runs(desk):
         assert link.readlink() == desk.home() / "runs", harm
 
 
+@pytest.mark.slow
 def test_torn_last_line_is_cut_at_the_next_start(night):
     rows = night.rows()
     for torn in ("abcdef0", "abcdef0\t0.9", "abcdef0\t0.900000\t1.0\tkeep\thalf a σ"):
@@ -186,6 +188,7 @@ def test_runs_that_a_kill_left_are_ended_and_their_numbers_are_not_given_again(n
     assert night.git("log", "-1", "--format=%s") == "run 0003: DEPTH 4 -> 5.0"
 
 
+@pytest.mark.slow
 def test_ledger_that_cannot_be_read_is_never_taken_for_an_empty_one(night):
     ledger = night.home() / "results.tsv"
     kept = ledger.with_name("kept")
@@ -223,6 +226,7 @@ def test_row_that_its_runs_record_does_not_bear_out_is_marked_at_every_start_and
     assert f"mark: {told}" in night.loop("report", "--tag", "t").stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_start_up_far_over_the_bases_is_marked_in_verdict_status_and_report(desk):
     """Training before the clock looks like a long compilation."""
     desk.set_constant("harness/verdict.py", "STARTUP_EXTRA", "0.3")
@@ -269,6 +273,7 @@ def test_first_try_that_does_not_compile_costs_no_run(desk):
     assert not (desk.home() / "runs").exists()
 
 
+@pytest.mark.slow
 def test_status_wait_after_a_refused_try_tells_the_refusal_and_no_old_verdict(night):
     (night.path / "train.py").write_text("DEPTH = (\n")
     refused = night.loop("try", "half an edit", code=2).stdout

@@ -518,6 +518,7 @@ def test_killed_preparation_is_completed_by_the_next_run(shared, tmp_path):
     assert not list(judge.CACHE.rglob("*.part"))
 
 
+@pytest.mark.slow
 def test_interrupt_ends_preparation_without_a_traceback(tmp_path):
     """Ctrl-C while the tokenizer is being trained in native code."""
     path = copy_prepare(tmp_path, profile_row("mine", write_jsonl(tmp_path / "a.jsonl", corpus()), vocab_size=20000))

@@ -151,7 +151,8 @@ def test_edit_by_hand_avoids_what_ledger_and_prompt_name_and_ends_when_nothing_i
     assert by_hand(desk).stderr.splitlines()[-1].startswith("error: HEAD has no train.py")
 
 
-@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["1", "2"])
 def test_run_of_random_search_builds_on_every_kept_change(desk, workers):
     desk.loop("--agent", "random", "--tag", "t", "--max-experiments", "6", "--workers", workers)
     rows = desk.rows()
@@ -167,7 +168,8 @@ def test_run_of_random_search_builds_on_every_kept_change(desk, workers):
         assert desk.git("rev-parse", f"{row[0]}^")[:7] == parent[0]
 
 
-@pytest.mark.parametrize("profile", ["pocket", pytest.param("climbmix", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("profile", ["pocket", "climbmix"])
 def test_edited_real_train_still_imports(profile, tmp_path):
     """The value reaches train.py's own constant; nothing is trained."""
     source, description = propose(TRAIN, profile, "", random.Random(5))

@@ -102,6 +102,7 @@ def test_network_is_exported_in_eval_mode_and_goes_on_training(tiny, tmp_path):
     assert score(tiny, tmp_path)["val_bpb"] == record["val_bpb"]
 
 
+@pytest.mark.slow
 def test_patched_judge_and_forged_record_do_not_survive_the_clean_process(tiny, tmp_path):
     honest = evaluate(load_prepare(tiny[0], "tiny", tiny[1]), Toy())
     path = tmp_path / "result.json"
@@ -312,6 +313,7 @@ def test_file_that_a_run_made_up_runs_no_code(tiny, exported, tmp_path, capsys, 
         assert (code, out) == (1, "") and error.startswith("error: ") and reason in error
 
 
+@pytest.mark.slow
 def test_missing_or_torn_file_is_one_error_line(tiny, exported, tmp_path, capsys):
     judge = load_prepare(tiny[0], "tiny", tiny[1])
     (tmp_path / "torn.pt2").write_bytes(exported.read_bytes()[:5000])

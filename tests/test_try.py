@@ -248,6 +248,7 @@ def test_other_files_that_the_agent_touched_are_put_back(desk):
     assert desk.git("diff", "--name-only", "main", "HEAD") == "train.py"
 
 
+@pytest.mark.slow
 def test_edits_made_while_the_experiment_runs_survive(desk):
     attempt(desk, "baseline")
     desk.set_knob(DEPTH=5)
