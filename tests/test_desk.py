@@ -105,6 +105,7 @@ say(name)
 """
 
 
+@pytest.mark.slow
 def test_candidate_is_the_champion_with_one_blob_replaced_whatever_the_agent_does(desk):
     (desk.path / "pyproject.toml").write_text("[project]\n")
     main = desk.commit("project")

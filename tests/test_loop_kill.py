@@ -1,6 +1,6 @@
 """Kill -9 at every step: the loop, its agent, its training, or all of them at once as when the plug is pulled.
 
-    uv run pytest tests/test_loop_kill.py                      # four kills
+    uv run pytest tests/test_loop_kill.py                      # a kill while an agent works
     uv run pytest tests/test_loop_kill.py -m slow              # 100: at state transitions, at random, of children
     KILLS=150 uv run pytest tests/test_loop_kill.py -m slow    # 300
 
@@ -247,6 +247,7 @@ def test_kill_at_every_step_loses_nothing(desk, workers):
     many_kills(Night(desk, workers), KILLS, seed=random.randrange(10**6))
 
 
+@pytest.mark.slow
 def test_kill_while_the_checkout_moves_leaves_no_change_in_it(desk):
     night = Night(desk, workers=2)
     for command in ("read-tree", "restore"):

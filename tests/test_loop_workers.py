@@ -512,6 +512,7 @@ def in_flight(desk: Desk) -> int:
     return events.count("training") - events.count("measured")
 
 
+@pytest.mark.slow
 def test_four_workers_fill_four_devices_and_stop_as_one(desk):
     """Ctrl-C twice drops what is in flight, once lets it end; the person's checkout is left alone."""
     agent = desk.agent(DESK_NUMBER + WORSE + "print(os.getcwd())")
@@ -577,6 +578,7 @@ elif "does not merge" in prompt:
     assert "LR = 0.1 " in source and ("DEPTH = 6 " in source) != ("DEPTH = 8 " in source)
 
 
+@pytest.mark.slow
 def test_every_run_sees_one_cuda_device_that_no_other_has(desk):
     desk.replace("prepare.py", '"device": "cpu"', '"device": "cuda"')
     desk.replace("prepare.py", 'f"cpu{i}": {', 'f"{i + 3}": {')

@@ -174,6 +174,7 @@ def test_torn_timeline_and_run_hide_nothing_else(night):
     assert "runs an hour" in night.loop("report", "--tag", "t").stdout
 
 
+@pytest.mark.slow
 def test_runs_that_a_kill_left_are_ended_and_their_numbers_are_not_given_again(night):
     night.hold.touch()
     process = night.popen(*ONE, night.agent(DEEPER))
@@ -215,6 +216,7 @@ def test_ledger_whose_champion_is_in_no_ref_is_refused(night):
 # ---- What is not to be believed --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_row_that_its_runs_record_does_not_bear_out_is_marked_at_every_start_and_in_the_report(night):
     """An agent that loops by itself edits the loop.py that records its `try`."""
     night.set_knob(DEPTH=5)

@@ -350,6 +350,7 @@ def test_unknown_source_says_both_things_it_is_not(hub, tmp_path, capsys):
     assert error_line(capsys).startswith("error: source 'no/where' is no local path, and http")
 
 
+@pytest.mark.slow
 def test_interrupted_download_is_continued(judge, hub):
     hub.plans = {ALL[1]: ["stall"]}
     part = judge.CACHE / "text" / (ALL[1] + ".part")

@@ -173,6 +173,7 @@ def test_report_of_hand_written_or_damaged_ledgers_tells_what_it_left_out(desk):
     assert not desk.home().exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("domain", [loop.DOMAIN, dataclasses.replace(loop.DOMAIN, lower_is_better=False)])
 def test_picture_is_drawn_of_any_rows_in_either_direction(tmp_path, domain):
     cases = [

@@ -166,6 +166,7 @@ def test_stop_file_finishes_the_experiment(desk, mode):
     assert not (desk.path / "STOP").exists()
 
 
+@pytest.mark.slow
 def test_hours_end_a_night_after_the_experiment_in_flight(desk):
     """They count from the start of the loop: how many experiments fit into them is the machine's affair."""
     desk.set_knob(DEPTH=-999)

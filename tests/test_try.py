@@ -149,6 +149,7 @@ def test_attempt_that_lost_to_a_busy_machine_is_run_again_by_its_number(moody):
     assert len(desk.rows()) == 6
 
 
+@pytest.mark.slow
 def test_former_champion_takes_the_title_back_from_one_that_was_only_lucky(desk):
     luck = "(DEPTH == 5) * (0.1 if seed != 42 else -0.1)"
     desk.replace("train.py", "prepare.finish(1.0 + ", f"prepare.finish(1.0 + {luck} + ")
