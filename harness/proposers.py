@@ -15,11 +15,10 @@ from harness import environment
 from harness.agents import Agent
 from harness.desk import Assignment, Desk, NoProposal, Proposal, compile_problem
 from harness.files import read_text
-from harness.ledger import measured_sigma
 from harness.prompt import Background, write_prompt
 from harness.screen import duration, say
 from harness.store import Store
-from harness.verdict import discarded_when_busy, latest_verdicts
+from harness.verdict import discarded_when_busy, latest_verdicts, read_beliefs
 
 FIRST_BACKOFF = 5  # seconds to wait after a failed proposal; doubles
 LAST_BACKOFF = 600  # seconds, the longest wait
@@ -47,7 +46,6 @@ class Proposers:
         self._given: dict[Future, Assignment] = {}
         self._has_unknown_cost = False  # and a person was told
         self._agent = agent
-        self._profile = profile
         self._variables = environment.variables_for_agent(profile)
         self._limit = limit
         self._max_usd = max_usd
@@ -99,9 +97,9 @@ class Proposers:
 
     def _background(self) -> Background:
         store = self._store
-        sigma = measured_sigma(store.rows) or store.domain.sigma_of(self._profile)
+        beliefs = read_beliefs(store)
         merged = {run.commit[:7] for run in store.read_runs() if run.decision == "stale"}
-        return Background(sigma, discarded_when_busy(store), merged, latest_verdicts(store))
+        return Background(beliefs.sigma, discarded_when_busy(store), merged, latest_verdicts(store, beliefs))
 
     def _put_back(self, assignment: Assignment) -> None:
         """Let the next agent have an assignment whose agent failed, unless the assignment may be why agents fail."""

@@ -56,7 +56,7 @@ def _busy_marks(measured: Record | Run) -> list[str]:
 
 def is_weak(run: Run) -> bool:
     """Whether others used so much of the machine, or the device, that the score says little."""
-    return (run.busy_others or 0) > BUSY_SHARE or bool(run.device_others)
+    return bool(_busy_marks(run))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -257,12 +257,12 @@ def repeat_command(store: Store, commit: str, number: int = 0) -> str:
     return f"uv run loop.py try --again {number}"
 
 
-def latest_verdicts(store: Store) -> list[str]:
+def latest_verdicts(store: Store, beliefs: Beliefs) -> list[str]:
     """The newest scored experiments, oldest first: their rows, and how they stand beside their bases."""
-    beliefs = read_beliefs(store)
     texts = []
     for row in reversed(store.rows[-LOOK_BACK:]):
-        runs = [run for run in store.runs_of(store.full_commit(row.commit)) if run.base and run.decision and run.score]
+        commit = store.full_commit(row.commit)
+        runs = [run for run in store.runs_of(commit) if run.base and run.is_decided and run.is_scored]
         if row.status != "crash" and runs and not any(text.startswith(row.commit) for text in texts):
             texts.append("\n".join([str(row).rstrip(), *explain(store, runs[-1], beliefs)]))
         if len(texts) == LATEST:

@@ -22,6 +22,7 @@ from harness.verdict import (
     in_a_word,
     is_weak,
     latest_verdicts,
+    read_beliefs,
     table,
 )
 
@@ -231,7 +232,7 @@ def test_latest_verdicts_are_of_different_experiments_oldest_first(store):
     add_run(store, "f" * 40, 1.2, "discard")
     add_run(store, "a" * 40, 0.0, "crash")
     store._commits = {run.commit[:7]: run.commit for run in store.read_runs()}
-    told = latest_verdicts(store)
+    told = latest_verdicts(store, read_beliefs(store))
     assert [text.partition("\t")[0] for text in told] == ["ddddddd", "eeeeeee", "fffffff"]
     assert "\trow 6\n" in told[-1] and "run 0006" in told[-1]
 
