@@ -284,13 +284,18 @@ def quick(monkeypatch):
 
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_any_order_of_arrival_loses_no_gain_and_assumes_none(tmp_path, capfd, quick, ahead):
-    seed = random.randrange(10**6)
-    night = Night(tmp_path, seed)
-    night.session(24, ahead=ahead)
-    said = capfd.readouterr().err
-    print(f"seed {seed}")
-    night.check(said)
-    assert "gained on a former champion" in night.store.ledger.read_text()
+    for attempt in range(5):  # chance may draw a night in which no gain meets another
+        seed = random.randrange(10**6)
+        folder = tmp_path / f"{attempt}"
+        folder.mkdir()
+        night = Night(folder, seed)
+        night.session(24, ahead=ahead)
+        said = capfd.readouterr().err
+        print(f"seed {seed}")
+        night.check(said)
+        if "gained on a former champion" in night.store.ledger.read_text():
+            return
+    pytest.fail("no gain met another in five nights")
 
 
 def test_session_killed_at_a_verdict_is_taken_up_without_loss(tmp_path, capfd, quick):
