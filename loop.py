@@ -33,6 +33,7 @@ if __name__ == "__main__":
     # Everything else comes from elsewhere: an agent may have left a json.py or a git.py here.
     sys.path.pop(0)
 
+import contextlib
 import difflib
 import math
 import secrets
@@ -728,12 +729,16 @@ class Ratchet:
                 description = f"audit of the {name} {commit[:7]}, seed {seed}"
                 experiment = Experiment(description, "audit", base="", commit=commit, outstanding=1)
                 self.planned.append(PlannedRun(experiment, "audit", description, seed, commit))
-        while self.flying or self.planned:
-            self.launch()
-            self.settle()
-        if len(self.decided) < replicates * len(commits):
+        with contextlib.suppress(StopNow):  # the seeds that were done are told all the same
+            while self.flying or self.planned:
+                self.launch()
+                self.settle()
+        rounds = len(self.decided) // len(commits)
+        if not rounds:
             raise StopNow
-        return [self.audited(experiment) for experiment in self.decided]
+        if rounds < replicates:
+            say(f"stopped after {rounds} of {replicates} seeds")
+        return [self.audited(experiment) for experiment in self.decided[: rounds * len(commits)]]
 
     def audited(self, experiment: Experiment) -> Audited:
         role = "baseline" if experiment.commit == self.store.baseline else "champion"

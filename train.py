@@ -10,6 +10,7 @@ val_bpb, training_seconds, total_seconds (from process start), peak_vram_mb (MiB
 num_steps, num_params_M, depth, startup_seconds, eval_seconds, seed, sample (text that the trained model wrote),
 attention (the back-end that ran).
 """
+
 # ruff: noqa: E402 (the process's clock starts before the slow imports, so that they are counted)
 import os
 import time
@@ -236,6 +237,7 @@ def choose_attention(config: "GPTConfig", device: torch.device) -> str:
 
 # ---- Model ----
 
+
 @dataclass
 class GPTConfig:
     sequence_len: int
@@ -252,9 +254,7 @@ def window_sizes(config: GPTConfig) -> list[int]:
     sizes = {"L": config.sequence_len, "S": config.sequence_len // 2}
     pattern = config.window_pattern.upper()
     if not pattern or set(pattern) - set(sizes):
-        raise UserError(
-            f"WINDOW_PATTERN {config.window_pattern!r} is not made of the letters S and L: use 'SSSL', say"
-        )
+        raise UserError(f"WINDOW_PATTERN {config.window_pattern!r} is not made of the letters S and L: use 'SSSL', say")
     letters = [pattern[layer % len(pattern)] for layer in range(config.n_layer - 1)]
     return [sizes[letter] for letter in [*letters, "L"]]
 
@@ -525,7 +525,8 @@ POLAR_EXPRESS = (  # (a, b, c) of each step, arXiv 2505.16932
 def polar_express(u_KRC: Tensor) -> Tensor:
     """About the nearest (semi-)orthogonal matrix to each of K, in bfloat16 on CUDA.
 
-    Elsewhere it keeps its type: many CPUs only emulate bfloat16 products, up to 100 times slower than float32's.
+    Elsewhere it keeps its type: most CPUs emulate bfloat16 products, up to 100 times slower than float32's. One with
+    AVX-512 BF16 or AMX has them in hardware.
     """
     x = u_KRC.bfloat16() if u_KRC.is_cuda else u_KRC
     x = x / (1.02 * x.norm(dim=(-2, -1), keepdim=True) + 1e-6)
@@ -632,6 +633,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 # ---- Schedules: functions of progress (share of the time budget that is used, 0 to 1) or of the step ----
+
 
 def get_lr_multiplier(progress: float) -> float:
     if progress < WARMUP_RATIO:

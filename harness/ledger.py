@@ -73,6 +73,30 @@ def measured_sigma(rows: list[Row]) -> float | None:
     return math.sqrt(squares / degrees_of_freedom) if degrees_of_freedom else None
 
 
+@dataclass(frozen=True)
+class Noise:
+    """The noise of one run, and where the figure comes from."""
+
+    sigma: float
+    source: str
+    is_assumed: bool  # nothing was measured here
+
+
+def find_noise(rows: list[Row], profile: str, domain: Domain) -> Noise:
+    """What the repeats of this ledger say, pooled with what is known of the profile: one pair alone says little."""
+    measured = measured_sigma(rows)
+    is_known = profile in domain.assumed_sigma
+    assumed = domain.sigma_of(profile)
+    if not measured:
+        origin = f"assumed, as measured for {profile}" if is_known else "assumed"
+        return Noise(assumed, f"{origin}; --confirm measures it here", is_assumed=True)
+    source = "from commits that were run more than once"
+    if is_known:
+        source += f", pooled with {assumed:g} as measured for {profile}"
+        return Noise(deciding_sigma(rows, assumed), source, is_assumed=False)
+    return Noise(measured, source, is_assumed=False)
+
+
 def _squares_within_commits(rows: list[Row]) -> tuple[float, int]:
     """Sum of squared differences from each commit's mean, and its degrees of freedom."""
     groups = [values for values in scores_by_commit(rows).values() if len(values) > 1]

@@ -20,9 +20,9 @@ from harness.ledger import (
     GIVEN_AWAY_SIGMAS,
     Row,
     believed_scores,
+    find_noise,
     given_away,
     is_resolved,
-    measured_sigma,
     parse_ledger,
     scores_by_commit,
     sigma_to_give_away,
@@ -227,13 +227,13 @@ def compute(store: Store | None, rows: list[Row], path: Path, domain: Domain) ->
     if not scores:
         raise UserError(f"{path} holds no scored row yet: 'uv run loop.py status' tells what is running")
     profile = store.trailer(PROFILE_TRAILER) if store is not None and store.attempts else ""
-    sigma, source = _noise(rows, profile, domain)
+    noise = find_noise(rows, profile, domain)
     events = store.read_timeline() if store is not None else []
     return Findings(
         rows=rows,
-        kept=_kept_changes(rows, sigma, domain, store),
-        sigma=sigma,
-        sigma_source=source,
+        kept=_kept_changes(rows, noise.sigma, domain, store),
+        sigma=noise.sigma,
+        sigma_source=noise.source,
         given_away=given_away(rows, domain),
         given_away_limit=GIVEN_AWAY_SIGMAS * sigma_to_give_away(rows, domain.sigma_of(profile)),
         has_simpler=any(row.status == "keep" and wants_simpler_rule(row.description) for row in rows),
@@ -242,16 +242,6 @@ def compute(store: Store | None, rows: list[Row], path: Path, domain: Domain) ->
         busy=busy_sentence(_decided_runs(store)),
         warnings=_warnings(store),
     )
-
-
-def _noise(rows: list[Row], profile: str, domain: Domain) -> tuple[float, str]:
-    """The noise of one run, and where it is from."""
-    measured = measured_sigma(rows)
-    if measured:
-        return measured, "from commits that were run more than once"
-    if profile in domain.assumed_sigma:
-        return domain.sigma_of(profile), f"assumed, as measured for {profile}; --confirm measures it here"
-    return domain.sigma_of(profile), "assumed; --confirm measures it here"
 
 
 def _kept_changes(rows: list[Row], sigma: float, domain: Domain, store: Store | None = None) -> list[Kept]:

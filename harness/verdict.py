@@ -10,7 +10,15 @@ from dataclasses import dataclass
 
 from harness.contract import Domain, Record
 from harness.curve import Point, Training, loss_at_share, point_at_total, read_batch_of, read_training, unit_of
-from harness.ledger import believed_scores, measured_sigma, scores_by_commit, standard_error
+from harness.ledger import (
+    Noise,
+    believed_scores,
+    find_noise,
+    lines_of_code,
+    scores_by_commit,
+    standard_error,
+    wants_simpler_rule,
+)
 from harness.screen import duration, one_line
 from harness.store import PROFILE_TRAILER, Run, Store
 
@@ -119,7 +127,12 @@ class Beliefs:
 
     scores: dict[str, list[float]]  # commit -> all its scores
     believed: dict[str, list[float]]  # commit -> those whose mean is believed
-    sigma: float  # noise of one run
+    noise: Noise
+
+    @property
+    def sigma(self) -> float:
+        """The noise of one run."""
+        return self.noise.sigma
 
     def score(self, commit: str) -> float | None:
         """What is believed of a commit."""
@@ -140,11 +153,8 @@ class Beliefs:
 
 def read_beliefs(store: Store) -> Beliefs:
     rows = store.rows
-    sigma = measured_sigma(rows)
-    if not sigma:
-        profile = store.trailer(PROFILE_TRAILER) if store.attempts else ""
-        sigma = store.domain.sigma_of(profile)
-    return Beliefs(scores_by_commit(rows), believed_scores(rows), sigma)
+    profile = store.trailer(PROFILE_TRAILER) if store.attempts else ""
+    return Beliefs(scores_by_commit(rows), believed_scores(rows), find_noise(rows, profile, store.domain))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -177,7 +187,7 @@ def explain(store: Store, run: Run, beliefs: Beliefs | None = None, with_command
         lines += table(*sides, store.domain)
     lines += what_is_believed(store, run, base, beliefs)
     if base is not None:
-        lines.append(in_a_word(*sides, store.domain))
+        lines += [why_not_simpler(store, run), in_a_word(*sides, store.domain)]
     elif other is not None:
         differ = f"the same code as run {other.number:04d}: only seed and machine differ"
         lines.append(f"{differ}; noise of one run {beliefs.sigma:.2g}")
@@ -201,9 +211,23 @@ def what_is_believed(store: Store, run: Run, base: Run | None, beliefs: Beliefs)
     change = beliefs.difference(run.commit, base.commit) if base is not None else None
     if change is not None:
         name = "change that decides" if has_means else "change"
-        word = "over 2 standard errors" if beliefs.is_over_noise(run.commit, base.commit) else "within noise"
-        lines.append(f"{name} {change:+.6f}, noise of one run {beliefs.sigma:.2g}: {word}")
+        word = "over 2 standard errors"
+        if not beliefs.is_over_noise(run.commit, base.commit):
+            word = "within noise; better is kept all the same" if run.decision == "keep" else "within noise"
+        assumed = " (assumed)" if beliefs.noise.is_assumed else ""
+        lines.append(f"{name} {change:+.6f}, noise of one run {beliefs.sigma:.2g}{assumed}: {word}")
     return lines
+
+
+def why_not_simpler(store: Store, run: Run) -> str:
+    """Why an experiment that asked for the rule of simplicity was not kept by it; "" where it did not ask."""
+    if run.decision != "discard" or not run.base or not wants_simpler_rule(run.description):
+        return ""
+    editable = store.domain.editable
+    of_run, of_base = (lines_of_code(store.repository.read(commit, editable)) for commit in (run.commit, run.base))
+    if of_run >= of_base:
+        return f"not simpler: {of_run:,} lines of code, its base {of_base:,} (comments and blank lines do not count)"
+    return f"simpler, {of_run:,} lines of code for {of_base:,}, but it would give away more than the noise that is left"
 
 
 def numbers_of_believed(store: Store, commit: str, beliefs: Beliefs) -> list[str]:

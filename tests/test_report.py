@@ -381,6 +381,17 @@ def test_audit_runs_baseline_and_champion_on_fresh_seeds_on_both_splits_and_in_a
     assert process.stdout.strip() in page
 
 
+def test_audit_that_is_stopped_tells_the_seeds_that_were_done(desk):
+    stop = f"""import pathlib; n = len(list(prepare.CACHE.glob("run*"))); (prepare.CACHE / f"run{{n}}").touch()
+if n == 4: pathlib.Path({str(desk.path / "STOP")!r}).touch()"""  # the third run of the audit
+    desk.replace("train.py", "prepare.start_clock()", f"prepare.start_clock()\n{stop}")
+    desk.commit("a person stops the audit")
+    desk.loop("--agent-cmd", desk.agent('knob("DEPTH", 6)'), "--tag", "t", "--max-experiments", "1")
+    done = desk.loop("audit", "--replicates", "3")
+    assert "stopped after 1 of 3 seeds" in done.stderr
+    assert "(1 fresh seed each)" in done.stdout and done.stdout.splitlines()[-1].startswith("gain ")
+
+
 def test_audit_says_loudly_where_the_clean_process_scores_something_else_or_refuses(desk):
     counted = 'n = len(list(CACHE.glob("audit*"))); (CACHE / f"audit{n}").touch()'
     answer = """print('{"val_bpb": %s, "test_bpb": 1.5}' % ("1.5", "NaN")[n]) if n < 2 else sys.exit("error: no")"""

@@ -8,7 +8,7 @@ import pytest
 import loop
 from harness.contract import Record
 from harness.curve import Point, Training
-from harness.ledger import Row
+from harness.ledger import Noise, Row
 from harness.store import Run, Store
 from harness.verdict import (
     Beliefs,
@@ -246,5 +246,6 @@ def test_discard_says_little_only_if_every_run_was_disturbed(store):
 
 
 def test_change_is_over_the_noise_above_two_standard_errors():
-    beliefs = Beliefs({}, {"b" * 7: [1.0], "c" * 7: [0.72], "d" * 7: [1.29]}, sigma=0.1)  # an error is 0.1414
+    noise = Noise(0.1, "", is_assumed=False)  # an error is 0.1414
+    beliefs = Beliefs({}, {"b" * 7: [1.0], "c" * 7: [0.72], "d" * 7: [1.29]}, noise)
     assert not beliefs.is_over_noise("c" * 40, BASE) and beliefs.is_over_noise("d" * 40, BASE)
