@@ -10,7 +10,6 @@ val_bpb, training_seconds, total_seconds (from process start), peak_vram_mb (MiB
 num_steps, num_params_M, depth, startup_seconds, eval_seconds, seed, sample (text that the trained model wrote),
 attention (the back-end that ran).
 """
-
 # ruff: noqa: E402 (the process's clock starts before the slow imports, so that they are counted)
 import os
 import time
@@ -237,7 +236,6 @@ def choose_attention(config: "GPTConfig", device: torch.device) -> str:
 
 # ---- Model ----
 
-
 @dataclass
 class GPTConfig:
     sequence_len: int
@@ -254,7 +252,9 @@ def window_sizes(config: GPTConfig) -> list[int]:
     sizes = {"L": config.sequence_len, "S": config.sequence_len // 2}
     pattern = config.window_pattern.upper()
     if not pattern or set(pattern) - set(sizes):
-        raise UserError(f"WINDOW_PATTERN {config.window_pattern!r} is not made of the letters S and L: use 'SSSL', say")
+        raise UserError(
+            f"WINDOW_PATTERN {config.window_pattern!r} is not made of the letters S and L: use 'SSSL', say"
+        )
     letters = [pattern[layer % len(pattern)] for layer in range(config.n_layer - 1)]
     return [sizes[letter] for letter in [*letters, "L"]]
 
@@ -633,7 +633,6 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 # ---- Schedules: functions of progress (share of the time budget that is used, 0 to 1) or of the step ----
-
 
 def get_lr_multiplier(progress: float) -> float:
     if progress < WARMUP_RATIO:

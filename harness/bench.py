@@ -271,7 +271,9 @@ def _differs_from_baseline(job: Job, measurement: Measurement) -> Unavailable | 
     return None
 
 
-def _score_again(bench: Path, job: Job, place: Place, measurement: Measurement, stop: threading.Event) -> Measurement:
+def _score_again(
+    bench: Path, job: Job, place: Place, measurement: Measurement, stop: threading.Event
+) -> Measurement:
     """Score the exported network in a process of its own, in a folder without the edited file."""
     record = measurement.record
     if not job.domain.score_command:

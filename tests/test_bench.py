@@ -1,6 +1,6 @@
 """One run: measure(Job, Place) on the tests' own judge. What it prints, leaves and does decides what is believed.
 
-uv run pytest tests/test_bench.py
+    uv run pytest tests/test_bench.py
 """
 
 import dataclasses

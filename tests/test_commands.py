@@ -1,6 +1,6 @@
 """Bad input gets one `error:` line and exit code 1 or 2, never a traceback; the help and the exit codes.
 
-uv run pytest tests/test_commands.py
+    uv run pytest tests/test_commands.py
 """
 
 import os

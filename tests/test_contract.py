@@ -1,6 +1,6 @@
 """The judge and the stand-in of conftest.py say what harness/contract.py defines: the same keys, the same types.
 
-uv run pytest tests/test_contract.py
+    uv run pytest tests/test_contract.py
 """
 
 import dataclasses

@@ -538,3 +538,5 @@ def test_agent_begins_on_the_champions_commit_after_a_kept_experiment(desk):
     look = '(OUTSIDE / f"base{count()}").write_text(subprocess.getoutput("git show HEAD:train.py"))\n'
     run(desk, desk.agent(look + 'knob("DEPTH", knob("DEPTH") + 1)\n'))
     assert "DEPTH = 5.0" in (desk.outside / "base2").read_text()  # not the champion's before it
+
+

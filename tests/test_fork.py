@@ -1,6 +1,6 @@
 """A fork for another problem, made as docs/fork.md says: the page's own code, another metric, higher is better.
 
-uv run pytest tests/test_fork.py
+    uv run pytest tests/test_fork.py
 """
 
 import json

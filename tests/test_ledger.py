@@ -26,6 +26,7 @@ from harness.ledger import (
     count_tried_and_kept,
     deciding_sigma,
     deserves_second_look,
+    find_noise,
     fresh_scores,
     given_away,
     is_gain,
@@ -98,6 +99,17 @@ def test_sigma_is_pooled_over_the_commits_that_ran_more_than_once():
     squares = 2 * 0.1**2 + 2 * 0.3**2
     assert measured_sigma(rows) == pytest.approx(math.sqrt(squares / 3))
     assert measured_sigma(rows[-2:]) is None
+
+
+def test_noise_pools_one_lucky_pair_with_what_is_known_of_the_profile():
+    pair = [row("a", 1.0), row("a", 1.0001)]
+    known = dataclasses.replace(LOWER, assumed_sigma={"pocket": 0.01}, default_sigma=0.5)
+    assumed = find_noise(pair[:1], "pocket", known)
+    assert (assumed.sigma, assumed.is_assumed) == (0.01, True) and "as measured for pocket" in assumed.source
+    pooled = find_noise(pair, "pocket", known)
+    assert 0.008 < pooled.sigma < 0.01 and not pooled.is_assumed
+    assert find_noise(pair, "mine", known).sigma == pytest.approx(0.0001 / math.sqrt(2))
+    assert find_noise(pair[:1], "mine", known).sigma == 0.5
 
 
 @both_directions

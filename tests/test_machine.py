@@ -141,7 +141,7 @@ def test_busy_device_is_waited_for(desk):
     assert done.stderr.count("waiting: another run holds the device cpu") == 1
 
 
-GPU = """
+GPU = '''
 import pathlib
 cuda_describe = describe
 def describe():
@@ -149,7 +149,7 @@ def describe():
     free_gb = 10.0 if taken else 139.0
     devices = {} if gone else {"0": {"lock": str(CACHE / "0.lock"), "free_gb": free_gb}}
     return cuda_describe() | {"device": "cpu" if gone else "cuda", "devices": devices}
-"""
+'''
 
 
 @pytest.mark.parametrize(("trouble", "free_gb"), [("gone", "0.0"), ("taken", "10.0")])
@@ -160,7 +160,7 @@ def test_crash_while_the_gpu_is_lost_is_run_again(desk, trouble, free_gb):
     head += "    sys.exit('CUDA error: device lost')\n"
     (desk.path / "train.py").write_text(head + (desk.path / "train.py").read_text())
     desk.commit("a GPU")
-    agent = desk.agent(f"count(); {DEEPER}; pathlib.Path({str(desk.cache)!r}, {trouble!r}).touch()")
+    agent = desk.agent(f'count(); {DEEPER}; pathlib.Path({str(desk.cache)!r}, {trouble!r}).touch()')
     process = desk.popen(*ONE, agent, "--ahead", "0")
     wait_for(has_event(desk, "waiting"))
     (desk.cache / trouble).unlink()
@@ -171,7 +171,7 @@ def test_crash_while_the_gpu_is_lost_is_run_again(desk, trouble, free_gb):
 
 def test_lost_kernel_is_run_again_once_and_then_the_ideas_own(desk):
     """Another attention back-end than the baseline's: the hub had a hiccup, or the edit brought it about."""
-    agent = desk.agent("""
+    agent = desk.agent('''
         n = count()
         path = pathlib.Path("train.py")
         lost = "True" if n == 1 else "not os.path.exists(flag)"
@@ -181,7 +181,7 @@ def test_lost_kernel_is_run_again_once_and_then_the_ideas_own(desk):
         path.write_text(flag + "\\n" + text)
         say(f"idea {n}")
         (OUTSIDE / "flag").unlink(missing_ok=True)
-    """)
+    ''')
     done = desk.loop("--tag", "t", "--max-experiments", "2", "--agent-cmd", agent)
     assert done.stderr.count("waiting: attention is flex, the baseline's is sdpa") == 2
     assert [event["run"] for event in desk.events() if event["event"] == "training"] == [1, 2, 2, 3, 3]
@@ -194,7 +194,7 @@ def test_lost_kernel_is_run_again_once_and_then_the_ideas_own(desk):
 
 @pytest.mark.slow
 def test_run_that_was_stopped_is_told_and_made_again(desk):
-    process = desk.popen(*ONE, desk.agent(f"HOLD.touch(); {DEEPER}"))
+    process = desk.popen(*ONE, desk.agent(f'HOLD.touch(); {DEEPER}'))
     wait_for(has_event(desk, "training", 2))
     of_run = f"AUTORESEARCH_MARK={desk.path}"
     pid = wait_for(lambda: find_processes("cmdline", b"run_path") & set(desk.processes(of_run)))

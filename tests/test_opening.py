@@ -1,6 +1,6 @@
 """What a start finds and must not lose, blame or believe: what kills, persons, agents and other code left behind.
 
-uv run pytest tests/test_opening.py
+    uv run pytest tests/test_opening.py
 """
 
 import os

@@ -1,6 +1,6 @@
 """harness/random_search.py: the proposer without a model, on the real train.py and on a scratch run.
 
-uv run pytest tests/test_random_search.py
+    uv run pytest tests/test_random_search.py
 """
 
 import itertools

@@ -1,6 +1,6 @@
 """A night that is asked to stop, and a night that is not: Ctrl-C, TERM, a file STOP, --hours; a lost terminal.
 
-uv run pytest tests/test_stopping.py
+    uv run pytest tests/test_stopping.py
 """
 
 import fcntl

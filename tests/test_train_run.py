@@ -560,7 +560,9 @@ def driver(monkeypatch):
 
 
 @pytest.mark.parametrize("profile", ["climbmix", "code", "mine"])
-def test_driver_too_old_is_one_error_line_with_both_versions_before_anything_else(driver, monkeypatch, capsys, profile):
+def test_driver_too_old_is_one_error_line_with_both_versions_before_anything_else(
+    driver, monkeypatch, capsys, profile
+):
     driver(TOO_OLD)
     monkeypatch.setattr(train, "PROFILE", profile)
     monkeypatch.setattr(prepare, "default_device", lambda: pytest.fail("went on"))

@@ -139,8 +139,8 @@ BASE = "b" * 40
 
 def add_run(store: Store, commit: str, score: float, status: str, base: str = BASE, **facts) -> Run:
     """A run with its folder, and its row unless it was an audit's."""
-    facts = {"purpose": "experiment", "score": score, "decision": status} | facts
-    run = Run(number=store.new_folder(), commit=commit, base=base, seed=42, description="x", **facts)
+    facts = {"description": "x", "purpose": "experiment", "score": score, "decision": status} | facts
+    run = Run(number=store.new_folder(), commit=commit, base=base, seed=42, **facts)
     store.write_run(run)
     if run.purpose != "audit":
         store.rows.append(Row(commit[:7], score, 1.0, status, f"row {run.number}"))
@@ -173,6 +173,7 @@ def know(store: Store, *runs: Run) -> None:
 
 
 def test_verdict_compares_two_runs_and_says_apart_what_is_believed_and_decides(store):
+    store.trailer = lambda key: "another profile"
     first = add_run(store, BASE, 1.0, "keep", base="")
     add_run(store, BASE, 1.2, "keep", base="")
     add_run(store, BASE, 1.3, "audit", base="", purpose="audit")
@@ -182,7 +183,7 @@ def test_verdict_compares_two_runs_and_says_apart_what_is_believed_and_decides(s
     assert scores.split() == ["val_bpb", "0.950000", "1.200000", "-0.250000"]
     assert lines[-4:] == [
         "base believed 1.100000: mean of runs 0001, 0002",
-        "change that decides -0.150000, noise of one run 0.14: within noise",
+        "change that decides -0.150000, noise of one run 0.14: within noise; better is kept all the same",
         "it took 51 s to start",
         "weak: the machine was busy during run 0004",
     ]
@@ -209,6 +210,17 @@ def test_verdict_compares_two_runs_and_says_apart_what_is_believed_and_decides(s
     )
 
 
+def test_simplification_that_was_not_kept_says_why(store):
+    store.trailer = lambda key: "another profile"
+    sources = {"b": b"x = 1\ny = 2\n", "c": b"# less\nx = 1\n\nz = 2\n", "d": b"x = 1\n"}
+    store.repository.read = lambda commit, path: sources[commit[0]]
+    base = add_run(store, BASE, 1.0, "keep", base="")
+    runs = [add_run(store, name * 40, 1.5, "discard", base=BASE, description="simplify: less") for name in "cd"]
+    know(store, base, *runs)
+    assert "not simpler: 2 lines of code, its base 2 (comments and blank lines do not count)" in explain(store, runs[0])
+    assert any(line.startswith("simpler, 1 lines of code for 2, but ") for line in explain(store, runs[1]))
+
+
 def test_champion_that_is_measured_again_stands_beside_its_own_earlier_run(store):
     store.trailer = lambda key: "pocket"
     first = add_run(store, BASE, 1.0, "keep", base="", busy_others=0.4, marks=(MARK,))
@@ -219,7 +231,7 @@ def test_champion_that_is_measured_again_stands_beside_its_own_earlier_run(store
     assert lines[0].split() == ["run", "0002", "run", "0001", "change"]
     assert lines[-3:] == [
         "bbbbbbb ran 2 times: 1.000000, 1.200000; believed: 1.100000, the mean of all",
-        "the same code as run 0001: only seed and machine differ; noise of one run 0.14",
+        "the same code as run 0001: only seed and machine differ; noise of one run 0.064",
         "weak: the machine was busy during run 0001; measure again: uv run loop.py try --base",
     ]
     assert explain(store, add_run(store, "c" * 40, 0.0, "crash")) == []
