@@ -54,7 +54,7 @@ def test_try_prints_row_best_comparison_and_log(desk):
         del compared[2]
     assert compared[2].split()[-3:] == ["0.5", "0.5", "+0.0"]
     assert compared[3] == "* the run's own words, not the judge's"
-    assert compared[4:] == ["change -0.010000, noise of one run 0.0004: over 2 standard errors"]
+    assert compared[4:] == ["change -0.010000, noise of one run 0.0004 (assumed): over 2 standard errors"]
     assert log == "log runs/0002/run.log" and "val_bpb:" in (desk.path / "runs/0002/run.log").read_text()
     assert [row[4] for row in desk.rows()] == ["baseline", "raise depth to 5"]  # the baseline came first
     assert len(process.stderr.splitlines()) == 1
