@@ -558,28 +558,29 @@ class Ratchet:
             return "crash"
         if experiment.purpose == "baseline":
             return "keep"
-        score = self.believed_score(experiment)
+        score = self.believed_score(experiment, experiment.commit)
         if experiment.purpose == "repeat":
             is_champion = experiment.commit == self.store.champion
             best = self.store.estimate(self.store.champion)
             return "keep" if is_champion or ledger.is_gain(best, score, DOMAIN) else "discard"
-        scores = experiment.scores(experiment.commit)
-        base_score = self.store.estimate(experiment.base)
-        if self.is_simpler(experiment, base_score, score):
-            return "keep"
+        base_score = self.believed_score(experiment, experiment.base)
         if self.options.confirm:
-            return self.find_confirmed_verdict(experiment, scores)
-        return "keep" if ledger.is_gain(base_score, score, DOMAIN) else "discard"
+            verdict = self.find_confirmed_verdict(experiment, experiment.scores(experiment.commit))
+        else:
+            verdict = "keep" if ledger.is_gain(base_score, score, DOMAIN) else "discard"
+        # Asked last: a lucky first score is no reason to keep a deletion, where a gain must be confirmed.
+        if verdict == "discard" and self.is_simpler(experiment, base_score, score):
+            return "keep"
+        return verdict
 
-    def believed_score(self, experiment: Experiment) -> float:
-        """The score that decides: of a commit that is run again, the mean of all its scores but the first.
+    def believed_score(self, experiment: Experiment, commit: str) -> float:
+        """The score of candidate or base that decides: of a commit that ran again, the mean of all but its first.
 
         The first score chose the commit to be run again, because it was nearly good enough, or bad on a busy machine.
         The later ones did not. All of them count: running a commit until one score is lucky does not help.
         """
-        scores = experiment.scores(experiment.commit)
-        new_rows = [Row(experiment.commit[:7], score, 0.0, "discard", "") for score in scores]
-        return ledger.best_estimate([*self.store.rows, *new_rows], experiment.commit[:7])
+        new_rows = [Row(commit[:7], score, 0.0, "discard", "") for score in experiment.scores(commit)]
+        return ledger.best_estimate([*self.store.rows, *new_rows], commit[:7])
 
     def find_confirmed_verdict(self, experiment: Experiment, scores: list[float]) -> str:
         """With --confirm the first score only buys fresh runs of both, and these decide."""
@@ -595,11 +596,11 @@ class Ratchet:
         return ledger.verdict_on_fresh_runs(of_base, fresh, sigma, tried, kept, DOMAIN)
 
     def is_simpler(self, experiment: Experiment, before: float, after: float) -> bool:
-        """Whether it asked for the rule of simplicity and meets it: fewer lines of code, about the same score."""
+        """Whether it asked for the rule of simplicity and meets it: less code, about the same score."""
         if experiment.source is None or not ledger.wants_simpler_rule(experiment.description):
             return False
         base = self.repository.read(experiment.base, EDITABLE)
-        if ledger.lines_of_code(experiment.source) >= ledger.lines_of_code(base):
+        if not ledger.is_less_code(base, experiment.source):
             return False
         spent = ledger.given_away(self.store.rows, DOMAIN)
         sigma = ledger.sigma_to_give_away(self.store.rows, DOMAIN.sigma_of(self.facts.profile))

@@ -3,6 +3,7 @@
 sigma is the standard deviation of one run of the same code, in the unit of the score.
 """
 
+import ast
 import io
 import math
 import statistics
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from harness.contract import Domain
 
 STATUSES = ("keep", "discard", "crash")
-SIMPLIFY = "simplify:"  # a description that begins so asks for the other rule: fewer lines at an equal score
+SIMPLIFY = "simplify:"  # a description that begins so asks for the other rule: less code at an equal score
 LAYOUT = (tokenize.COMMENT, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING, tokenize.ENDMARKER)
 GIVEN_AWAY_SIGMAS = 2  # what all the simpler keeps together may give away
 
@@ -217,7 +218,7 @@ def best_estimate(rows: list[Row], commit: str) -> float | None:
     return statistics.fmean(scores) if scores else None
 
 
-# simplify: fewer lines of code at an equal score
+# simplify: less code at an equal score
 
 
 def wants_simpler_rule(description: str) -> bool:
@@ -246,6 +247,24 @@ def lines_of_code(source: bytes) -> int:
     return len(lines)
 
 
+def syntax_size(source: bytes) -> int:
+    """How much a source says, however its lines are wrapped: nodes of its syntax tree, text that stands alone left out.
+
+    In another language than Python: words.
+    """
+    try:
+        nodes = list(ast.walk(ast.parse(source)))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return len(source.split())
+    texts = [node for node in nodes if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)]
+    return len(nodes) - 2 * len(texts)  # the statement, and the text in it
+
+
+def is_less_code(before: bytes, after: bytes) -> bool:
+    """Fewer lines that also say less: joining two lines, by a semicolon say, removes nothing."""
+    return lines_of_code(after) < lines_of_code(before) and syntax_size(after) < syntax_size(before)
+
+
 def sigma_to_give_away(rows: list[Row], assumed: float) -> float:
     """The measured sigma, but not more than the assumed one: on a busy machine everything would be within the noise."""
     measured = measured_sigma(rows)
@@ -268,7 +287,7 @@ def given_away(rows: list[Row], domain: Domain) -> float:
 
 
 def is_simpler_keep(before: float, after: float, sigma: float, spent: float, domain: Domain) -> bool:
-    """Whether a candidate with fewer lines may stay: within one sigma of the best, and within what is left to give."""
+    """Whether a candidate with less code may stay: within one sigma of the best, and within what is left to give."""
     loss = domain.gain(after, before)
     if loss <= 0:  # nothing is given away
         return True

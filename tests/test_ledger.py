@@ -30,6 +30,7 @@ from harness.ledger import (
     fresh_scores,
     given_away,
     is_gain,
+    is_less_code,
     is_resolved,
     is_simpler_keep,
     least_confirmed_gain,
@@ -244,6 +245,28 @@ def test_lines_of_code_are_those_that_do_something():
     assert lines_of_code(b'int main() {\n\n  printf("it\'s C\n");\n}\n') == 4  # not Python: lines that are not empty
 
 
+def test_source_is_simpler_only_if_it_says_less():
+    """Not if its lines are only wrapped otherwise, or joined."""
+    source = b"""a = f(
+    1,
+    2,
+)
+b = (
+    a
+)
+if b:
+    c = 3
+d = 4
+"""
+    for joined in (b"a = f(1, 2)\nb = a\nif b: c = 3\nd = 4\n", b"a = f(1, 2); b = a\nif b:\n    c = 3\nd = 4\n"):
+        assert lines_of_code(joined) < lines_of_code(source)
+        assert not is_less_code(source, joined)
+    assert not is_less_code(source, b"# one\n" + source.replace(b"d = 4", b"d = 0"))
+    assert is_less_code(source, source.replace(b"d = 4\n", b""))
+    assert not is_less_code(b'"""Text."""\n' + source, joined)
+    assert is_less_code(b"int a;\nint b;\n", b"int a;\n") and not is_less_code(b"int a;\nint b;\n", b"int a; int b;\n")
+
+
 @both_directions
 def test_simpler_keep_is_bounded_by_one_sigma_and_all_of_them_by_two(domain, better):
     sigma = 0.1
@@ -275,6 +298,7 @@ def lucky_desk(desk):
     desk.replace("train.py", "+ NOISE * (seed - 42)", "- LUCK * (seed == 42)")
     desk.replace("train.py", "NOISE = 0.0", "LUCK = 0.0")
     desk.replace("train.py", "LR = 0.1 ", "LR = 0.2 ")
+    desk.replace("train.py", "# ---- The rest ----", "# ---- The rest ----\nuseless = 1")
     desk.replace("train.py", "time.sleep(SECONDS)", "time.sleep(SECONDS * (os.getpid() * 7919 % 200))")
     desk.replace("harness/store.py", "self.rows += rows", "self.rows += rows; self.note('rows', len(rows))")
     desk.commit("a lucky first seed; tell each write")
@@ -304,9 +328,12 @@ def test_session_with_confirm_decides_on_fresh_seeds_alone(desk):
         if n < 4:
             knob("LR", {1: 0.2, 2: 0.1, 3: 0.105}[n])  # nothing, a gain of 0.01, a loss of 0.0005
             knob("LUCK", n / 1000)  # the first score says that it is a gain
-        else:
+        if n == 3:
+            path = pathlib.Path("train.py")
+            path.write_text(path.read_text().replace("useless = 1\\n", ""))
+        if n == 4:
             knob("DEPTH", 3)  # a loss by its first score: no second look
-        say(f"idea {n}")
+        say("simplify: idea 3" if n == 3 else f"idea {n}")
         """
     )
     done = desk.loop("--agent-cmd", agent, "--tag", "t", "--max-experiments", "4", "--confirm")
@@ -316,7 +343,7 @@ def test_session_with_confirm_decides_on_fresh_seeds_alone(desk):
         ("discard", ["idea 1", "idea 1 (seed)"]),
         ("keep", ["idea 2", "idea 2 (seed)"]),
         # The new champion has a fresh score already; its first, which chose it, is not used.
-        ("discard", ["idea 3", "idea 3 (seed)"]),
+        ("discard", ["simplify: idea 3", "simplify: idea 3 (seed)"]),
         ("discard", ["idea 4"]),
     ]
     assert [event["run"] for event in desk.events() if event["event"] == "rows"] == [2, 2, 2, 2, 1]

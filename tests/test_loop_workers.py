@@ -419,15 +419,36 @@ def test_with_confirm_a_gain_on_a_former_champion_is_looked_at_again_whatever_it
     assert ratchet.find_confirmed_verdict(experiment, [score, score + 1]) == "discard"
 
 
+def test_with_confirm_a_lucky_first_score_of_a_deletion_buys_a_second_look_and_no_keep(tmp_path, capfd, quick):
+    ratchet = Night(tmp_path, seed=1).session(0)
+    baseline = ratchet.store.baseline
+    commit = "c" * 40
+    shorter = START.replace("F = 0\n", "").encode()
+    experiment = loop.Experiment("simplify: no F", "experiment", base=baseline, commit=commit, source=shorter)
+    base_score = ratchet.store.estimate(baseline)
+    sigma = loop.DOMAIN.default_sigma
+
+    def verdict(*losses: float) -> str:
+        scores = [base_score + loss for loss in losses]
+        experiment.runs = [Run(9, commit, "", 7, "no F", "experiment", score=score) for score in scores]
+        return ratchet.find_verdict(experiment)
+
+    assert verdict(-0.1) == "keep"  # the plain rule
+    ratchet.options = replace(ratchet.options, confirm=True)
+    assert verdict(-0.1) == "look again"
+    assert verdict(-0.1, 0.1) == "discard"
+    assert verdict(-0.1, 0.5 * sigma) == verdict(0.5 * sigma) == "keep"  # simpler, at about the same score
+
+
 def test_commit_that_is_run_again_is_worth_all_its_runs_but_the_first(tmp_path, capfd, quick):
     """Running it until one is lucky does not help."""
     ratchet = Night(tmp_path, seed=1).session(0)
     commit = "c" * 40
     experiment = loop.Experiment("idea", "experiment", base=ratchet.store.baseline, commit=commit)
     experiment.runs.append(Run(9, commit, "", 7, "idea", "experiment", score=0.8))
-    assert ratchet.believed_score(experiment) == 0.8
+    assert ratchet.believed_score(experiment, commit) == 0.8
     ratchet.store.rows += [Row(commit[:7], score, 1.0, "discard", "idea") for score in (0.5, 1.0)]
-    assert ratchet.believed_score(experiment) == pytest.approx(0.9)
+    assert ratchet.believed_score(experiment, commit) == pytest.approx(0.9)
 
 
 def test_baseline_that_crashes_when_measured_again_costs_no_ref(tmp_path, capfd, quick):
