@@ -3,6 +3,7 @@
 `open_tag` is called under the store's lock, before anything runs. UserError for what only a person can mend.
 """
 
+import contextlib
 import enum
 import json
 import tempfile
@@ -15,10 +16,13 @@ from harness.contract import Description, Domain
 from harness.environment import Packages
 from harness.files import open_to_append, read_text, remove_folder
 from harness.processes import sweep
-from harness.screen import UserError, listed, say
+from harness.repository import WHOLE_DIFF
+from harness.screen import UserError, listed, one_line, say
 from harness.store import DIGEST_TRAILER, PROFILE_TRAILER, Run, Store
 
 ROUNDING_OF_ROWS = 1e-6  # a row has six decimals
+SAME_IN_EVERY_RECORD = ("profile", "split", "rows", "digest", "files", "prepare_sha256", "device_name")
+MOST_WARNINGS = 5  # about rows, at a start; the report shows more
 
 
 class Use(enum.Enum):
@@ -35,6 +39,7 @@ def open_tag(store: Store, use: Use, is_stopped: Callable[[], bool]) -> Descript
     for role in ("agent", "run"):
         sweep(process_mark(store, role))
     store.check()
+    _check_champion(store)
     if use is not Use.UNTOUCHED:
         _check_checkout(store, use)
     remove_folder(store.bench)  # what cannot be removed stands in nobody's way
@@ -44,8 +49,7 @@ def open_tag(store: Store, use: Use, is_stopped: Callable[[], bool]) -> Descript
         store.commit(number, None, "baseline", facts.profile, facts.digest, parent=store.champion)
     _check_trailer(store, DIGEST_TRAILER, facts.digest)
     store.mend_ledger()
-    for line in false_rows(store):
-        say(f"warning: {line}")
+    _warn_of_false_rows(store)
     if use is Use.DESK:
         store.repository.reset(store.repository.checkout, store.champion, store.branch)
     elif use is Use.SHOWN:
@@ -53,6 +57,14 @@ def open_tag(store: Store, use: Use, is_stopped: Callable[[], bool]) -> Descript
     if use is not Use.UNTOUCHED:
         store.publish(store.repository.checkout)
     return facts
+
+
+def _warn_of_false_rows(store: Store) -> None:
+    lines = false_rows(store)
+    for line in lines[:MOST_WARNINGS]:
+        say(f"warning: {line}")
+    if len(lines) > MOST_WARNINGS:
+        say(f"warning: {len(lines) - MOST_WARNINGS} more such rows: 'uv run loop.py report' shows them")
 
 
 def _show_branch(store: Store) -> None:
@@ -67,6 +79,22 @@ def _show_branch(store: Store) -> None:
 def process_mark(store: Store, role: str) -> str:
     """What the processes of a role, "agent" or "run", carry in their environment: by it they are found and ended."""
     return f"{store.home}:{role}"
+
+
+def _check_champion(store: Store) -> None:
+    """UserError where the champion's tree differs from the baseline's by more than the editable file.
+
+    The loop makes no such commit. An edited one does, and the judge that a session asks is the champion's.
+    """
+    if not store.attempts:
+        return
+    editable = store.repository.editable
+    names = store.repository.differing_files(store.baseline, store.champion)
+    foreign = [name for name in names if name != editable]
+    if foreign:
+        what = f"the champion {store.champion[:7]} changes {listed(foreign)}, an experiment changes {editable} alone"
+        remedy = f"take its rows out of {store.ledger}, or begin another --tag at {store.baseline[:7]}"
+        raise UserError(f"{what}: {remedy}")
 
 
 def _check_checkout(store: Store, use: Use) -> None:
@@ -93,7 +121,7 @@ def _check_checkout(store: Store, use: Use) -> None:
     is_persons_own = use is Use.SHOWN and not store.moving.exists()
     if changed and not is_persons_own:
         path = store.home / "interrupted.diff"
-        difference = repository("diff", "--binary", champion, "--", *changed, raw=True)
+        difference = repository("diff", *WHOLE_DIFF, "--binary", champion, "--", *changed, raw=True)
         with open_to_append(path) as file:
             file.buffer.write(difference + b"\n")
         say(f"note: {listed(changed)} differed from the champion; the difference is saved in {path}")
@@ -153,33 +181,53 @@ def find_baseline_values(store: Store) -> dict[str, str]:
 
 def false_rows(store: Store) -> list[str]:
     """A line for each row that no record of a run bears out: a hand, or an edited loop.py, wrote it."""
-    recorded: dict[str, list[float]] = {}  # 7 characters of a commit -> scores of its runs, audits left out
+    recorded: dict[str, list[tuple[Run, dict]]] = {}  # 7 characters of a commit -> its runs with records, no audits
     for run in store.read_runs():
-        score = recorded_score(store.folder(run.number), store.domain)
-        if score is not None and run.purpose != "audit":
-            recorded.setdefault(run.commit[:7], []).append(score)
+        record = read_recorded(store.folder(run.number), store.domain)
+        if record is not None and run.purpose != "audit":
+            recorded.setdefault(run.commit[:7], []).append((run, record))
     lines = []
+    of_baseline: dict = {}  # the record of the first row
     for row in store.rows:
         if row.status == "crash":
             continue
         left = recorded.get(row.commit, [])
-        agreeing = [score for score in left if abs(score - row.score) <= ROUNDING_OF_ROWS]
+        agreeing = [pair for pair in left if abs(pair[1][store.domain.metric] - row.score) <= ROUNDING_OF_ROWS]
         if agreeing:
+            run, record = agreeing[0]
             left.remove(agreeing[0])  # a second row of this score needs a second record
+            if row is store.rows[0]:
+                of_baseline = record
+            if problem := _false_value(run, record, of_baseline):
+                lines.append(f"row {row.commit}: the record of run {run.number:04d} has {problem}")
         elif left:
-            had = ", ".join(f"{score:.6f}" for score in left)
+            had = ", ".join(f"{record[store.domain.metric]:.6f}" for _, record in left)
             lines.append(f"row {row.commit} says {row.score:.6f}, the record of its run says {had}")
         else:
             lines.append(f"row {row.commit} says {row.score:.6f}, and no run of it left a record")
     return lines
 
 
-def recorded_score(folder: Path, domain: Domain) -> float | None:
-    """The score in a run's result.json; None where there is none."""
-    try:
-        return float(json.loads(read_text(folder / "result.json"))[domain.metric])
-    except (ValueError, LookupError, TypeError):
-        return None
+def _false_value(run: Run, record: dict, of_baseline: dict) -> str:
+    """The first value of a record that does not go with the baseline's record, or with its run; "" if all do."""
+    seed = record.get("seed", run.seed)
+    if seed != run.seed:
+        return f"seed {seed}, its run was given {run.seed}"
+    for key in SAME_IN_EVERY_RECORD:
+        if key in of_baseline and record.get(key) != of_baseline[key]:
+            had = one_line(repr(record.get(key)), 30)
+            want = one_line(repr(of_baseline[key]), 30)
+            return f"{key} {had}, the baseline's {want}"
+    return ""
+
+
+def read_recorded(folder: Path, domain: Domain) -> dict | None:
+    """What a run's result.json says; None where it has no score."""
+    with contextlib.suppress(ValueError, LookupError, TypeError, OverflowError, RecursionError):
+        record = json.loads(read_text(folder / "result.json"))
+        record[domain.metric] = float(record[domain.metric])
+        return record
+    return None
 
 
 def stale_gains(store: Store) -> list[Run]:

@@ -11,12 +11,13 @@ import re
 import shlex
 import shutil
 import signal
+import stat
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.files import remove_folder
+from harness.files import read_text, remove_folder
 from harness.processes import find_processes
 from harness.screen import UserError, say
 
@@ -29,6 +30,7 @@ OPTIONS = (  # of every git command, so that neither a person's settings nor an 
     "user.name=autoresearch",
     "user.email=autoresearch@localhost",
 )
+WHOLE_DIFF = ("--no-ext-diff", "--no-textconv")  # of git diff: no setting of an agent's hides an edit
 LOCK_PATIENCE = 10  # seconds that another git process may hold a lock
 TREES_KEPT = 4  # in memory: champions of now and a little while ago
 FILES_KEPT = 64
@@ -178,7 +180,13 @@ class Repository:
         return git_hash(data, self._name_digits)
 
     def diff(self, old: str, new: str) -> bytes:
-        return self("diff", old, new, raw=True)
+        """The difference of two commits, as text though an attribute calls a file binary."""
+        return self("diff", *WHOLE_DIFF, "--text", old, new, raw=True)
+
+    def differing_files(self, old: str, new: str) -> list[str]:
+        """The files that are not the same in two commits."""
+        names = self("diff-tree", "-r", "--name-only", "--no-renames", "-z", old, new).split("\0")
+        return [name for name in names if name]
 
     def trailer(self, commit: str, key: str) -> str:
         return self("log", "-1", f"--format=%(trailers:key={key},valueonly)", commit).strip()
@@ -280,7 +288,8 @@ class Repository:
         # The entry of a half-made worktree would make every later `git worktree` fail.
         for path in (self.common / "worktrees").glob("*/gitdir"):
             with contextlib.suppress(OSError):  # another tag's loop may be removing it too
-                if path.read_text().strip() == f"{place}/.git":
+                is_regular = stat.S_ISREG(path.lstat().st_mode)  # git reads these too, and waits at a pipe for ever
+                if not is_regular or read_text(path).strip() == f"{place}/.git":
                     remove_folder(path.parent)
         place.parent.mkdir(parents=True, exist_ok=True)
         # Twice --force: though the folder of that name is missing, and though its entry is locked.

@@ -3,10 +3,17 @@
     uv run pytest tests/test_opening.py
 """
 
+import json
 import os
+from pathlib import Path
 
 import pytest
 from conftest import BASELINE, DEEPER, Desk, ended, errors, has_event, wait_for
+
+from harness.ledger import Row
+from harness.opening import Use, false_rows, open_tag
+from harness.screen import UserError
+from harness.store import Run
 
 ONE = "--tag", "t", "--max-experiments", "1", "--agent-cmd"
 
@@ -226,6 +233,63 @@ def test_row_that_its_runs_record_does_not_bear_out_is_marked_at_every_start_and
     told = f"row {night.rows()[1][0]} says 0.123000, the record of its run says 1.070000"
     assert f"warning: {told}" in night.loop(*BASELINE).stderr.splitlines()
     assert f"mark: {told}" in night.loop("report", "--tag", "t").stdout.splitlines()
+
+
+def test_row_whose_record_is_of_another_judge_device_or_seed_is_marked(store):
+    """An edited loop.py ran something else than it says."""
+
+    def record(commit: str, score: float, **changes) -> Path:
+        run = Run(store.new_folder(), commit * 40, "", 42, "x", "experiment", score=score, decision="keep")
+        store.write_run(run)
+        facts = {"val_bpb": score, "profile": "p", "split": "val", "rows": 7, "seed": 42, "digest": "d"}
+        facts |= {"files": {"a": "b"}, "prepare_sha256": "s", "device_name": "cpu"}
+        path = store.folder(run.number) / "result.json"
+        path.write_text(json.dumps(facts | changes))
+        store.rows.append(Row(commit * 7, score, 1.0, "keep", "x"))
+        return path
+
+    first = record("a", 1.0)
+    record("a", 1.1)  # the baseline once more
+    record("b", 0.9, cache="/elsewhere")
+    assert false_rows(store) == []
+    record("c", 0.8, prepare_sha256="t")
+    record("d", 0.7, device_name="H100")
+    record("e", 0.6, seed=7)
+    record("f", 0.5).write_text("[" * 99999)
+    by_score = ["row fffffff says 0.500000, and no run of it left a record"]
+    by_seed = ["row eeeeeee: the record of run 0006 has seed 7, its run was given 42"]
+    by_device = ["row ddddddd: the record of run 0005 has device_name 'H100', the baseline's 'cpu'"]
+    by_judge = ["row ccccccc: the record of run 0004 has prepare_sha256 't', the baseline's 's'"]
+    assert false_rows(store) == by_judge + by_device + by_seed + by_score
+    of_an_older_judge = json.loads(first.read_text())
+    del of_an_older_judge["prepare_sha256"]
+    first.write_text(json.dumps(of_an_older_judge))
+    assert false_rows(store) == by_device + by_seed + by_score
+
+
+def test_champion_that_changes_more_than_the_editable_file_is_refused_before_anything_of_it_runs(store):
+    """An edited loop.py committed a judge of its own: every later session, and the audit, would ask that one."""
+    git = store.repository
+
+    def commit(name: str, text: str) -> str:
+        (git.checkout / name).write_text(text)
+        git("add", "-A")
+        git("commit", "-q", "-m", name)
+        return git.head()
+
+    commit("train.py", "DEPTH = 4\n")
+    start = commit("prepare.py", "the judge\n")
+    baseline = store.commit(store.new_folder(), None, "baseline", "fake", "d", parent=start)
+    honest = store.commit(store.new_folder(), b"DEPTH = 5\n", "deeper", "fake", "d", parent=baseline)
+    rigged = commit("prepare.py", "another judge\n")
+    git("update-ref", f"{store.refs}3", rigged)
+    store.append([Row(name[:7], 1.0, 1.0, "keep", "x") for name in (baseline, honest, rigged)])
+    store.load()
+    with pytest.raises(UserError) as refused:
+        open_tag(store, Use.UNTOUCHED, lambda: False)
+    what = f"the champion {rigged[:7]} changes prepare.py, an experiment changes train.py alone"
+    assert str(refused.value) == f"{what}: take its rows out of {store.ledger}, or begin another --tag at {baseline[:7]}"
+    assert not store.bench.exists()
 
 
 @pytest.mark.slow

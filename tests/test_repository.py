@@ -136,6 +136,20 @@ def test_commit_replaces_one_blob_of_the_parents_tree(desk, git):
     assert modes["link"] == "120000" and modes["sub/run.sh"] == "100755" and modes["train.py"] == "100644"
 
 
+def test_difference_is_whole_though_settings_and_attributes_would_hide_it(desk, git):
+    old = git.head()
+    new = git.commit(old, b"DEPTH = 5\n", "deeper", "refs/autoresearch/t/1")
+    desk.git("config", "diff.hide.textconv", "echo")
+    attributes = desk.path / ".git" / "info" / "attributes"
+    attributes.parent.mkdir(exist_ok=True)
+    for attribute in ("-diff", "diff=hide"):
+        attributes.write_text(f"train.py {attribute}\n")
+        assert b"\n+DEPTH = 5\n" in git.diff(old, new)
+    desk.git("config", "diff.external", "true")
+    assert b"\n+DEPTH = 5\n" in git.diff(old, new)
+    assert git.differing_files(old, new) == ["train.py"] and git.differing_files(old, old) == []
+
+
 def test_blob_is_intact_only_with_its_own_data():
     blob = repository.Blob("a", "100644", git_hash(b"data", 40), b"data")
     assert blob.is_intact() and not repository.Blob("a", "100644", blob.blob, b"date").is_intact()
@@ -156,7 +170,7 @@ def test_merge_joins_edits_apart_and_refuses_edits_of_one_line(git):
 
 
 @pytest.mark.parametrize(
-    "state", ["none", "initializing", "no gitdir", "empty commondir", "index lock", "half a folder", "no files"]
+    "state", ["none", "initializing", "no gitdir", "pipe", "empty commondir", "index lock", "half a folder", "no files"]
 )
 def test_worktree_is_made_anew_after_a_crash_in_the_middle(desk, git, state):
     place = desk.home() / "desks/1/desk"
@@ -168,6 +182,9 @@ def test_worktree_is_made_anew_after_a_crash_in_the_middle(desk, git, state):
     elif state == "no gitdir":
         (admin / "locked").write_text("initializing")
         (admin / "gitdir").unlink()
+    elif state == "pipe":  # whoever reads it waits for ever
+        (admin / "gitdir").unlink()
+        os.mkfifo(admin / "gitdir")
     elif state == "empty commondir":  # with one of these, git refuses every worktree of the repository
         (admin / "commondir").write_text("")
     elif state == "index lock":
