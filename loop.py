@@ -54,13 +54,21 @@ from harness.fleet import LocalFleet
 from harness.interrupts import Interrupts, StopNow
 from harness.ledger import Row
 from harness.live_page import LivePage
-from harness.opening import Use, check_packages, find_baseline_values, open_tag, process_mark, stale_gains
+from harness.opening import (
+    Use,
+    check_data,
+    check_packages,
+    find_baseline_values,
+    open_tag,
+    process_mark,
+    stale_gains,
+)
 from harness.proposers import Proposers, find_problem
 from harness.ray_fleet import OFF, RayFleet
 from harness.report import Audited
 from harness.screen import UserError, duration, is_terminal, one_line, say, show_live_line
 from harness.store import Run, Store, read_run
-from harness.verdict import base_run, compare, find_marks, mean_pace
+from harness.verdict import base_run, compare, find_marks, mean_pace, usual_runs
 from harness.watch import Watch
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -143,6 +151,7 @@ class PlannedRun:
     commit: str = ""  # "": the experiment's, which is made when its first run is launched
     number: int = 0  # once it has a folder
     tries: int = 0  # that the machine could not make
+    suspect_tries: int = 0  # of these, for which the edit may be to blame
     not_before: float = 0.0  # time.monotonic()
     started_at: float = 0.0  # time.monotonic()
     place: str = ""  # the node that has it, on a cluster
@@ -439,7 +448,9 @@ class Ratchet:
         if isinstance(outcome, Unavailable):
             if outcome.is_permanent:
                 raise UserError(outcome.reason)
-            if outcome.retries is None or planned.tries < outcome.retries:
+            if outcome.retries is None or planned.suspect_tries < outcome.retries:
+                if outcome.retries is not None:
+                    planned.suspect_tries += 1
                 self.postpone(planned, outcome.reason)
                 return
             seconds = time.monotonic() - planned.started_at
@@ -497,19 +508,20 @@ class Ratchet:
         if isinstance(outcome, Crash):
             reason = one_line(f"{outcome.reason}: {run.description}")
             return replace(run, decision="crash", description=reason, seconds=outcome.seconds)
-        base = base_run(self.store, run)
-        return replace(
+        run = replace(
             run,
             score=round(outcome.record.score, 6),
             memory_gb=outcome.memory_gb,
             seconds=outcome.seconds,
             startup_seconds=outcome.startup_seconds,
             training_seconds=outcome.training_seconds,
+            evaluation_seconds=outcome.evaluation_seconds,
             summary=outcome.summary,
-            marks=find_marks(outcome.record, outcome.startup_seconds, base),
             busy_others=outcome.record.busy_others,
             device_others=outcome.record.device_others,
         )
+        marks = find_marks(outcome.record, run, usual_runs(self.store, run), self.facts.time_budget)
+        return replace(run, marks=marks)
 
     def take_crash(self, planned: PlannedRun, crash: Crash) -> None:
         """A crash ends its experiment; an agent is given the edit and the end of the log. UserError where no agent
@@ -755,6 +767,7 @@ class Ratchet:
             clean_test_score=clean_test_score,
             problem=measurement.rescore_problem,
             was_refused=was_exported and bool(DOMAIN.score_command) and measurement.rescored is None,
+            believed=self.store.estimate(experiment.commit),
             device=self.facts.device,
             steps=steps,
             pace=pace,
@@ -840,12 +853,13 @@ def open_session(
 def open_fleet(store: Store, facts: Description, options: Options, interrupts: Interrupts) -> LocalFleet | RayFleet:
     """Where the runs are made: with one worker in this process, with more on Ray."""
     packages = check_packages(store)
+    data = check_data(store, facts)
     if options.ray != OFF and (options.workers > 1 or options.ray):
         return RayFleet(store, facts, options.workers, options.ray, process_mark(store, "run"))
     devices = list(facts.devices)[: options.workers]
     if len(devices) < options.workers:
         say(f"note: {options.workers} workers, {len(devices)} device here: {len(devices)} run at a time")
-    return LocalFleet(store, devices, process_mark(store, "run"), packages, interrupts.stop)
+    return LocalFleet(store, devices, process_mark(store, "run"), packages, data, interrupts.stop)
 
 
 def make_desks(store: Store, in_checkout: bool, workers: int) -> list[Desk]:

@@ -1132,6 +1132,7 @@ def evaluate_bpb(model, tokenizer: Tokenizer, batch_size: int) -> float:
         "device_name": _device_name(device),
         "busy_others": _busy_others(_stopwatch.cpu_at_start, cpu_at_stop),
         "device_others": _device_others(device),
+        "cache": str(CACHE),
     }
     rows = manifest["metric"]["rows"]
     B = min(batch_size, max(rows.values()))  # one shape for both splits: nothing recompiles

@@ -29,6 +29,9 @@ MAX_RECORD_BYTES = 2**20
 LOG_END_LINES = 50  # of a crash, for the agent that mends it
 FREE_MEMORY_TOLERANCE = 1.0  # GB by which a GPU's free memory may differ from what it was at the start
 PAUSE_TOLERANCE = 1.0  # seconds that a run may have been stopped or asleep
+JUMP_TOLERANCE = 1.0  # seconds by which the wall clock may be set during a run, as NTP does now and then
+SUSPECT_RETRIES = 2  # of a run that came to nothing by the machine's fault, or by a doing of its own
+DO_NOT_COMPARE = "Scores from now on do not compare with those before"
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class Place:
     mark: str  # of the run's processes
     device: str  # a key of the description's devices
     packages: environment.Packages | None = None  # as they must be
+    data: dict[str, tuple[int, int]] | None = None  # the training files as they must be; None: as the run finds them
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class Measurement:
     seconds: float  # wall time of the whole run
     startup_seconds: float | None  # by the loop's clock: until the judge's clock started
     training_seconds: float | None  # by the loop's clock
+    evaluation_seconds: float | None = None  # by the loop's clock: from the end of training to the record
     rescored: tuple[float, float] | None = None  # audit: both scores of the exported network, by the score command
     rescore_problem: str = ""  # audit: why there are none
 
@@ -96,6 +101,10 @@ Outcome = Measurement | Crash | Unavailable
 
 class _Crashed(Exception):
     """Becomes a Crash; the message is its reason."""
+
+
+class _ClocksDiffer(_Crashed):
+    """By the marks of its clock the run trained longer than the judge says."""
 
 
 def measure(job: Job, place: Place, stop: threading.Event) -> Outcome:
@@ -144,26 +153,34 @@ def _measure_on(bench: Path, job: Job, place: Place, stop: threading.Event) -> O
     for name in ("tmp", "record"):
         (bench / name).mkdir()
     log = place.output / "run.log"
+    data = environment.look_at_data(job.facts) if place.data is None else place.data
     ending = _run(job.domain.train_command, tree, log, bench, job, place, stop)
     # Looked at after the run: whether the run itself or an agent before it changed them, this score does not count.
     if change := _changed_packages(place):
         reason = f"the installed packages changed: {change}"
-        return Unavailable(f"{reason}. Scores from now on do not compare with those before", is_permanent=True)
+        return Unavailable(f"{reason}. {DO_NOT_COMPARE}", is_permanent=True)
+    if change := environment.changed_training_data(data, environment.look_at_data(job.facts), job.facts):
+        return Unavailable(f"the training data changed: {change}. {DO_NOT_COMPARE}", is_permanent=True)
     if ending.problem == "stopped":
         return Unavailable("stopped")
     if ending.paused_seconds > PAUSE_TOLERANCE:
-        return Unavailable(f"the run stood still for {ending.paused_seconds:.0f} s (stopped, or the machine slept)")
+        reason = f"the run stood still for {ending.paused_seconds:.0f} s (stopped, or the machine slept)"
+        has_slept = ending.asleep_seconds > PAUSE_TOLERANCE  # which no edit brings about; it can stop itself for ever
+        return Unavailable(reason, retries=None if has_slept else SUSPECT_RETRIES)
 
     text = read_text(log)
     try:
         measurement = _believe(job, bench, text, ending)
     except _Crashed as crash:
+        jump = ending.clock_jump_seconds
+        if isinstance(crash, _ClocksDiffer) and abs(jump) > JUMP_TOLERANCE:
+            return Unavailable(f"the machine's clock was set by {jump:+.0f} s during the run", retries=SUSPECT_RETRIES)
         _keep_record(bench, place)
         # The bench goes before the disk is looked at: a disk that this run alone had filled is its own fault.
         remove_folder(bench)
         last_lines = [line[:300] for line in text.splitlines()[-LOG_END_LINES:]]
         return _missing_after(job, place) or Crash(str(crash), "\n".join(last_lines), ending.seconds)
-    if problem := _differs_from_baseline(job, measurement):
+    if problem := _differs_from_baseline(job, place, measurement):
         return problem
     if job.audit:
         measurement = _score_again(bench, job, place, measurement, stop)
@@ -205,12 +222,14 @@ def unpack(tree: tuple[Blob, ...], folder: Path, without: str = "") -> None:
 
 def _variables(job: Job, place: Place, bench: Path) -> dict[str, str]:
     variables = environment.variables_for_training(job.facts.profile)
+    # What earlier runs left among the compilers' files reaches no audit.
+    compile_cache = bench / "compiled" if job.audit else place.compile_cache
     variables |= {
         "AUTORESEARCH_RESULT": str(_result(bench)),
         "AUTORESEARCH_SEED": str(job.seed),
         "AUTORESEARCH_AUDIT": str(int(job.audit)),
-        "TORCHINDUCTOR_CACHE_DIR": str(place.compile_cache / "inductor"),
-        "TRITON_CACHE_DIR": str(place.compile_cache / "triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(compile_cache / "inductor"),
+        "TRITON_CACHE_DIR": str(compile_cache / "triton"),
         "TMPDIR": str(bench / "tmp"),
     }
     if job.facts.device == "cuda":
@@ -258,11 +277,12 @@ def _missing_after(job: Job, place: Place) -> Unavailable | None:
     return None
 
 
-def _differs_from_baseline(job: Job, measurement: Measurement) -> Unavailable | None:
+def _differs_from_baseline(job: Job, place: Place, measurement: Measurement) -> Unavailable | None:
     """Another device, or another value of a summary line that must stay: the two scores would not compare."""
     device_name = measurement.record.device_name
     if device_name != job.facts.device_name:
-        return Unavailable(f"it ran on a {device_name}, the baseline on a {job.facts.device_name}")
+        reason = f"it ran on a {device_name}, the baseline on a {job.facts.device_name}"
+        return _missing_after(job, place) or Unavailable(reason, retries=SUSPECT_RETRIES)
     for key, baseline_value in job.baseline_values.items():
         value = measurement.summary.get(key, "nothing")
         if value != baseline_value:
@@ -323,6 +343,7 @@ def _believe(job: Job, bench: Path, log: str, ending: Ending) -> Measurement:
     started_at = _clock_mark_time(bench, STARTED_SUFFIX)
     stopped_at = _clock_mark_time(bench, STOPPED_SUFFIX)
     training_seconds = stopped_at - started_at
+    recorded_at = _result(bench).lstat().st_mtime
     _check_clocks(job, record, training_seconds)
     return Measurement(
         record=record,
@@ -331,6 +352,7 @@ def _believe(job: Job, bench: Path, log: str, ending: Ending) -> Measurement:
         seconds=ending.seconds,
         startup_seconds=started_at - ending.began_at,
         training_seconds=training_seconds,
+        evaluation_seconds=recorded_at - stopped_at,
     )
 
 
@@ -388,6 +410,8 @@ def _check_record(job: Job, record: Record, printed: float) -> None:
         "files": job.facts.files,
         "prepare_sha256": job.facts.prepare_sha256,
     }
+    if record.cache is not None:
+        expected["cache"] = job.facts.cache
     for key, want in expected.items():
         had = getattr(record, key)
         if had != want:
@@ -420,4 +444,4 @@ def _check_clocks(job: Job, record: Record, training_seconds: float) -> None:
         raise _Crashed(f"trained for {record.training_seconds:.1f} s, the budget is {job.facts.time_budget:g} s")
     if training_seconds > record.training_seconds + CLOCK_TOLERANCE + 0.02 * job.facts.time_budget:
         clocks = f"{training_seconds:.1f} s went by, it says {record.training_seconds:.1f} s"
-        raise _Crashed(f"trained longer than the judge's clock says: {clocks}")
+        raise _ClocksDiffer(f"trained longer than the judge's clock says: {clocks}")

@@ -13,11 +13,14 @@ from harness.store import Store
 class LocalFleet:
     """The devices of this machine. At most `capacity` jobs run at a time, each on a device of its own."""
 
-    def __init__(self, store: Store, devices: list[str], mark: str, packages: Packages | None, stop: threading.Event):
+    def __init__(
+        self, store: Store, devices: list[str], mark: str, packages: Packages, data: dict, stop: threading.Event
+    ):
         self.capacity = len(devices)
         self._store = store
         self._mark = mark
         self._packages = packages
+        self._data = data  # the training files as they must be
         self._stop = stop
         self._free: queue.SimpleQueue[str] = queue.SimpleQueue()
         for device in devices:
@@ -38,6 +41,7 @@ class LocalFleet:
                 mark=f"{self._mark}:{job.number}",
                 device=device,
                 packages=self._packages,
+                data=self._data,
             )
             return measure(job, place, self._stop)
         finally:

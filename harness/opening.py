@@ -14,7 +14,7 @@ from harness import environment
 from harness.bench import unpack
 from harness.contract import Description, Domain
 from harness.environment import Packages
-from harness.files import open_to_append, read_text, remove_folder
+from harness.files import open_to_append, read_text, remove_folder, write_atomically
 from harness.processes import sweep
 from harness.repository import WHOLE_DIFF
 from harness.screen import UserError, listed, one_line, say
@@ -168,6 +168,22 @@ def check_packages(store: Store) -> Packages:
         remedy = f"undo that, choose another --tag, or delete {store.packages} if the scores still compare"
         raise UserError(f"the installed packages changed since tag {store.tag} began ({change}): {remedy}")
     return before
+
+
+def check_data(store: Store, facts: Description) -> dict[str, tuple[int, int]]:
+    """The files that runs train on, as they are now. UserError where one is another than when the tag began."""
+    now = environment.sample_data(facts)
+    before = {}
+    with contextlib.suppress(ValueError, TypeError):
+        before = dict(json.loads(read_text(store.data)))
+    # A file that is gone was never needed, or its absence is told by the run that needs it.
+    changed = [str(Path(facts.cache, name)) for name in before if name in now and now[name] != before[name]]
+    if changed:
+        remedy = "put it back as it was (delete it and prepare the data again), or choose another --tag"
+        raise UserError(f"the training data changed since tag {store.tag} began ({listed(changed)}): {remedy}")
+    if now.keys() - before.keys():
+        write_atomically(store.data, json.dumps(before | now))
+    return environment.look_at_data(facts)
 
 
 def find_baseline_values(store: Store) -> dict[str, str]:

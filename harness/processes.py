@@ -34,6 +34,8 @@ class Ending:
     began_at: float  # time.time() when it was started
     seconds: float  # that it ran
     paused_seconds: float  # of these it was stopped (SIGSTOP), or the machine slept
+    asleep_seconds: float = 0.0  # of these the machine slept
+    clock_jump_seconds: float = 0.0  # by which the wall clock was set meanwhile: by NTP, or after a pause of the VM
 
 
 def run_child(command, *, cwd: Path, env: dict, mark: str, log: Path, limit: float, stop, stdin=os.devnull) -> Ending:
@@ -86,7 +88,9 @@ def _run_once(command, *, cwd: Path, env: dict, mark: str, log: Path, limit: flo
         problem = f"exit code {process.returncode}"
     elif not problem and process.returncode < 0:
         problem = f"killed by {signal.Signals(-process.returncode).name}"
-    return Ending(problem, began_at, time.monotonic() - begin, clock.paused_seconds)
+    seconds = time.monotonic() - begin
+    clock_jump_seconds = time.time() - began_at - seconds - clock.asleep_seconds
+    return Ending(problem, began_at, seconds, clock.paused_seconds, clock.asleep_seconds, clock_jump_seconds)
 
 
 def _open_input(path):
@@ -130,6 +134,7 @@ class _PauseClock:
 
     def __init__(self, pid: int):
         self.paused_seconds = 0.0
+        self.asleep_seconds = 0.0  # of these
         self._stat = Path(f"/proc/{pid}/stat")
         self._slept = _seconds_asleep()
         self._looked = time.monotonic()
@@ -141,6 +146,7 @@ class _PauseClock:
             self.paused_seconds += now - self._looked
         if slept - self._slept > 1:  # second: the two clocks drift by less
             self.paused_seconds += slept - self._slept
+            self.asleep_seconds += slept - self._slept
             self._slept = slept
         self._looked = now
 

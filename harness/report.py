@@ -6,6 +6,7 @@ run never used, on the validation split and on the sealed test split, scored onc
 """
 
 import itertools
+import math
 import statistics
 import time
 from dataclasses import dataclass
@@ -396,13 +397,17 @@ class Audited:
     clean_test_score: float | None
     problem: str  # why there are no clean scores
     was_refused: bool  # there is an exported network, and the clean process gave it no scores
+    believed: float | None  # score of its commit by the ledger; None: it has none
     device: str
     steps: float | None = None  # as the run says
     pace: float | None = None  # tokens a second, as the run says
 
 
 def audit_text(audited: list[Audited], domain: Domain) -> str:
-    """Both splits, mean and deviation over the seeds, in the run's process and in the clean one."""
+    """Both splits, mean and deviation over the seeds, in the run's process and in the clean one, beside the ledger.
+
+    The gain is that of the clean process, where every run has its scores.
+    """
     names = list(dict.fromkeys(run.name for run in audited))
     replicates = sum(run.name == names[0] for run in audited)
     headings = f"{'validation ' + domain.unit:>21} {'sealed test ' + domain.unit:>21}"
@@ -410,18 +415,23 @@ def audit_text(audited: list[Audited], domain: Domain) -> str:
     speeds = speed_columns([_mean_speed([run for run in audited if run.name == name]) for name in names], domain)
     lines = [f"{'':27} {headings}{speeds[0]}   ({seeds} each)"]
     means = {}
+    has_clean_scores = all(run.clean_score is not None for run in audited)
     for name, speed in zip(names, speeds[1:], strict=True):
         runs = [run for run in audited if run.name == name]
         columns = ([run.score for run in runs], [run.test_score for run in runs])
-        means[name] = [statistics.fmean(column) for column in columns]
-        lines.append(f"{name:27} {_cell(columns[0])} {_cell(columns[1])}{speed}".rstrip())
+        lines.append(f"{name:27} {_cells(columns)}{speed}".rstrip())
         clean = [run for run in runs if run.clean_score is not None]
         if clean:
-            cells = f"{_cell([run.clean_score for run in clean])} {_cell([run.clean_test_score for run in clean])}"
-            lines.append(f"{'  in a clean process':27} {cells}")
+            clean_columns = ([run.clean_score for run in clean], [run.clean_test_score for run in clean])
+            lines.append(f"{'  in a clean process':27} {_cells(clean_columns)}")
+            if has_clean_scores:
+                columns = clean_columns
+        means[name] = [statistics.fmean(column) for column in columns]
         for problem in dict.fromkeys(run.problem for run in runs if run.problem):
             count = sum(run.problem == problem for run in runs)
             lines.append(f"{'  not in a clean process':27} {problem} ({count} of {len(runs)})")
+        if runs[0].believed is not None:
+            lines.append(f"{'  believed in the ledger':27} {runs[0].believed:>21.6f}")
     if len(names) > 1:
         before, after = means.values()
         gains = [domain.gain(old, new) for old, new in zip(before, after, strict=True)]
@@ -435,11 +445,14 @@ def _mean_speed(runs: list[Audited]) -> tuple[float | None, float | None]:
     return mean_of_known([run.steps for run in runs]), mean_of_known([run.pace for run in runs])
 
 
-def _cell(scores: list[float]) -> str:
-    text = f"{statistics.fmean(scores):.6f}"
-    if len(scores) > 1:
-        text += f" ± {statistics.stdev(scores):.6f}"
-    return f"{text:>21}"
+def _cells(columns: tuple[list[float], list[float]]) -> str:
+    cells = []
+    for scores in columns:
+        text = f"{statistics.fmean(scores):.6f}"
+        if len(scores) > 1 and all(map(math.isfinite, scores)):
+            text += f" ± {statistics.stdev(scores):.6f}"
+        cells.append(f"{text:>21}")
+    return " ".join(cells)
 
 
 def find_doubts(audited: list[Audited]) -> list[str]:
@@ -453,7 +466,7 @@ def find_doubts(audited: list[Audited]) -> list[str]:
             continue
         tolerance = ROUNDING.get(run.device, ROUNDING_ELSEWHERE)
         pairs = ((run.score, run.clean_score), (run.test_score, run.clean_test_score))
-        if any(abs(of_run - of_network) > tolerance * abs(of_network) for of_run, of_network in pairs):
+        if not all(abs(of_run - of_network) <= tolerance * abs(of_network) for of_run, of_network in pairs):  # NaN too
             own = f"{run.score:.6f} and {run.test_score:.6f} in its own process"
             clean = f"{run.clean_score:.6f} and {run.clean_test_score:.6f} in a clean one"
             doubts.append(f"{run.name} scored {own}, {clean}: believe neither")

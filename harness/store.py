@@ -5,6 +5,7 @@
                        and its live line carry the same number
     timeline.jsonl     what happened when: from it `status` tells where a run stands, and how busy the devices were
     packages.json      the installed packages as they were when the tag began
+    data.json          samples of the training data as it was then
     desks/             the agents' worktrees, where there is more than one worker
     bench/             folders of runs in flight
 
@@ -50,6 +51,7 @@ class Run:
     seconds: float = 0.0  # wall time of the whole run
     startup_seconds: float | None = None
     training_seconds: float | None = None
+    evaluation_seconds: float | None = None
     summary: dict[str, str] = field(default_factory=dict)
     marks: tuple[str, ...] = ()  # what makes the score weaker than it looks
     busy_others: float | None = None  # share of the processors that others used meanwhile, 0 to 1
@@ -82,6 +84,7 @@ class Store:
         self.desks = self.home / "desks"
         self.timeline = self.home / "timeline.jsonl"
         self.packages = self.home / "packages.json"
+        self.data = self.home / "data.json"
         self.moving = self.home / "moving"  # exists while the checkout is on its way to a new champion
         self.compile_cache = repository.common / "autoresearch" / "compile_cache"
         self.rows: list[Row] = []

@@ -23,8 +23,10 @@ from harness.screen import duration, one_line
 from harness.store import PROFILE_TRAILER, Run, Store
 
 BUSY_SHARE = 0.10  # of the machine, used by others: over it a score is weak
-STARTUP_FACTOR = 2  # a start-up this many times the base's,
-STARTUP_EXTRA = 30  # and this many seconds longer, is marked: compilation may explain it, training before the clock too
+LONG_FACTOR = 2  # a start-up or an evaluation that takes this many times what is usual,
+LONG_EXTRA = 30  # and so many seconds more, is marked: compilation may explain it, training off the clock too
+EXTRA_SHARE = 0.1  # of the time budget: those seconds are not more than this,
+LEAST_EXTRA = 2  # but so many: a busy machine is slow at small things
 LATEST = 3  # verdicts that an agent is told
 LOOK_BACK = 30  # rows among which they are looked for
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of the budget, at which the training losses are compared
@@ -38,18 +40,41 @@ LISTED_SCORES = 5  # newest, of a commit that ran more often
 # What makes a score weak
 
 
-def find_marks(record: Record, startup_seconds: float, base: Run | None) -> tuple[str, ...]:
-    """What a person should know before believing the score of a run."""
+def find_marks(record: Record, run: Run, usual: list[tuple[str, Run]], time_budget: float) -> tuple[str, ...]:
+    """What a person should know before believing the score of a run. `usual`: see usual_runs."""
     marks = _busy_marks(record)
-    if base is not None and base.startup_seconds is not None:
-        limit = STARTUP_FACTOR * base.startup_seconds + STARTUP_EXTRA
-        if startup_seconds > limit:
-            usual = duration(base.startup_seconds)
-            taken = duration(startup_seconds)
-            marks.append(f"it took {taken} to start, its base {usual}: compilation, or a head start")
+    startups = [(name, other.startup_seconds) for name, other in usual]
+    if words := _usual_words(run.startup_seconds, startups, time_budget):
+        marks.append(f"it took {duration(run.startup_seconds)} to start, {words}: compilation, or a head start")
+    evaluations = [(name, other.evaluation_seconds) for name, other in usual]
+    if words := _usual_words(run.evaluation_seconds, evaluations, time_budget):
+        reasons = "compilation, a slower network, or training after the clock"
+        marks.append(f"it took {duration(run.evaluation_seconds)} to evaluate, {words}: {reasons}")
     if record.export_problem:
         marks.append(f"the network could not be exported: {one_line(record.export_problem, 90)}")
     return tuple(marks)
+
+
+def _usual_words(seconds: float | None, usual: list[tuple[str, float | None]], time_budget: float) -> str:
+    """`its base 10 s`: the least of the usual times, where this one is far over it; "" where it is not."""
+    known = [(other, name) for name, other in usual if other is not None and other >= 0]  # a clock may be set back
+    if seconds is None or not known:
+        return ""
+    least, name = min(known)
+    extra = max(LEAST_EXTRA, min(LONG_EXTRA, EXTRA_SHARE * time_budget))
+    return f"{name} {duration(least)}" if seconds > LONG_FACTOR * least + extra else ""
+
+
+def usual_runs(store: Store, run: Run) -> list[tuple[str, Run]]:
+    """With whose times those of a run are compared, and what a person calls them: its base and the baseline.
+
+    The baseline too: a little more from keep to keep would never be far more than the base's.
+    """
+    base = base_run(store, run)
+    if base is None:
+        return []
+    of_baseline = [other for other in store.runs_of(store.baseline) if other.is_scored]
+    return [("its base", base), *(("the baseline", other) for other in of_baseline)]
 
 
 def _busy_marks(measured: Record | Run) -> list[str]:

@@ -100,6 +100,7 @@ CRASHES = [
     ("prepare.finish(0.5, split='test')", "the evaluator's record has split 'test', this run was to have 'val'"),
     ("prepare.finish(0.5, files={})", "the evaluator's record has files {}, this run was to have {'val.bin'"),
     ("prepare.finish(0.5, prepare_sha256='a')", "the evaluator's record has prepare_sha256 'a'"),
+    ("prepare.finish(0.5, cache='/mine')", "the evaluator's record has cache '/mine', this run was to have '/"),
     ("prepare.finish(0.5, val_bpb=0.6)", "printed val_bpb 0.5 is not the evaluator's 0.6"),
     ("prepare.finish(0.5, val_bpb=0.500003)", "printed val_bpb 0.5 is not the evaluator's 0.500003"),
     # Of a wrong type, or not there at all
@@ -248,7 +249,8 @@ def test_blob_that_is_not_what_its_name_says_is_never_run(runs):
 
 
 def test_network_of_an_audit_is_scored_again_without_train_and_leaves_no_large_file(runs):
-    outcome = runs.ending(GOOD, audit=True)
+    fresh_cache = f"assert {str(runs.folder / 'compiled')!r} not in os.environ['TORCHINDUCTOR_CACHE_DIR']"
+    outcome = runs.ending(f"{fresh_cache}; {GOOD}", audit=True)
     assert isinstance(outcome, Measurement) and outcome.rescored and outcome.rescore_problem == ""
     assert outcome.record.test_score == pytest.approx(0.51)
     assert not (runs.folder / "runs" / "0001" / "result.pt2").exists()
@@ -266,13 +268,17 @@ def test_network_of_an_audit_is_scored_again_without_train_and_leaves_no_large_f
 
 def test_run_on_another_device_is_made_again(runs):
     outcome = runs.ending("prepare.finish(0.5, device_name='H100')")
-    assert outcome == Unavailable("it ran on a H100, the baseline on a cpu")
+    assert outcome == Unavailable("it ran on a H100, the baseline on a cpu", retries=2)  # the edit may have chosen it
 
 
 def test_run_with_another_kernel_is_made_again_once(runs):
     outcome = runs.ending("prepare.finish(0.5, attention='flex')", baseline_values={"attention": "sdpa"})
     assert outcome == Unavailable("attention is flex, the baseline's is sdpa", retries=1)
     assert isinstance(runs.ending(GOOD, baseline_values={"attention": "sdpa"}), Measurement)
+
+
+def test_record_of_a_judge_that_does_not_say_where_its_data_lies_is_believed(runs):
+    assert isinstance(runs.ending("prepare.finish(0.5, cache=None)"), Measurement)
 
 
 def test_crash_beside_a_taken_device_is_the_ideas_own(runs):
@@ -290,13 +296,41 @@ def test_crash_beside_a_taken_device_is_the_ideas_own(runs):
     assert busy == Unavailable(f"another run holds the device cpu ({runs.cache / 'cpu0.lock'})")
 
 
-@pytest.mark.parametrize("change", ["deleted", "edited"])
+@pytest.mark.parametrize("change", ["deleted", "edited", "a pipe", "a link to itself"])
 def test_changed_data_is_named_before_a_run_and_ends_the_loop(runs, change):
     path = runs.cache / "val.bin"
-    path.unlink() if change == "deleted" else path.write_bytes(b"other")
+    path.unlink()
+    if change == "edited":
+        path.write_bytes(b"other")
+    elif change == "a pipe":
+        os.mkfifo(path)
+    elif change == "a link to itself":
+        path.symlink_to(path)
     outcome = runs.ending(GOOD)
     assert isinstance(outcome, Unavailable) and outcome.is_permanent
     assert outcome.reason == f"{path} is not as it was prepared: look with 'uv run prepare.py --verify'"
+
+
+def test_data_that_a_person_keeps_elsewhere_is_found_by_its_link(runs):
+    (runs.cache / "tokens").rename(runs.outside / "tokens")
+    (runs.cache / "tokens").symlink_to(runs.outside / "tokens")
+    (runs.cache / "val.bin").rename(runs.outside / "val.bin")
+    (runs.cache / "val.bin").symlink_to(runs.outside / "val.bin")
+    assert isinstance(runs.measure(FAKE_TRAIN), Measurement)
+
+
+def test_training_data_may_grow_during_a_run_and_not_change(runs):
+    """A person may prepare more while runs train."""
+    tokens = runs.cache / "tokens"
+    new = f"tokens = prepare.CACHE / 'tokens'; (tokens / 'new.bin').touch(); (tokens / 'train.part').touch(); {GOOD}"
+    assert isinstance(runs.ending(new), Measurement)
+    rewritten = f"import shutil; shutil.copy(prepare.CACHE / 'val.bin', prepare.CACHE / 'tokens' / 'train.bin'); {GOOD}"
+    outcome = runs.ending(rewritten)
+    assert isinstance(outcome, Unavailable) and outcome.is_permanent
+    assert outcome.reason.startswith(f"the training data changed: {tokens / 'train.bin'}. Scores from now on")
+    job = runs.job(FAKE_TRAIN)
+    place = dataclasses.replace(runs.place(job), data={"tokens/train.bin": (1, 1)})  # as it was when the session began
+    assert isinstance(measure(job, place, runs.stop), Unavailable)
 
 
 def test_run_that_stood_still_is_made_again_and_not_even_its_good_end_counts(runs):
@@ -312,8 +346,28 @@ def test_run_that_stood_still_is_made_again_and_not_even_its_good_end_counts(run
     os.kill(*pid, signal.SIGCONT)
     (runs.cache / "hold").unlink()
     thread.join()
-    assert isinstance(done[0], Unavailable) and done[0].retries is None
+    assert isinstance(done[0], Unavailable) and done[0].retries == 2  # it may have stopped itself
     assert done[0].reason.startswith("the run stood still for 2 s (stopped, or the machine slept)")
+
+
+def test_run_during_which_the_clock_was_set_or_the_machine_slept_is_made_again(runs, monkeypatch):
+    """By the wall clock its training took 9 s more than by the judge's."""
+    late = f"os.utime(str({RESULT}) + '.started', (time.time() - 9,) * 2); {GOOD}"
+
+    def ending_with(**changes) -> None:
+        def run_child(*args, **options) -> processes.Ending:
+            return dataclasses.replace(processes.run_child(*args, **options), **changes)
+
+        monkeypatch.setattr(bench, "run_child", run_child)
+
+    ending_with(clock_jump_seconds=9.0)
+    assert runs.ending(late) == Unavailable("the machine's clock was set by +9 s during the run", retries=2)
+    assert isinstance(runs.ending(GOOD), Measurement)  # it hurt nobody
+    ending_with(clock_jump_seconds=0.5)
+    assert isinstance(runs.ending(late), Crash)
+    ending_with(paused_seconds=9.0, asleep_seconds=9.0)
+    reason = "the run stood still for 9 s (stopped, or the machine slept)"
+    assert runs.ending(GOOD) == Unavailable(reason)  # however often: no edit makes a machine sleep
 
 
 def test_record_of_an_earlier_try_is_not_the_next_ones(runs):
@@ -361,6 +415,7 @@ for path in kernels:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
 left = [cache / "weights.pt", cache / "stash" / "weights.pt", cache.parent / "weights.pt", cache / "fit.json"]
+left += [cache / "fit-weights.pt", cache / "weights.tmp", cache / "2a" / "weights.pt", triton / "0" / "weights.npz"]
 print("found", *sorted(path.name for path in [*left, *kernels] if path.exists()))
 for path in left:
     path.parent.mkdir(exist_ok=True)
@@ -368,8 +423,32 @@ for path in left:
 """
 
 
+LEAVES_OTHERS = """
+import os
+import pathlib
+cache = pathlib.Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+print("found", *sorted(path.name for path in (cache / "2a").glob("*")), (cache / "fit.json").exists())
+for name in ("large", "link", "pipe"):
+    (cache / "2a" / name).unlink(missing_ok=True)
+os.truncate(os.open(cache / "2a" / "large", os.O_CREAT | os.O_RDWR), 2**26 + 1)
+(cache / "2a" / "link").symlink_to("/tmp")
+os.mkfifo(cache / "2a" / "pipe")
+(cache / "fit.json").unlink(missing_ok=True)
+os.mkfifo(cache / "fit.json")
+os.chdir(cache / "2a")
+for _ in range(1500):
+    os.makedirs("d", exist_ok=True)
+    os.chdir("d")
+os.chdir(os.environ["PWD"])
+"""
+
+
 def test_weights_beside_the_compile_cache_are_gone_in_the_next_run(runs):
     for expected in ("found graph kernel.cubin kernel.py", "found fit.json graph kernel.cubin kernel.py"):
         assert isinstance(runs.measure(LEAVES_WEIGHTS + FAKE_TRAIN), Measurement)
+        log = (runs.folder / "runs" / f"{runs.count:04d}" / "run.log").read_text()
+        assert log.splitlines()[0] == expected
+    for expected in ("found kernel.py True", "found d kernel.py False"):
+        assert isinstance(runs.measure(LEAVES_OTHERS + FAKE_TRAIN), Measurement)
         log = (runs.folder / "runs" / f"{runs.count:04d}" / "run.log").read_text()
         assert log.splitlines()[0] == expected

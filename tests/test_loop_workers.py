@@ -461,6 +461,19 @@ def test_baseline_that_crashes_when_measured_again_costs_no_ref(tmp_path, capfd,
     assert ratchet.store.attempts == attempts
 
 
+def test_run_that_comes_back_too_often_by_its_own_doing_is_a_crash_however_often_the_machine_failed(
+    tmp_path, capfd, quick
+):
+    ratchet = session_in_flight(Night(tmp_path, seed=1), 100)
+    planned = next(iter(ratchet.flying.values()))
+    for outcome in [Unavailable("busy")] * 9 + [Unavailable("it stood still", retries=2), Unavailable("busy")] * 2:
+        ratchet.take_outcome(planned, outcome)
+        assert ratchet.planned.popleft() is planned
+    ratchet.take_outcome(planned, Unavailable("it stood still", retries=2))
+    assert [row.status for row in ratchet.store.rows] == ["keep", "crash"]
+    assert ratchet.store.rows[1].description.startswith("it stood still: ")
+
+
 def test_device_held_by_others_floods_nothing(tmp_path, capfd, quick, monkeypatch):
     """Every run waits for the machine: no further candidate is begun, no further agent is asked."""
     ratchet = session_in_flight(Night(tmp_path, seed=1), 100, ahead=1)

@@ -12,11 +12,14 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 from conftest import BASELINE, DEEPER, Desk, ended, errors, has_event, hear, wait_for
 
+from harness import environment
+from harness.environment import Packages
 from harness.processes import find_processes
 
 ONE = "--tag", "t", "--max-experiments", "1", "--agent-cmd"
@@ -246,6 +249,38 @@ def test_packages_that_a_run_changes_end_the_loop_with_their_names_and_leave_no_
     told = f"error: the installed packages changed: {packaged.site / 'evil.pth'}. Scores from now on do not compare"
     assert len(errors(done)) == 1 and errors(done)[0].startswith(told)
     assert packaged.statuses() == ["keep"] and packaged.orphans() == []
+
+
+def test_archive_before_the_library_and_a_users_own_packages_are_looked_at(tmp_path, monkeypatch):
+    library = tmp_path / "lib" / "python3"
+    library.mkdir(parents=True)
+    paths = dict.fromkeys(("purelib", "platlib", "stdlib"), str(library))
+    monkeypatch.setattr(environment.sysconfig, "get_paths", lambda: paths)
+    before = Packages.installed()
+    assert before.difference(Packages.installed()) == ""
+    assert Packages({}).difference(before) == ""  # a tag that an older loop began
+    archive = library.with_name(f"python{sys.version_info.major}{sys.version_info.minor}.zip")
+    archive.touch()
+    assert before.difference(Packages.installed()) == str(archive)
+    (tmp_path / "evil.pth").touch()
+    monkeypatch.setattr(sys, "prefix", sys.base_prefix)
+    monkeypatch.setattr(environment.site, "ENABLE_USER_SITE", False)  # as PYTHONNOUSERSITE has it, but not for a run
+    monkeypatch.setattr(environment.site, "getusersitepackages", lambda: str(tmp_path))
+    assert str(tmp_path / "evil.pth") in Packages.installed().files
+
+
+def test_training_data_that_a_run_rewrites_ends_the_loop_with_its_name_and_leaves_no_row(desk):
+    """The validation rows in place of a training shard would serve every later run."""
+    shard = desk.cache / "tokens" / "train.bin"
+    harm = "import shutil; shutil.copy(prepare.CACHE / 'val.bin', prepare.CACHE / 'tokens' / 'train.bin')"
+    add = f'path = pathlib.Path("train.py"); path.write_text(path.read_text() + {harm!r} + "\\n")'
+    done = desk.loop(*ONE, desk.agent(add), code=1)
+    assert len(errors(done)) == 1
+    assert errors(done)[0].startswith(f"error: the training data changed: {shard}. Scores from now on do not compare")
+    assert desk.statuses() == ["keep"]
+    done = desk.loop(*BASELINE, code=1)
+    told = f"error: the training data changed since tag t began ({shard}): put it back as it was"
+    assert errors(done)[0].startswith(told)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

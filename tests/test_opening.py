@@ -5,13 +5,15 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import BASELINE, DEEPER, Desk, ended, errors, has_event, wait_for
 
 from harness.ledger import Row
-from harness.opening import Use, false_rows, open_tag
+from harness.opening import Use, check_data, check_packages, false_rows, open_tag
 from harness.screen import UserError
 from harness.store import Run
 
@@ -103,6 +105,38 @@ def test_resume_under_another_profile_or_other_data_is_refused(desk, what, told)
     done = desk.loop("--tag", "t", "--agent-cmd", agent, "--max-experiments", "1", **env, code=1)
     assert len(errors(done)) == 1 and f"tag t was begun under {told}" in errors(done)[0]
     assert before == ((desk.home() / "results.tsv").read_bytes(), desk.git("for-each-ref"))
+
+
+def test_training_data_is_known_again_by_its_content(store, tmp_path):
+    """Not by its times: a cache may be copied, prepared anew or enlarged between sessions."""
+    facts = SimpleNamespace(cache=str(tmp_path / "cache"), files={"notes.json": "", "tokens/val.tokens": ""})
+    tokens = tmp_path / "cache" / "tokens"
+    tokens.mkdir(parents=True)
+    for name in ("val.tokens", "a.tokens", "b.tokens", "c.part"):
+        (tokens / name).write_bytes(b"x" * 10**6)
+    (tmp_path / "cache" / "more.json").touch()
+    assert set(check_data(store, facts)) == {"tokens/a.tokens", "tokens/b.tokens"}
+    for name in ("a.tokens", "new.tokens", "val.tokens"):
+        (tokens / name).write_bytes(b"x" * 10**6)
+    (tokens / "b.tokens").unlink()
+    assert set(check_data(store, facts)) == {"tokens/a.tokens", "tokens/new.tokens"}
+    shutil.copytree(tmp_path / "cache", tmp_path / "copy")
+    facts.cache = str(tmp_path / "copy")
+    check_data(store, facts)
+    for content in (b"x" * (10**6 + 1), b"x" * (10**6 - 1) + b"y", b"y" + b"x" * (10**6 - 1)):
+        (tmp_path / "copy" / "tokens" / "new.tokens").write_bytes(content)
+        with pytest.raises(UserError) as refused:
+            check_data(store, facts)
+        assert f"changed since tag t began ({tmp_path}/copy/tokens/new.tokens): put it back" in str(refused.value)
+    store.data.write_text("[1]")  # damaged: as if there were none
+    check_data(store, facts)
+
+
+def test_pipe_in_place_of_the_packages_is_replaced(store):
+    os.mkfifo(store.packages)
+    check_packages(store)
+    assert store.packages.is_file()
+    check_packages(store)
 
 
 # ---- What a kill leaves ----------------------------------------------------------------------------------------------
@@ -288,14 +322,15 @@ def test_champion_that_changes_more_than_the_editable_file_is_refused_before_any
     with pytest.raises(UserError) as refused:
         open_tag(store, Use.UNTOUCHED, lambda: False)
     what = f"the champion {rigged[:7]} changes prepare.py, an experiment changes train.py alone"
-    assert str(refused.value) == f"{what}: take its rows out of {store.ledger}, or begin another --tag at {baseline[:7]}"
+    remedy = f"take its rows out of {store.ledger}, or begin another --tag at {baseline[:7]}"
+    assert str(refused.value) == f"{what}: {remedy}"
     assert not store.bench.exists()
 
 
 @pytest.mark.slow
 def test_start_up_far_over_the_bases_is_marked_in_verdict_status_and_report(desk):
     """Training before the clock looks like a long compilation."""
-    desk.set_constant("harness/verdict.py", "STARTUP_EXTRA", "0.3")
+    desk.set_constant("harness/verdict.py", "LEAST_EXTRA", "0.3")
     desk.commit("an impatient eye")
     body = 'path = pathlib.Path("train.py"); path.write_text("import time; time.sleep(1)\\n" + path.read_text())\n'
     done = desk.loop(*ONE, desk.agent(body + DEEPER))

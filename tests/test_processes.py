@@ -1,5 +1,6 @@
 """Processes, files, screen and signals alone: real processes in sessions of their own, real signals, real locks."""
 
+import itertools
 import os
 import re
 import resource
@@ -129,6 +130,21 @@ time.sleep(0.5)
 """
     ending = child.run(code, limit=1.1)
     assert ending.problem == "" and 0.6 < ending.paused_seconds <= 1.6 and ending.seconds > 1.2
+
+
+def test_sleep_of_the_machine_does_not_count_against_a_childs_limit(child, monkeypatch):
+    asleep = itertools.chain([0.0, 0.5], itertools.repeat(5.5))  # half a second is drift
+    monkeypatch.setattr(processes, "_seconds_asleep", lambda: next(asleep))
+    ending = child.run("time.sleep(1.5)", limit=1.0)
+    assert (ending.problem, ending.paused_seconds, ending.asleep_seconds) == ("", 5.5, 5.5)
+
+
+def test_clock_that_is_set_while_a_child_runs_is_told(child, monkeypatch):
+    shifts = itertools.chain([0.0], itertools.repeat(-30.0))
+    real = time.time
+    monkeypatch.setattr(processes.time, "time", lambda: real() + next(shifts))
+    ending = child.run("pass")
+    assert ending.clock_jump_seconds == pytest.approx(-30, abs=0.5) and ending.paused_seconds == 0
 
 
 def test_stop_ends_a_child_at_once(child):

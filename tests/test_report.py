@@ -8,6 +8,7 @@ import dataclasses
 import html
 import itertools
 import json
+import math
 import re
 import shutil
 import statistics
@@ -353,8 +354,11 @@ def test_audit_runs_baseline_and_champion_on_fresh_seeds_on_both_splits_and_in_a
     before = (noisy.home() / "results.tsv").read_text()
     past = len(noisy.events())
     process = noisy.loop("audit", "--replicates", "2")
-    baseline, clean_baseline, champion, clean_champion, gain = process.stdout.splitlines()[1:]
+    lines = process.stdout.splitlines()[1:]
+    baseline, clean_baseline, believed_baseline, champion, clean_champion, believed_champion, gain = lines
     rows = noisy.rows()
+    for believed, row in ((believed_baseline, rows[0]), (believed_champion, rows[1])):
+        assert believed.split() == ["believed", "in", "the", "ledger", row[1]]
     assert baseline.split()[:2] == ["baseline", rows[0][0]]
     assert champion.split()[:2] == ["champion", rows[1][0]]
     for own, clean in ((baseline, clean_baseline), (champion, clean_champion)):
@@ -429,7 +433,7 @@ def test_audit_calls_a_network_that_was_not_exported_so_and_ends_with_one_line_a
 
 def audited(**changes) -> Audited:
     facts = {"name": "baseline 1234567", "score": 1.0, "test_score": 2.0, "clean_score": 1.0, "clean_test_score": 2.0}
-    return Audited(**(facts | {"problem": "", "was_refused": False, "device": "cpu"} | changes))
+    return Audited(**(facts | {"problem": "", "was_refused": False, "believed": None, "device": "cpu"} | changes))
 
 
 @pytest.mark.parametrize(
@@ -439,6 +443,8 @@ def audited(**changes) -> Audited:
         ({"clean_score": 1.0 + 0.9e-5}, 0),
         ({"clean_score": 1.0 + 1.2e-5}, 1),
         ({"clean_test_score": 2.0 - 3e-5}, 1),
+        ({"score": math.nan}, 1),
+        ({"test_score": math.nan}, 1),
         ({"clean_score": 1.001, "device": "cuda"}, 0),
         ({"clean_score": 1.003, "device": "cuda"}, 1),
         ({"clean_score": None, "clean_test_score": None, "problem": "no graph"}, 0),
@@ -448,9 +454,21 @@ def test_audit_doubts_a_run_whose_two_scores_differ_by_more_than_rounding(change
     runs = [audited(), audited(**changes), audited(name="champion 7654321")]
     found = find_doubts(runs)
     assert len(found) == doubts
-    assert all("baseline 1234567 scored 1.000000 and 2.000000 in its own process" in doubt for doubt in found)
+    own = f"{changes.get('score', 1.0):.6f} and {changes.get('test_score', 2.0):.6f} in its own process"
+    assert all(f"baseline 1234567 scored {own}" in doubt for doubt in found)
     text = audit_text(runs, loop.DOMAIN)
     assert ("not in a clean process    no graph (1 of 2)" in text) == (changes.get("problem") == "no graph")
+
+
+def test_gain_of_an_audit_is_that_of_the_clean_process_where_every_run_has_its_scores():
+    champion = {"name": "champion 7654321", "score": 0.1, "test_score": 0.1, "believed": 0.2}
+    clean = {"clean_score": 0.9, "clean_test_score": 1.8}
+    lines = audit_text([audited(), audited(**champion, **clean)], loop.DOMAIN).splitlines()
+    assert lines[-2].split() == ["believed", "in", "the", "ledger", "0.200000"]
+    assert lines[-1].split() == ["gain", "0.100000", "0.200000"]
+    not_clean = {"clean_score": None, "clean_test_score": None, "problem": "no graph"}
+    lines = audit_text([audited(), audited(**champion, **not_clean)], loop.DOMAIN).splitlines()
+    assert lines[-1].split() == ["gain", "0.900000", "1.900000"]
 
 
 @pytest.mark.slow
@@ -483,6 +501,6 @@ def test_report_and_audit_print_steps_and_tokens_a_second_where_runs_say_them(de
     assert done.stderr.count("others used 40% of the machine: this score is weak") == 2
     audit = done.stdout.splitlines()
     assert " steps " in audit[0] and " tokens/s " in audit[0]
-    assert [audit[line].split()[4] for line in (1, 3)] == ["400", "500"]
+    assert [audit[line].split()[4] for line in (1, 4)] == ["400", "500"]
     foreign = report_of(desk, (desk.home() / "results.tsv").read_text()).stdout
     assert "steps" not in foreign and foreign.splitlines()[4].split() == [*lines[5].split()[:3], "description"]

@@ -24,6 +24,7 @@ from harness.verdict import (
     latest_verdicts,
     read_beliefs,
     table,
+    usual_runs,
 )
 
 
@@ -120,17 +121,31 @@ def test_weak_is_a_run_beside_others():
 
 
 def test_marks_say_what_makes_a_score_weak_and_nothing_else():
-    def marks(startup=10.0, base=None, **facts) -> tuple[str, ...]:
+    def marks(startup=10.0, evaluation=5.0, usual=(), budget=300.0, **facts) -> tuple[str, ...]:
         record = Record(1.0, "p", "val", 42, 0.5, 7, "d", {}, "s", "cpu", **facts)
-        return find_marks(record, startup, base)
+        run = side(startup_seconds=startup, evaluation_seconds=evaluation).run
+        return find_marks(record, run, list(usual), budget)
 
-    base = side(startup_seconds=10.0).run
-    assert marks() == marks(base=base) == marks(startup=1e6) == marks(busy_others=0.10, device_others=0) == ()
+    def timed(name: str, startup: float | None, evaluation: float | None = 5.0) -> tuple[str, Run]:
+        return name, side(startup_seconds=startup, evaluation_seconds=evaluation).run
+
+    base = [timed("its base", 10.0)]
+    assert marks() == marks(usual=base) == marks(startup=1e6) == marks(busy_others=0.10, device_others=0) == ()
     assert marks(busy_others=0.11) == ("others used 11% of the machine: this score is weak",)
     assert marks(device_others=2) == ("2 other processes were on the device: this score is weak",)
-    assert marks(startup=50.0, base=base) == ()  # twice the base's and 30 s
+    assert marks(startup=50.0, usual=base) == marks(evaluation=40.0, usual=base) == ()  # twice as long and 30 s
     late = "it took 51 s to start, its base 10 s: compilation, or a head start"
-    assert marks(startup=51.0, base=base) == (late,)
+    assert marks(startup=51.0, usual=base) == (late,)
+    reasons = "compilation, a slower network, or training after the clock"
+    assert marks(evaluation=41.0, usual=base) == (f"it took 41 s to evaluate, its base 5 s: {reasons}",)
+    assert marks(1e6, 1e6, usual=[timed("its base", None, None)]) == ()  # of an older loop
+
+    # 9 s are much beside a budget of 30 s, and a base that had them has not made them usual.
+    late = "it took 13 s to start, its base 4 s: compilation, or a head start"
+    assert marks(startup=13.0, usual=[timed("its base", 4.0)], budget=30.0) == (late,)
+    later = [timed("its base", 12.0), timed("the baseline", 4.5), timed("the baseline", 4.0)]
+    assert marks(startup=13.0, usual=later, budget=30.0) == (late.replace("its base", "the baseline"),)
+    assert marks(startup=11.0, usual=later, budget=30.0) == marks(startup=2.0, usual=[timed("its base", 0.1)]) == ()
     assert marks(export_problem="a\nb") == ("the network could not be exported: a b",)
 
 
@@ -161,6 +176,10 @@ def test_base_of_a_run_is_the_last_one_before_it_and_no_audits(store):
     late = add_run(store, "f" * 40, 1.0, "keep", base="")
     assert base_run(store, early).number == late.number  # none came before it
     assert compare(run, second, loop.DOMAIN).startswith("val_bpb 0.950000 (-0.250000 to run 0002 of its base)")
+    know(store, first, run)
+    compared = [(name, other.number) for name, other in usual_runs(store, run)]
+    assert compared == [("its base", 2), ("the baseline", 1), ("the baseline", 2), ("the baseline", 6)]
+    assert usual_runs(store, first) == []
 
 
 MARK = "others used 40% of the machine: this score is weak"
