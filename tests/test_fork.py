@@ -74,8 +74,8 @@ def test_fork_keeps_discards_crashes_reports_and_audits(desk):
     # The judge of the clean process sees the points and not solve.py: the two scores agree.
     audit = desk.loop("audit", "--replicates", "1").stdout.splitlines()
     assert audit[1].split()[-2:] == ["0.200000", "0.200000"]
-    assert audit[3].split()[-2:] == ["0.333333", "0.250000"]
-    assert [line.split()[:4] for line in (audit[2], audit[4])] == [["in", "a", "clean", "process"]] * 2
-    assert audit[5].split() == ["gain", "0.133333", "0.050000"]
+    assert audit[4].split()[-2:] == ["0.333333", "0.250000"]
+    assert [line.split()[:4] for line in (audit[2], audit[5])] == [["in", "a", "clean", "process"]] * 2
+    assert audit[7].split() == ["gain", "0.133333", "0.050000"]
     records = [json.loads(path.read_text()) for path in sorted((desk.home() / "runs").glob("*/result.json"))]
     assert ["test_distance" in record for record in records] == [False] * 3 + [True] * 2
