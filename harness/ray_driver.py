@@ -23,6 +23,7 @@ from pathlib import Path
 
 REST_SECONDS = 60  # that a node which refused a job is left alone
 LOSS_REST_SECONDS = 20  # that a node which lost a worker is left alone: Ray takes as long to see that a node is gone
+BUSY_REST_SECONDS = 20  # that a GPU which somebody else uses is left alone
 LOOK_SECONDS = 1.0  # between looks at the nodes
 POLL_SECONDS = 0.05
 CLOSE_SECONDS = 6  # for Ray's own ending, once the loop has gone
@@ -35,7 +36,7 @@ SWEEP = "import sys; sys.path.append(sys.argv[1]); from harness.processes import
 
 
 def carry_out(request: dict) -> dict:
-    """Let a process of its own (ray_node.py) measure a job, and wait for its reply."""
+    """Let a process of its own (ray_node.py) measure a job; its reply, or {"killed": True}."""
     if request["takes_gpu"]:
         import ray
 
@@ -64,9 +65,19 @@ def carry_out(request: dict) -> dict:
             sweep = [sys.executable, "-P", "-c", SWEEP, folder, request["mark"]]
             subprocess.run(sweep, stderr=subprocess.DEVNULL)
             shutil.rmtree(folder, ignore_errors=True)
-    if not reply:
-        raise RuntimeError("the process that measures was killed")
-    return pickle.loads(reply)
+    if reply:
+        return pickle.loads(reply)
+    if child.returncode:  # it failed before it left us
+        raise RuntimeError("the process that measures did not start")
+    return {"killed": True}
+
+
+def hold(device: str, seconds: float) -> None:
+    """Keep a GPU from the jobs: while this task has it, Ray gives it to no other. Ray chooses, the lowest free one."""
+    import ray
+
+    if str(ray.get_gpu_ids()[0]) == device:
+        time.sleep(seconds)
 
 
 # Beside the loop
@@ -81,6 +92,7 @@ class Node:
     gpus: int
     known: dict[str, bytes] = field(default_factory=dict)  # device -> its description
     running: dict[int, str] = field(default_factory=dict)  # run -> device, "" where the node chooses
+    held: int = 0  # GPUs that are kept from the jobs
     rests_until: float = 0.0  # time.monotonic()
     refusal: str = ""  # the last one
 
@@ -110,10 +122,12 @@ class Driver:
         self.nodes: dict[str, Node] = {}  # alive, by id
         self.waiting: deque[Flight] = deque()
         self.flights: dict = {}  # Ray's reference -> Flight
+        self.holds: dict = {}  # Ray's reference -> id of the node that keeps a GPU from the jobs
         self.tried: dict[int, set[str]] = {}  # run -> nodes that had it: when it is made again, others come first
         self.looked_at = 0.0
         self.told_slots = None  # number of slots that the loop was last told
-        self.task = ray.remote(max_retries=0)(carry_out)
+        self.carry_out = ray.remote(max_retries=0)(carry_out)
+        self.hold = ray.remote(max_retries=0)(hold)
 
     def run(self) -> None:
         """Until the loop closes its end."""
@@ -126,7 +140,7 @@ class Driver:
             self.place()
             self.take_results()
             self.tell_slots()
-        for reference in self.flights:
+        for reference in [*self.flights, *self.holds]:
             with contextlib.suppress(Exception):
                 self.ray.cancel(reference, force=True)
 
@@ -154,7 +168,7 @@ class Driver:
     # Nodes
 
     def look_at_nodes(self) -> None:
-        """Nodes that joined and nodes that went."""
+        """Nodes that joined, nodes that went, and GPUs that have rested."""
         self.looked_at = time.monotonic()
         alive = {entry["NodeID"]: entry for entry in self.ray.nodes() if entry["Alive"]}
         for node_id in [node_id for node_id in self.nodes if node_id not in alive]:
@@ -167,11 +181,17 @@ class Driver:
             node = Node(name, resources.get("CPU", 0.0), int(resources.get("GPU", 0)))
             node.known = dict(self.config["known"])
             self.nodes[node_id] = node
+        if self.holds:
+            ended, _ = self.ray.wait(list(self.holds), num_returns=len(self.holds), timeout=0)
+            for reference in ended:
+                node = self.nodes.get(self.holds.pop(reference))
+                if node is not None:
+                    node.held -= 1
 
     def slots(self, node: Node) -> int:
         """How many jobs the node runs at a time: one a GPU; without GPUs one a device of its judge."""
         if self.takes_gpu:
-            return node.gpus
+            return node.gpus - node.held
         if node.cpus < 1:
             return 0
         return len(node.known) or 1
@@ -213,8 +233,6 @@ class Driver:
             self.send(flight, node_id, usable[node_id])
 
     def send(self, flight: Flight, node_id: str, node: Node) -> None:
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
         device = ""
         if self.takes_gpu:
             share = {"num_cpus": 0, "num_gpus": 1}
@@ -231,12 +249,18 @@ class Driver:
             "takes_gpu": self.takes_gpu,
             "source": self.config["source"],
         }
-        strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
-        reference = self.task.options(scheduling_strategy=strategy, **share).remote(request)
+        reference = self.submit(self.carry_out, request, node=node_id, **share)
         flight.node = node_id
         node.running[flight.number] = device
         self.flights[reference] = flight
         self.tell("placed", flight.number, node.name)
+
+    def submit(self, task, *args, node: str, **share):
+        """Start a task on a node; Ray's reference."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        strategy = NodeAffinitySchedulingStrategy(node, soft=False)
+        return task.options(scheduling_strategy=strategy, **share).remote(*args)
 
     def take_results(self) -> None:
         if not self.flights:
@@ -251,12 +275,18 @@ class Driver:
                 reply = self.ray.get(reference)
             except Exception as error:
                 self.take_loss(flight, node, error)
+                continue
+            if reply.get("killed"):  # by the job itself, if it happens again and again
+                self.take_lost_worker(flight, node, "the process that measures was killed")
             else:
                 self.take_reply(flight, node, reply)
 
     def take_reply(self, flight: Flight, node: Node | None, reply: dict) -> None:
         if node is not None:
             node.known |= reply["known"]
+        if reply["busy"]:
+            self.rest_device(flight, node, reply["busy"], reply["refused"])
+            return
         is_alone = len(self.nodes) == 1  # no other node could try: the loop weighs what this one lacks
         if reply["answer"] and (not reply["refused"] or is_alone):
             self.tell("done", flight.number, reply["answer"])
@@ -273,6 +303,17 @@ class Driver:
             node.rests_until = time.monotonic() + REST_SECONDS
         self.waiting.appendleft(flight)
 
+    def rest_device(self, flight: Flight, node: Node | None, device: str, reason: str) -> None:
+        """Somebody else uses the device: it rests, the node's others do not, and the job is made again."""
+        name = node.name if node else "that ran it"
+        if node is not None:
+            node.refusal = reason
+            if self.takes_gpu:
+                reference = self.submit(self.hold, device, BUSY_REST_SECONDS, node=flight.node, num_cpus=0, num_gpus=1)
+                self.holds[reference] = flight.node
+                node.held += 1
+        self.tell("lost", flight.number, f"node {name}: {reason}", False)
+
     def take_loss(self, flight: Flight, node: Node | None, error: Exception) -> None:
         """A worker or a node was lost, or Ray could not start the task there."""
         name = node.name if node else "that ran it"
@@ -284,8 +325,15 @@ class Driver:
             last_line = str(error).strip().splitlines()[-1]
             self.refuse(flight, node, f"the worker there failed: {last_line[:300]}")
         else:
+            self.take_lost_worker(flight, node, type(error).__name__)
+
+    def take_lost_worker(self, flight: Flight, node: Node | None, reason: str) -> None:
+        name = node.name if node else "that ran it"
+        reason = f"the worker on node {name} was lost ({reason})"
+        if node is not None:
+            node.refusal = reason
             node.rests_until = time.monotonic() + LOSS_REST_SECONDS
-            self.tell("lost", flight.number, f"the worker on node {name} was lost ({type(error).__name__})", True)
+        self.tell("lost", flight.number, reason, True)
 
 
 # The start

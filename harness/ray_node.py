@@ -101,7 +101,8 @@ def _watch_leash(stop: threading.Event) -> None:
 
 
 def _carry_out(errand: Errand, known: dict[str, bytes], device: str, folder: Path, stop: threading.Event) -> dict:
-    """The reply: `refused` (why this node cannot, or ""), `known` (its devices' descriptions), `answer`."""
+    """The reply: `refused` (why this node cannot, or ""), `busy` (its device, if that alone is why), `known` (its
+    devices' descriptions), `answer`."""
     _set_variables(errand)
     job = replace(errand.job, domain=_localized(errand.job.domain, errand.python))
     try:
@@ -110,17 +111,23 @@ def _carry_out(errand: Errand, known: dict[str, bytes], device: str, folder: Pat
         else:
             facts = _ask_own_judge(job, device, folder)
             if problem := _differs(errand, facts):
-                return {"refused": problem, "known": {}, "answer": b""}
+                return _refused(problem)
         descriptions = {name: pickle.dumps(facts) for name in facts.devices}
         device = device or next(iter(facts.devices))
+        if problem := environment.busy_device(facts, device):
+            return _refused(problem) | {"busy": device, "known": descriptions}
         answer = _measure(errand, replace(job, facts=facts), device, folder, stop)
     except (UserError, OSError) as error:
-        return {"refused": one_line(str(error), 500), "known": {}, "answer": b""}
+        return _refused(one_line(str(error), 500))
     finally:
         sweep(errand.mark)
     # Without this run's folder the same reason reads the same from run to run, and is told once.
     refusal = _refusal(answer.outcome).replace(str(folder), str(folder.parent))
-    return {"refused": refusal, "known": descriptions, "answer": pickle.dumps(answer)}
+    return {"refused": refusal, "busy": "", "known": descriptions, "answer": pickle.dumps(answer)}
+
+
+def _refused(reason: str) -> dict:
+    return {"refused": reason, "busy": "", "known": {}, "answer": b""}
 
 
 def _set_variables(errand: Errand) -> None:

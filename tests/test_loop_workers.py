@@ -12,10 +12,12 @@ import re
 import signal
 import subprocess
 import threading
+import time
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import BASELINE, Desk, ended, hear, wait_for
@@ -493,6 +495,18 @@ def test_device_held_by_others_floods_nothing(tmp_path, capfd, quick, monkeypatc
     ratchet.settle()
     ratchet.launch()
     assert len(ratchet.planned) == 4 and not ratchet.flying  # not before their time
+
+
+def test_live_line_sums_up_many_runs_on_many_nodes():
+    now = time.monotonic()
+    flying = {
+        number: SimpleNamespace(number=number, started_at=now - 10 * number, place=f"node{number % 2}")
+        for number in range(1, 6)
+    }
+    store = SimpleNamespace(estimate=lambda champion: 1.25, champion="")
+    ratchet = SimpleNamespace(store=store, flying=flying, usual_seconds=40.0, proposers=None)
+    line = loop.Ratchet.live_line(ratchet)
+    assert line == "best 1.250000 | 5 runs on 2 nodes, the longest 50 s of ~40 s"
 
 
 class StandInDesk:

@@ -2,6 +2,7 @@
 nodes, and go away. loop.py, Ray and its processes are the real ones; the judge and the training are stand-ins.
 """
 
+import fcntl
 import importlib.util
 import os
 import re
@@ -19,7 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import Desk, ended, errors, hear, wait_for
+from conftest import ROOT, Desk, ended, errors, hear, wait_for
 
 from harness import ray_driver, ray_fleet, ray_node
 from harness.bench import Crash, Job, Unavailable
@@ -35,11 +36,15 @@ OF_RAY = {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_USAGE_STATS_ENABLED": "0", 
 GPUS = """\
     names = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3").split(",")
     devices = {name: {"lock": str(CACHE / name), "free_gb": 9.0} for name in names}"""
-DIGEST = """
+OF_THE_CACHE = """
 
 def digest():
     path = CACHE / "digest"
     return path.read_text() if path.exists() else "d" * 64
+
+def device_name():
+    path = CACHE / "device"
+    return path.read_text() if path.exists() else "cpu"
 """
 
 
@@ -73,12 +78,13 @@ class FakeCluster:
 
 @pytest.fixture
 def gpu_desk(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> Desk:
-    """A desk whose stand-in judge names GPUs, and takes the digest of its data from a file in the cache."""
+    """A desk whose stand-in judge names GPUs; digest and name of the device come from files of the cache."""
     desk.replace("prepare.py", '"device": "cpu"', '"device": "cuda"')
+    desk.replace("prepare.py", '"device_name": "cpu", "devices"', '"device_name": device_name(), "devices"')
     text, count = re.subn(r"    devices = .*", GPUS, (desk.path / "prepare.py").read_text())
     assert count == 1
     assert '"d" * 64' in text
-    (desk.path / "prepare.py").write_text(text.replace('"d" * 64', "digest()") + DIGEST)
+    (desk.path / "prepare.py").write_text(text.replace('"d" * 64', "digest()") + OF_THE_CACHE)
     desk.set_constant("harness/ray_driver.py", "REST_SECONDS", "3")
     desk.set_constant("harness/ray_driver.py", "LOSS_REST_SECONDS", "1")
     desk.set_constant("harness/ray_fleet.py", "RETRY_SECONDS", "0.5")
@@ -193,7 +199,7 @@ def test_refusal_of_a_node_sends_the_job_elsewhere_and_the_only_nodes_goes_to_th
     node = ray_driver.Node("a", 4, 0, {"cpu0": b"old"})
     driver.nodes = {"a": node}
     flight = ray_driver.Flight(1, b"", "", "a")
-    reply = {"answer": b"its disk is full", "refused": "its disk is full", "known": {}}
+    reply = {"answer": b"its disk is full", "refused": "its disk is full", "busy": "", "known": {}}
     driver.take_reply(flight, node, reply)
     assert driver.said == [("done", 1, b"its disk is full")] and not node.is_resting()
     driver.nodes["b"] = ray_driver.Node("b", 4, 0)
@@ -201,6 +207,22 @@ def test_refusal_of_a_node_sends_the_job_elsewhere_and_the_only_nodes_goes_to_th
         driver.take_reply(flight, node, reply)
     assert driver.said[1:] == [("say", "node a is left out: its disk is full")]  # once
     assert node.is_resting() and node.known == {} and [one.number for one in driver.waiting] == [1, 1]
+
+
+def test_gpu_that_somebody_else_uses_rests_and_its_node_does_not(driver):
+    node = ray_driver.Node("a", 4, 2)
+    driver.nodes = {"a": node}
+    driver.takes_gpu = True
+    held = []
+    driver.submit = lambda task, device, seconds, **share: held.append((device, share["node"])) or len(held)
+    reply = {"answer": b"", "refused": "another run holds 0", "busy": "0", "known": {}}
+    driver.take_reply(ray_driver.Flight(1, b"", "", "a"), node, reply)
+    assert held == [("0", "a")] and not node.is_resting() and driver.slots_in_all() == 1
+    assert driver.said == [("lost", 1, "node a: another run holds 0", False)]
+    driver.ray.nodes = lambda: [{"NodeID": "a", "Alive": True}]
+    driver.ray.wait = lambda references, **_: (references, [])
+    driver.look_at_nodes()
+    assert driver.slots_in_all() == 2 and not driver.holds
 
 
 def test_run_that_loses_three_workers_is_a_crash_and_no_more_run_than_was_asked_for(monkeypatch):
@@ -217,7 +239,13 @@ def test_run_that_loses_three_workers_is_a_crash_and_no_more_run_than_was_asked_
         assert fleet.capacity == capacity
     for name in ("MY_API_KEY", "PYTHONPATH"):
         monkeypatch.setenv(name, "withheld")
-    assert "withheld" not in ray_fleet._variables("").values() and "withheld" not in ray_fleet._variables("x").values()
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        monkeypatch.delenv(name)
+    for variables in (ray_fleet._variables(""), ray_fleet._variables("x")):
+        assert "withheld" not in variables.values()
+        assert variables["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] == variables["RAY_USAGE_STATS_ENABLED"] == "0"
+    assert ray_fleet._variables("")["RAY_AUTH_MODE"] == "token"
+    assert ray_fleet._variables("")["RAY_AUTH_TOKEN"] != ray_fleet._variables("")["RAY_AUTH_TOKEN"]
 
 
 def test_session_on_this_machine_ends_with_its_loop_and_goes_on(desk: Desk):
@@ -248,30 +276,43 @@ def test_session_on_this_machine_ends_with_its_loop_and_goes_on(desk: Desk):
 @pytest.mark.slow
 def test_lost_workers_and_nodes_and_unfit_ones_cost_no_row(gpu_desk: Desk, fakes: FakeCluster, tmp_path: Path):
     desk = gpu_desk
-    other = tmp_path / "other"
+    caches = {name: tmp_path / name for name in ("other data", "other device", "no data")}
     prepare = [sys.executable, "prepare.py"]
-    subprocess.run(prepare, cwd=desk.path, env=desk.env | {"AUTORESEARCH_CACHE": str(other)}, check=True)
-    (other / "digest").write_text("e" * 64)
+    for name in ("other data", "other device"):
+        subprocess.run(prepare, cwd=desk.path, env=desk.env | {"AUTORESEARCH_CACHE": str(caches[name])}, check=True)
+    (caches["other data"] / "digest").write_text("e" * 64)
+    (caches["other device"] / "device").write_text("A100")
     fakes.add(0)  # the loop's own node has no GPU
-    leaving = fakes.add(1)
-    unfit = fakes.add(2, AUTORESEARCH_CACHE=str(other))  # it has the most room, so it is asked first
+    leaving = fakes.add(1, NODE_API_KEY="withheld", RAY_AUTH_TOKEN="withheld")
+    # The unfit ones have the most room, so they are asked first.
+    unfit = {name: fakes.add(2 + place, AUTORESEARCH_CACHE=str(caches[name])) for place, name in enumerate(caches)}
     desk.hold.touch()
     args = ("--tag", "t", "--agent-cmd", desk.agent(IDEAS), "--max-experiments", "4", "--workers", "3")
     process = desk.popen(*args, "--ray", fakes.address)
 
-    told = hear(process, "is left out", 60)
-    assert unfit.node_id[:6] in told
-    assert "digest eeeeeeeeeeee, the loop's is dddddddddddd: copy" in told
+    reasons = {
+        "no data": f"no data in {caches['no data']} (no manifest): run 'AUTORESEARCH_PROFILE=fake uv run prepare.py'",
+        "other device": "its device is A100, the baseline's cpu: leave it out of this cluster",
+        "other data": "digest eeeeeeeeeeee, the loop's is dddddddddddd: copy",
+    }
+    for name, reason in reasons.items():
+        told = hear(process, "is left out", 60)
+        assert unfit[name].node_id[:6] in told
+        assert reason in told
     wait_for(lambda: training(desk, 1), 60)
     (worker,) = wait_for(workers)
+    assert b"withheld" in Path(f"/proc/{worker}/environ").read_bytes()
+    for pid in training(desk, 1):
+        assert b"withheld" not in Path(f"/proc/{pid}/environ").read_bytes()
     os.kill(worker, signal.SIGKILL)
     assert leaving.node_id[:6] in hear(process, "was lost")
     wait_for(lambda: not training(desk), 10)
-    wait_for(lambda: training(desk, 1), 60)
+    on_the_leaving = wait_for(lambda: training(desk, 1), 60)
     assert re.search(r"run 0001 baseline on \S+ \(", desk.loop("status", "--tag", "t").stdout)
 
     late = fakes.add(2)
     fakes.cluster.remove_node(leaving, allow_graceful=False)
+    wait_for(lambda: not set(on_the_leaving) & set(training(desk)), 10)
     wait_for(lambda: f"baseline on {name_of(late)}" in str(desk.events()), 60)
     desk.hold.unlink()
     done = ended(process, timeout=90)
@@ -281,7 +322,7 @@ def test_lost_workers_and_nodes_and_unfit_ones_cost_no_row(gpu_desk: Desk, fakes
 
 
 @pytest.mark.slow
-def test_killed_loop_leaves_no_training_and_the_restart_goes_on(gpu_desk: Desk, fakes: FakeCluster):
+def test_killed_loop_and_driver_leave_no_training_and_the_restart_goes_on(gpu_desk: Desk, fakes: FakeCluster):
     desk = gpu_desk
     fakes.add(1)
     fakes.add(2)
@@ -291,7 +332,9 @@ def test_killed_loop_leaves_no_training_and_the_restart_goes_on(gpu_desk: Desk, 
     desk.hold.touch()
     wait_for(lambda: len(training(desk)) == 3, 30)
     before = desk.rows()
+    (driver,) = find_processes("cmdline", re.escape(str(desk.path / "harness" / "ray_driver.py").encode()))
     process.kill()
+    os.kill(driver, signal.SIGKILL)
     killed_at = time.monotonic()
     wait_for(lambda: not training(desk), 10)
     assert time.monotonic() - killed_at < 10
@@ -390,3 +433,90 @@ def test_no_cluster_at_an_address_is_one_line(gpu_desk: Desk):
     done = gpu_desk.loop("--agent", "random", "--tag", "t", "--ray", "127.0.0.1:9", code=1, timeout=120)
     (error,) = errors(done)
     assert error.startswith("error: no Ray cluster at 127.0.0.1:9: ") and "did not start within" not in error
+
+
+@pytest.mark.slow
+def test_run_that_kills_what_measures_it_is_a_crash_and_a_gpu_held_by_others_rests_alone(
+    gpu_desk: Desk, fakes: FakeCluster
+):
+    desk = gpu_desk
+    desk.set_constant("harness/ray_driver.py", "BUSY_REST_SECONDS", "600")
+    desk.commit("a longer rest")
+    fakes.add(2)
+    agent = """
+        killer = "os.kill(os.getppid(), 9); time.sleep(60)\\n"
+        text = pathlib.Path("train.py").read_text().replace(killer, "")  # a crash is mended from where it stands
+        number = count()
+        pathlib.Path("train.py").write_text(text + killer if number == 1 else text)
+        knob("LR", 0.2 + number / 100)
+    """
+    with open(desk.cache / "0", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        args = ("--tag", "t", "--agent-cmd", desk.agent(agent), "--max-experiments", "3", "--workers", "1")
+        done = desk.loop(*args, "--ray", fakes.address, timeout=90)
+    assert sorted(desk.statuses()) == ["crash", "discard", "discard", "keep"]
+    (crash,) = [row for row in desk.rows() if row[3] == "crash"]
+    assert "was lost (the process that measures was killed), the 3rd time" in crash[4]
+    # GPU 0 comes first, at every run, unless it rests.
+    assert done.stderr.count("another run holds the device") == 1
+    assert "is left out" not in done.stderr
+
+
+SRUN = """\
+#!/bin/bash
+# As srun: the command once for every node, each with the number of its task.
+while [[ $1 == -* ]]; do shift; done
+for task in $(seq 0 $((SLURM_JOB_NUM_NODES - 1))); do
+    SLURM_PROCID=$task "$@" &
+    tasks+=($!)
+done
+for task in "${tasks[@]}"; do
+    wait "$task" || code=$?
+done
+exit ${code:-0}
+"""
+
+
+@pytest.mark.slow
+def test_slurm_script_gives_the_loop_every_node_and_leaves_nothing(desk: Desk, tmp_path: Path):
+    """Slurm itself is a stand-in: two tasks on this machine, Ray nodes beside each other."""
+    desk.replace("prepare.py", "DEVICES = 4", "DEVICES = 1")
+    desk.commit("one CPU")
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    (programs / "srun").write_text(SRUN)
+    (programs / "srun").chmod(0o755)
+    job = str(os.getpid())
+    variables = {
+        "PATH": f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "SLURM_SUBMIT_DIR": str(desk.path),
+        "SLURM_JOB_ID": job,
+        "SLURM_JOB_NUM_NODES": "2",
+        "TAG": "t",
+        "LOOP_ARGS": "--max-experiments 4 --workers 4",
+    }
+    process = subprocess.Popen(
+        ["bash", str(ROOT / "docs" / "slurm.sbatch")],
+        env=desk.env | variables,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        wait_for(lambda: (desk.home() / "results.tsv").exists() and desk.rows(), 90)
+        desk.hold.touch()
+        wait_for(lambda: len(training(desk)) == 2, 60)
+        assert not any(b"RAY_AUTH_TOKEN" in Path(f"/proc/{pid}/environ").read_bytes() for pid in training(desk))
+        status = desk.loop("status", "--tag", "t").stdout
+        assert len(set(re.findall(r" on \S+ \((.*?)\)", status))) == 2, status
+        assert len(training(desk)) == 2, "a CPU node runs one job at a time"
+        desk.hold.unlink()
+        done = ended(process, timeout=60)
+        assert len(desk.rows()) >= 5  # a gain may be run again
+        assert not errors(done)
+        wait_for(lambda: not desk.processes(f"SLURM_JOB_ID={job}"), 10)
+    finally:
+        desk.end()
+        shutil.rmtree(f"/tmp/ray-{job}", ignore_errors=True)
