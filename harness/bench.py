@@ -421,9 +421,13 @@ def _check_record(job: Job, record: Record, printed: float) -> None:
     if job.audit and record.test_score is None:
         raise _Crashed(f"the evaluator's record has no {job.domain.test_metric}, this run was an audit's")
     metric = job.domain.metric
+    scores = {metric: record.score}
+    if job.audit:
+        scores[job.domain.test_metric] = record.test_score
     lowest, highest = job.domain.score_range
-    if not lowest <= record.score <= highest:  # NaN too
-        raise _Crashed(f"{metric} {record.score:g} cannot be: it is between {lowest:g} and {highest:g}")
+    for name, score in scores.items():
+        if not lowest <= score <= highest:  # NaN too
+            raise _Crashed(f"{name} {score:g} cannot be: it is between {lowest:g} and {highest:g}")
     if not abs(record.score - printed) <= 1e-6:
         raise _Crashed(f"printed {metric} {printed:g} is not the evaluator's {record.score:g}")
 

@@ -155,6 +155,12 @@ def test_run_without_a_believable_result_is_a_crash_with_its_reason(runs, part):
         assert len(outcome.reason) < 160  # room for the idea in the ledger's cell
 
 
+def test_sealed_score_that_cannot_be_is_a_crash_of_the_audit(runs):
+    outcome = runs.ending("prepare.finish(0.5, test_bpb=float('nan'))", audit=True)
+    assert isinstance(outcome, Crash)
+    assert outcome.reason == "test_bpb nan cannot be: it is between 0.01 and 100"
+
+
 def test_crash_tells_the_end_of_its_log(runs):
     outcome = runs.ending("for i in range(99): print(i)\nraise ValueError('boom')")
     lines = outcome.log_end.splitlines()
