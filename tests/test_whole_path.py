@@ -62,6 +62,18 @@ def test_loop_goes_from_nothing_to_a_ledger(checkout):
     assert told.returncode == 0, told.stderr
     assert (checkout / "progress.png").stat().st_size > 10_000
 
+    told = run(checkout, "loop.py", "audit", "--replicates", "1")
+    assert told.returncode == 0, told.stderr
+    lines = told.stdout.splitlines()
+    own = [line for line in lines if re.match("(baseline|champion) [0-9a-f]{7} ", line)]
+    clean = [line for line in lines if line.startswith("  in a clean process ")]
+    assert len(own) == len(clean) > 0
+    for own_line, clean_line in zip(own, clean, strict=True):
+        own_scores = [float(score) for score in re.findall(r"\b\d\.\d{6}", own_line)]
+        clean_scores = [float(score) for score in re.findall(r"\b\d\.\d{6}", clean_line)]
+        assert len(own_scores) == 2
+        assert clean_scores == pytest.approx(own_scores, abs=2e-6)  # rounding: each may use another number of threads
+
 
 @pytest.mark.slow
 def test_text_of_ones_own_is_trained_on_with_cpu_sized_knobs(checkout, tmp_path):
