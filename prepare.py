@@ -977,7 +977,7 @@ class Stopwatch:
         if self.started is not None:
             return
         self.lock = _lock(_device_lock(device), f"another run holds {device}")
-        _touch_mark("started")
+        _touch_mark("started", exist_ok=False)  # no other process of this run starts a clock of its own
         self.cpu_at_start = _cpu_seconds()
         self.started = _now()
 
@@ -1024,10 +1024,10 @@ def training_seconds() -> float:
     return end - _stopwatch.started
 
 
-def _touch_mark(name):
+def _touch_mark(name, exist_ok=True):
     """Sets the time of an empty file beside the record, by which the loop measures the run itself."""
     if _RESULT is not None:
-        _RESULT.with_name(f"{_RESULT.name}.{name}").touch()
+        _RESULT.with_name(f"{_RESULT.name}.{name}").touch(exist_ok=exist_ok)
 
 
 # ----- The machine: locks, and who else uses it -----
@@ -1093,6 +1093,7 @@ def _device_others(device) -> int | None:
 
 PROBE_TOLERANCE = 1e-2  # largest change of a logit that is no leak (causal bf16 kernels: 0; leaks: 2.7 or more)
 REPEAT_TOLERANCE = 1e-4  # nats, mean change of the first batch's losses when it is scored again
+GAIN_TOLERANCE = 1e-3  # nats, by which a token's mean loss may be lower when the model is given that token
 FLOAT32_ELEMENTS = 2**25  # logits, held in float32 at once
 MAX_BPB = 1000.0  # bits per byte; a score above it is no language model's
 
@@ -1102,23 +1103,35 @@ def evaluate_bpb(model, tokenizer: Tokenizer, batch_size: int) -> float:
 
     model(idx) -> logits, int64 (B, T) -> (B, T, V) of any float type, causal, on its first parameter's device; put in
     eval mode and back. The manifest's number of rows is scored, whatever batch_size is: a short last batch is filled up
-    with rows that do not count. Stops the clock: a training run is evaluated once.
+    with rows that do not count. Stops the clock, once the model is in eval mode: from then on its parameters and
+    persistent buffers must stay as they are. A training run is evaluated once.
 
     Under the loop it writes a record; in an audit also the network as data (see Network), and it scores the sealed test
     split too. Raises EvaluationRefused (BudgetExceeded, NotCausal) with the reason, UserError if a file that the metric
     depends on has changed.
     """
-    _stopwatch.check_not_evaluated()
+    was_training = getattr(model, "training", False)
+    try:
+        if was_training:
+            model.eval()  # before the clock stops: what a model does here is training
+        return _evaluate(model, tokenizer, batch_size)
+    finally:
+        if was_training:
+            model.train()
+
+
+def _evaluate(model, tokenizer, batch_size):
     device = _device_of(model)
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
+    _stopwatch.check_not_evaluated()
     seconds = training_seconds()
     cpu_at_stop = _cpu_seconds()
     _touch_mark("stopped")
+    _check_constants()
     if batch_size < 1 or tokenizer.get_vocab_size() != VOCAB_SIZE:
         raise ValueError(f"batch_size is {batch_size}, the vocabulary {tokenizer.get_vocab_size()}, not {VOCAB_SIZE}")
     manifest = _manifest()
-    _check_constants(manifest)
     _check_clock(seconds)
 
     record = {
@@ -1137,13 +1150,15 @@ def evaluate_bpb(model, tokenizer: Tokenizer, batch_size: int) -> float:
     rows = manifest["metric"]["rows"]
     B = min(batch_size, max(rows.values()))  # one shape for both splits: nothing recompiles
     _stopwatch.stop(seconds)  # from here on the model has seen what it is scored on
-    with _judging(model):
+    digests = _state_digests(model)
+    with _judging():
         if _AUDIT and _RESULT is not None:
             record |= _export(model, B, device)
         record |= _score(model, "val", rows["val"], B, device)
         if _AUDIT:
             test = _score(model, "test", rows["test"], B, device)
             record |= {"test_bpb": test["test_bpb"], "test_rows": test["rows"]}
+    _check_state(model, digests)
     if _RESULT is not None:
         _write_text(_RESULT, json.dumps(record, indent=1))
     return record["val_bpb"]
@@ -1155,13 +1170,21 @@ def _device_of(model):
     return torch.device("cpu") if first is None else first.device
 
 
-def _check_constants(manifest):
+def _constants() -> dict[str, str]:
+    """This file's constants by name, as text: a change inside a table shows too."""
+    return {name: repr(value) for name, value in globals().items() if name.isupper()}
+
+
+def _check_constants():
     """Refuses a run that gave one of this file's constants another value, in its process."""
-    prepared = manifest["metric"]["constants"]
-    for name in ("MAX_SEQ_LEN", "TIME_BUDGET", "EVAL_TOKENS", "VOCAB_SIZE"):
-        value = globals()[name]
-        if value != prepared[name.lower()]:
-            raise EvaluationRefused(f"{name} is {value} in this process, and {prepared[name.lower()]} by the manifest")
+    found = _constants()
+    for name, text in _constants_at_import.items():
+        found_text = found.get(name, "gone")
+        if found_text != text:
+            raise EvaluationRefused(
+                f"prepare.{name} is {found_text[:60]} in this process, and {text[:60]} in the file: do not change the "
+                "judge's constants"
+            )
 
 
 def _check_clock(seconds):
@@ -1179,19 +1202,41 @@ def _check_clock(seconds):
         raise EvaluationRefused(f"a run is scored once, and {_RESULT} holds this run's record")
 
 
+def _state_digests(model) -> dict[tuple, str]:
+    """SHA-256 of the parameters and persistent buffers, by name and shape.
+
+    Tensors that are sharded, quantised, sparse or without data are left out: not all have bytes to read.
+    """
+    digests = {}
+    for name, tensor in getattr(model, "state_dict", dict)().items():
+        is_plain = type(tensor) is torch.Tensor and tensor.layout == torch.strided
+        if is_plain and not tensor.is_meta and not tensor.is_quantized:
+            data = tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()
+            digests[name, tensor.shape] = hashlib.sha256(data).hexdigest()
+    return digests
+
+
+def _check_state(model, digests):
+    """Refuses a model that trained, or kept what it saw, while it was scored."""
+    found = _state_digests(model)
+    # A tensor that is new, or of another shape than it was, is a cache that an honest model may make in a forward.
+    same_shape = digests.keys() & found.keys()
+    changed = sorted(name for name, shape in same_shape if found[name, shape] != digests[name, shape])
+    if changed:
+        raise EvaluationRefused(
+            f"the model changes during evaluation: {changed[0]} is not what it was ({len(changed)} of {len(digests)} "
+            "tensors): a buffer that a forward changes needs persistent=False"
+        )
+
+
 @contextlib.contextmanager
-def _judging(model):
-    """The model in eval mode, the token files open to the judge; both as they were afterwards."""
-    was_training = getattr(model, "training", False)
+def _judging():
+    """The token files are open to the judge."""
     _stopwatch.scores = True
     try:
-        if was_training:
-            model.eval()
         yield
     finally:
         _stopwatch.scores = False
-        if was_training:
-            model.train()
 
 
 @torch.no_grad()
@@ -1206,6 +1251,7 @@ def _score(model, split, num_rows, B, device):
     nats = 0.0
     num_tokens = 0
     num_bytes = 0
+    gains = []
     for batch in range(num_batches):
         rows = stream.take(min(B, num_rows - batch * B))
         x, y = _inputs_and_targets(rows, B, device)
@@ -1222,9 +1268,10 @@ def _score(model, split, num_rows, B, device):
             first_x, first_y, first_losses = x, y, losses
             _check_repeats(model, x, logits)
         for _ in range(probes[batch]):
-            _probe(model, x, logits, rng)
+            gains += _probe(model, x, logits, rng)
         del logits  # memory: before the next batch's
     _check_unchanged(model, first_x, first_y, first_losses)
+    _check_gains(gains)
     bpb = nats / (math.log(2) * num_bytes)
     if not 0 < bpb <= MAX_BPB:
         raise EvaluationRefused(f"{bpb:.6g} bits per byte on split {split!r} cannot be: it must be in (0, {MAX_BPB:g}]")
@@ -1283,8 +1330,11 @@ def _check_unchanged(model, x, y, losses):
         )
 
 
-def _probe(model, x, logits, rng):
-    """Changes each row from a position of its own, one row not at all: the logits before must stay as they were."""
+def _probe(model, x, logits, rng) -> list[float]:
+    """Changes each row from a position of its own, one row not at all: the logits before must stay as they were.
+
+    Returns, for each changed row, how many nats better the first changed token was predicted when it could be seen.
+    """
     B, T = x.shape
     # Half begin anywhere, half at a multiple of some power of two, where chunked models leak.
     exponent = rng.integers(math.floor(math.log2(T - 1)) + 1, size=B)
@@ -1295,12 +1345,28 @@ def _probe(model, x, logits, rng):
         begin[rng.integers(B)] = T
     after = np.arange(T) >= begin[:, None]
     shift = torch.from_numpy(rng.integers(1, VOCAB_SIZE, size=(B, T)) * after).to(x.device)
-    change = _by_position(_change, logits, _forward(model, (x + shift) % VOCAB_SIZE))
+    blind = _forward(model, (x + shift) % VOCAB_SIZE)
+    change = _by_position(_change, logits, blind)
     change = np.where(after, 0, np.nan_to_num(change, nan=np.inf))
     row, position = np.unravel_index(change.argmax(), change.shape)
     if change[row, position] > PROBE_TOLERANCE:
         cause = "other rows" if begin[row] == T else f"tokens from position {begin[row]} on"
         raise NotCausal(f"logits at position {position} moved by {change[row, position]:.3g} when only {cause} changed")
+    changed_rows = np.flatnonzero(begin < T)
+    first = begin[changed_rows]
+    targets = x[changed_rows, first]
+    losses = _nats(logits[changed_rows, first - 1].float(), targets)
+    blind_losses = _nats(blind[changed_rows, first - 1].float(), targets)
+    return (blind_losses - losses).tolist()
+
+
+def _check_gains(gains):
+    """Refuses look-ahead that is too weak for PROBE_TOLERANCE: unlike rounding, it lowers the mean loss."""
+    gain = np.mean(gains)
+    # Noise whose mean is 0 exceeds four standard errors once in 30,000 evaluations.
+    standard_error = np.std(gains) / math.sqrt(len(gains))
+    if not gain - 4 * standard_error <= GAIN_TOLERANCE:
+        raise NotCausal(f"the model looks ahead: it predicts a token {gain:.3g} nats better when it can see it")
 
 
 # ----- Audit: the network as data, scored by a process that runs none of train.py's code -----
@@ -1461,7 +1527,7 @@ def _read_operator(target: str) -> torch._ops.OpOverload:
     if not isinstance(operator, torch._ops.OpOverload):
         raise EvaluationRefused(f"the network uses {target}, which is not one of torch's own operators (aten)")
     returned = {str(one.type) for one in operator._schema.returns}
-    reads_more = re.match("empty|new_empty|from_file", match[1])  # memory that others left, or a file
+    reads_more = re.search("empty|resize|from_file|^set$", match[1])  # memory that others left, or a file
     if operator._schema.is_mutable or reads_more or not returned <= {"Tensor", "List[Tensor]"}:
         raise EvaluationRefused(f"the network uses {target}, which is not a function of tensors")
     return operator
@@ -1545,7 +1611,7 @@ def _score_network(path: Path) -> dict:
     if len(network.shape) != 2 or network.shape[1] != MAX_SEQ_LEN:
         raise EvaluationRefused(f"the network takes {network.shape}, not (B, {MAX_SEQ_LEN})")
     rows = manifest["metric"]["rows"]
-    with _lock(_device_lock(device), f"another run holds {device}"), _judging(network):
+    with _lock(_device_lock(device), f"another run holds {device}"), _judging():
         val = _score(network, "val", rows["val"], network.shape[0], device)
         test = _score(network, "test", rows["test"], network.shape[0], device)
     return {
@@ -1666,6 +1732,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     return 0
 
+
+_constants_at_import = _constants()  # at the end of the file: all of them
 
 if __name__ == "__main__":
     # Ctrl-C ends the process at once, threads and all: no file is in its place before it is whole.

@@ -5,6 +5,8 @@ Run: uv run pytest tests/test_cheats.py
 
 import json
 import os
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -32,17 +34,39 @@ def refused(judge, reason, function, *args):
     assert "\n" not in str(error.value)
 
 
-# ----- the clock -----
+# ----- the judge's own values -----
 
 
-def test_longer_time_budget_set_by_the_run_is_refused(run, tmp_path):
-    now = [0.0]
-    run._now = lambda: now[0]
-    run.TIME_BUDGET = 80
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("TIME_BUDGET", 80),
+        ("EVAL_TOKENS", 64),
+        ("VOCAB_SIZE", 2),
+        ("PROBE_TOLERANCE", 1e9),
+        ("CACHE", Path("/nowhere")),
+        ("CONSTANTS", {}),
+    ],
+)
+def test_constant_of_the_judge_that_the_run_sets_is_refused(run, tmp_path, name, value):
+    tokenizer = run.Tokenizer.from_directory()
     start_clock(run)
-    now[0] = 79.0
-    refused(run, "TIME_BUDGET is 80 in this process, and 10 by the manifest", evaluate, run, Toy())
+    before = getattr(run, name)
+    setattr(run, name, value)
+    reason = f"prepare.{name} is {value!r} in this process, and {before!r}"[:70]
+    refused(run, re.escape(reason), run.evaluate_bpb, Toy(), tokenizer, 16)
     assert not (tmp_path / "result.json").exists()
+
+
+def test_entry_that_the_run_sets_in_a_table_of_the_judge_is_refused(judge):
+    judge.DTYPES[6] = torch.float64
+    refused(judge, "prepare.DTYPES is", evaluate, judge, Toy())
+    judge.DTYPES[6] = torch.float16
+    judge.MY_OWN = 1  # not one of the judge's
+    assert evaluate(judge, Toy()) > 0
+
+
+# ----- the clock -----
 
 
 def test_training_over_budget_is_refused(tiny):
@@ -72,6 +96,88 @@ def test_clock_stops_where_the_evaluation_begins(judge):
     now[0] = 8.5
     evaluate(judge, Wrapped(lambda logits, idx: now.__setitem__(0, now[0] + 1) or logits))
     assert now[0] > 15 and judge.training_seconds() == 8.5
+
+
+class Averaging(Toy):
+    """Works for some seconds when it is put into eval mode, as a model that averages its weights there."""
+
+    def __init__(self, now, seconds):
+        super().__init__()
+        self.now = now
+        self.seconds = seconds
+
+    def train(self, mode=True):
+        if not mode:
+            self.now[0] += self.seconds
+        return super().train(mode)
+
+
+def test_work_on_the_way_to_eval_mode_is_training_time(judge):
+    now = [0.0]
+    judge._now = lambda: now[0]
+    start_clock(judge)
+    now[0] = 5.0
+    model = Averaging(now, seconds=7.0)
+    refused(judge, "trained for 12.00 s by the judge's clock", evaluate, judge, model)
+    assert model.training
+    now[0] = 5.0
+    assert evaluate(judge, Averaging(now, seconds=3.0)) > 0
+    assert judge.training_seconds() == 8.0
+
+
+class Changing(Toy):
+    """Changes something once, before its first logits in eval mode: no later forward differs."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+        self.tied = self.head
+        self.register_buffer("mean", torch.zeros((), dtype=torch.bfloat16))
+        self.register_buffer("count", torch.zeros(3), persistent=False)
+        self.register_buffer("cache", torch.zeros(0))
+        self.register_buffer("sparse", torch.eye(3).to_sparse())
+        self.register_buffer("nowhere", torch.zeros(3, device="meta"))
+
+    def forward(self, idx):
+        if not self.training and self.change:
+            self.change(self)
+            self.change = None
+        return super().forward(idx)
+
+
+def learn(model):
+    model.head.weight.data[0, 0] += 1
+
+
+def keep_statistics(model):
+    model.mean += 1
+
+
+def make_caches(model):
+    model.count += 1
+    model.cache = torch.ones(9)  # has grown
+    model.register_buffer("another", torch.ones(2))
+
+
+@pytest.mark.parametrize(("change", "name"), [(learn, "head.weight"), (keep_statistics, "mean")])
+def test_model_that_learns_while_it_is_scored_is_refused(run, tmp_path, change, name):
+    start_clock(run)
+    reason = f"the model changes during evaluation: {name} is not what it was"
+    refused(run, reason, evaluate, run, Changing(change))
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_caches_that_a_forward_makes_are_no_learning(judge):
+    assert evaluate(judge, Changing(make_caches)) == evaluate(judge, Toy())
+
+
+def test_second_clock_of_a_run_is_an_error(tiny, run):
+    """A child process, forked before the clock started, could train first and leave its weights."""
+    child = load_prepare(tiny[0], "tiny", tiny[1], AUTORESEARCH_RESULT=str(run._RESULT))
+    start_clock(child)
+    child._stopwatch.lock.close()
+    with pytest.raises(FileExistsError, match=r"result.json.started"):
+        start_clock(run)
 
 
 def test_marks_of_the_clock_stand_beside_the_record(run, tmp_path):

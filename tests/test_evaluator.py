@@ -179,6 +179,29 @@ def test_look_ahead_is_refused(judge, leak, batch_size):
     refused(judge, Toy(LEAKS[leak]), reason, batch_size)
 
 
+def weak_peek(nats):
+    """Adds so little to the logit of each next token that no probe alone tells it from rounding."""
+    return lambda logits, idx: logits + nats * F.one_hot(idx.roll(-1, 1), V)
+
+
+@pytest.mark.parametrize("batch_size", [1, 16, 100])
+def test_look_ahead_below_the_tolerance_of_a_logit_is_refused(judge, batch_size):
+    refused(judge, Wrapped(weak_peek(0.009)), "the model looks ahead: it predicts a token 0.00[789]", batch_size)
+
+
+def test_rounding_that_moves_with_other_tokens_is_no_look_ahead(judge):
+    """As large as the probes allow: numbers of 8 bits, say, whose scale is the largest activation's."""
+
+    def round_differently(logits, idx):
+        generator = torch.Generator().manual_seed(int(idx.sum()))
+        return logits + 0.0098 * (torch.rand(logits.shape, generator=generator) - 0.5)
+
+    for _ in range(3):
+        assert evaluate(judge, Wrapped(round_differently)) > 0
+    with torch.autocast("cpu", torch.bfloat16):
+        assert evaluate(judge, Toy()) > 0
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_refused_model_returns_to_its_mode(judge, training):
     model = Toy(LEAKS["one token"]).train(training)

@@ -189,6 +189,22 @@ def test_targets_read_from_frames_do_not_survive_the_clean_process(tiny, tmp_pat
 # ----- what is refused -----
 
 
+class FaintPeek(Toy):
+    """Looks ahead by so little that no probe alone tells it from rounding; its own judge is shown an honest face."""
+
+    def forward(self, idx):
+        logits = super().forward(idx)
+        if torch.compiler.is_exporting():
+            return logits + 0.009 * F.one_hot(idx.roll(-1, 1), V)
+        return logits
+
+
+def test_faint_look_ahead_is_refused_in_the_clean_process(tiny, tmp_path):
+    assert audit(tiny, tmp_path, FaintPeek())["exported"]
+    with pytest.raises(RuntimeError, match=r"the model looks ahead: it predicts a token 0\.00[789]"):
+        score(tiny, tmp_path)
+
+
 def test_model_that_cannot_be_exported_says_why_and_is_scored_in_its_process(tiny, tmp_path):
     class Branching(Toy):
         def forward(self, idx):
@@ -214,11 +230,11 @@ def _(x):
 
 
 class Learner(Toy):
-    """Counts what it saw in a buffer."""
+    """Counts what it saw in a buffer that the judge of its own process does not compare."""
 
     def __init__(self):
         super().__init__()
-        self.register_buffer("counts", torch.zeros(V))
+        self.register_buffer("counts", torch.zeros(V), persistent=False)
 
     def forward(self, idx):
         self.counts += torch.bincount(idx.flatten(), minlength=V) * 1e-9
@@ -290,6 +306,11 @@ def set_pickle(name, data):
     [
         (retarget("torch.os.system"), "uses torch.os.system, which is not one of torch's own operators"),
         (retarget("torch.ops.aten.from_file.default"), "from_file.default, which is not a function of tensors"),
+        (retarget("torch.ops.aten.resize.default"), "resize.default, which is not a function of tensors"),
+        (retarget("torch.ops.aten.resize_as.default"), "resize_as.default, which is not a function of tensors"),
+        (retarget("torch.ops.aten._resize_output.default"), "_resize_output.default, which is not a function of"),
+        (retarget("torch.ops.aten.set.source_Tensor"), "set.source_Tensor, which is not a function of tensors"),
+        (retarget("torch.ops.aten._empty_affine_quantized.default"), "default, which is not a function of tensors"),
         (retarget("torch.ops.aten.relu_.default"), "relu_.default, which is not a function of tensors"),
         (retarget("torch.ops.aten.item.default"), "item.default, which is not a function of tensors"),
         (retarget("torch.ops.aten.__class__.mro"), "which is not one of torch's own"),
