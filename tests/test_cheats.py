@@ -352,6 +352,7 @@ def test_record_holds_what_the_evaluator_measured(tiny, tmp_path):
         "prepare_sha256": described["prepare_sha256"],
         "device_name": described["device_name"],
         "device_others": None,
+        "cache": described["cache"],
     }
     assert json.loads(json.dumps(described)) == described
     assert described["rows"] == {"val": 100, "test": 100} and described["prepared"] and described["problem"] is None
