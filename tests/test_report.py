@@ -467,7 +467,8 @@ def test_gain_of_an_audit_is_that_of_the_clean_process_where_every_run_has_its_s
     assert lines[-2].split() == ["believed", "in", "the", "ledger", "0.200000"]
     assert lines[-1].split() == ["gain", "0.100000", "0.200000"]
     not_clean = {"clean_score": None, "clean_test_score": None, "problem": "no graph"}
-    lines = audit_text([audited(), audited(**champion, **not_clean)], loop.DOMAIN).splitlines()
+    baseline = audited(clean_score=0.95, clean_test_score=1.95)
+    lines = audit_text([baseline, audited(**champion, **not_clean)], loop.DOMAIN).splitlines()
     assert lines[-1].split() == ["gain", "0.900000", "1.900000"]
 
 

@@ -145,7 +145,8 @@ def test_marks_say_what_makes_a_score_weak_and_nothing_else():
     assert marks(startup=13.0, usual=[timed("its base", 4.0)], budget=30.0) == (late,)
     later = [timed("its base", 12.0), timed("the baseline", 4.5), timed("the baseline", 4.0)]
     assert marks(startup=13.0, usual=later, budget=30.0) == (late.replace("its base", "the baseline"),)
-    assert marks(startup=11.0, usual=later, budget=30.0) == marks(startup=2.0, usual=[timed("its base", 0.1)]) == ()
+    assert marks(startup=11.0, usual=later, budget=30.0) == ()
+    assert marks(startup=2.1, usual=[timed("its base", 0.1)], budget=1.0) == ()
     assert marks(export_problem="a\nb") == ("the network could not be exported: a b",)
 
 
