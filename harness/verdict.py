@@ -14,6 +14,7 @@ from harness.ledger import (
     Noise,
     believed_scores,
     find_noise,
+    is_less_code,
     lines_of_code,
     scores_by_commit,
     standard_error,
@@ -249,10 +250,11 @@ def why_not_simpler(store: Store, run: Run) -> str:
     if run.decision != "discard" or not run.base or not wants_simpler_rule(run.description):
         return ""
     editable = store.domain.editable
-    of_run, of_base = (lines_of_code(store.repository.read(commit, editable)) for commit in (run.commit, run.base))
-    if of_run >= of_base:
-        return f"not simpler: {of_run:,} lines of code, its base {of_base:,} (comments and blank lines do not count)"
-    return f"simpler, {of_run:,} lines of code for {of_base:,}, but it would give away more than the noise that is left"
+    before, after = (store.repository.read(commit, editable) for commit in (run.base, run.commit))
+    counts = f"{lines_of_code(after):,} lines of code, its base {lines_of_code(before):,}"
+    if not is_less_code(before, after):
+        return f"not simpler: {counts} (comments, blank lines and joined lines do not count)"
+    return f"simpler, {counts}, but it would give away more than the noise that is left"
 
 
 def numbers_of_believed(store: Store, commit: str, beliefs: Beliefs) -> list[str]:
