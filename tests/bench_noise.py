@@ -1,6 +1,6 @@
 """How many false keeps each rule makes in a night of experiments, and what that costs: a simulation.
 
-    uv run tests/bench_noise.py [LEDGER] [--nights 1000]
+    uv run tests/bench_noise.py [LEDGER] [--nights 1000] [--seed 0]
 
 A night is a list of true effects, one an experiment. A run measures the true score plus Gaussian noise, sigma. An
 effect that is kept moves the champion's true score by itself. A false keep is a kept experiment that is no true gain.
@@ -24,9 +24,12 @@ Sigma is that of one H100 (0.00037 bpb), then that of `pocket` on two CPU cores 
 large: a real agent went 0.356 bpb down there (fresh seeds), the H100's ledger 0.028. The rules have to find sigma as
 the loop does: from their own runs, and from the assumed figure.
 
-The last part is the loop as it schedules many workers, by the functions of harness/ledger.py: gains on former champions
-run again on the present one. With many, a candidate is often on its fresh runs when another is kept, and then has to
-begin again: fewer false keeps, and a higher end.
+Then comes the loop as it schedules many workers, by the functions of harness/ledger.py: gains on former champions run
+again on the present one. With many, a candidate is often on its fresh runs when another is kept, and then has to begin
+again: fewer false keeps, and a higher end.
+
+The last part is what many workers cost: 16 against one with the same number of runs, under the plain rule. A candidate
+is stale if its base is the champion no longer when it ends. A gain among those runs again, in place of a new idea.
 """
 
 import argparse
@@ -52,6 +55,7 @@ POCKET_SCALE = 12.6  # size of an effect on pocket, relative to the H100's
 NULL_SIGMAS = 10.0  # size of the three gains that come before nothing else
 WIDEST_LOSS = 0.012  # bpb: a larger loss is as hopeless as this one
 STEP = 0.00005  # bpb, of the grids of true scores and effects
+RUN_JITTER = 0.05  # standard deviation of the time that a run takes, in runs' times
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -398,7 +402,7 @@ def night_with_workers(
                 effect = again.popleft() if is_again else ideas.popleft()
                 candidate, what = Candidate(effect, champion, champion.true_score + effect, is_again), "first"
             runs += 1
-            heapq.heappush(flying, (clock + rng.gauss(1, 0.05), runs, candidate, what))
+            heapq.heappush(flying, (clock + rng.gauss(1, RUN_JITTER), runs, candidate, what))
         clock, _, candidate, what = heapq.heappop(flying)
         base = candidate.base
         if what == "base":
@@ -442,6 +446,100 @@ def judge(candidate: Candidate, sigma: float, tried: int, kept: int) -> str:
         return ledger.verdict_on_fresh_runs(of_base, candidate.fresh, sigma, tried, kept, DOMAIN)
     is_promising = candidate.is_again or ledger.deserves_second_look(of_base, candidate.first, sigma, DOMAIN)
     return "look again" if is_promising else "discard"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many workers and one, with the same number of runs under the plain rule
+
+NIGHT_RUNS = 910  # after the baseline
+RUN_SECONDS = 300  # of a run, for the hours of a night
+
+CHAMPION = np.dtype([("number", int), ("true_score", float), ("score", float)])
+FLIGHT = np.dtype([("end", float), ("effect", float), ("base", CHAMPION)])  # end: when it ends, in runs' times
+
+
+def each_gain_once(effects: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """NIGHT_RUNS ideas a night: the gains of its effects (a row), once each, and draws from its losses."""
+    ideas = np.empty((len(effects), NIGHT_RUNS))
+    for night, of_night in enumerate(effects):
+        gains = of_night[of_night < 0]
+        losses = rng.choice(of_night[of_night >= 0], NIGHT_RUNS - len(gains))
+        ideas[night] = rng.permutation(np.concatenate([gains, losses]))
+    return ideas
+
+
+def gains_as_often(effects: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """NIGHT_RUNS ideas a night, drawn from its effects (a row): gains do not run out."""
+    drawn = rng.integers(0, effects.shape[1], (len(effects), NIGHT_RUNS))
+    return np.take_along_axis(effects, drawn, axis=1)
+
+
+class EqualNights:
+    """Nights with as many runs as ideas (rows of `ideas`, true effects), all nights at once: arrays have a row or an
+    element for each.
+
+    Effects add up in truth, and every edit merges. The loop does not know that: it compares a candidate with its own
+    base, and runs a gain on a former champion again, before any new idea. The last ideas then get no run.
+    """
+
+    def __init__(self, ideas: np.ndarray, sigma: float, workers: int, rng: np.random.Generator):
+        nights = len(ideas)
+        self.ideas = ideas
+        self.sigma = sigma
+        self.workers = workers
+        self.rng = rng
+        self.every_night = np.arange(nights)
+        self.champion = np.zeros(nights, CHAMPION)
+        self.champion["score"] = self.measure(self.champion["true_score"])
+        self.flying = np.zeros((nights, workers), FLIGHT)
+        self.clock = np.zeros(nights)  # in runs' times
+        self.begun = np.zeros(nights, int)  # ideas
+        self.false_keeps = np.zeros(nights)
+        self.stale = np.zeros(nights)  # runs that ended when their base was the champion no longer
+        self.again = np.zeros(nights)  # runs of stale gains
+
+    def simulate(self) -> "EqualNights":
+        for worker in range(self.workers):
+            self.launch(worker, is_again=np.zeros(len(self.ideas), bool))
+        for _ in range(self.ideas.shape[1] - self.workers):
+            worker, is_stale_gain = self.settle()
+            self.launch(worker, is_stale_gain)
+        for _ in range(self.workers):
+            self.settle()
+        return self
+
+    def measure(self, true_score: np.ndarray) -> np.ndarray:
+        return true_score + self.sigma * self.rng.standard_normal(len(true_score))
+
+    def launch(self, worker: int | np.ndarray, is_again: np.ndarray) -> None:
+        """Let a worker that is free begin a run: again what ended there just now, or a new idea."""
+        ended = self.flying[self.every_night, worker]
+        idea = self.ideas[self.every_night, self.begun]
+        flight = np.zeros_like(ended)
+        flight["end"] = self.clock + self.rng.normal(1, RUN_JITTER, len(ended))
+        flight["effect"] = np.where(is_again, ended["effect"], idea)
+        flight["base"] = self.champion
+        self.flying[self.every_night, worker] = flight
+        self.begun += ~is_again
+        self.again += is_again
+
+    def settle(self) -> tuple[np.ndarray, np.ndarray]:
+        """Decide on the run that ends next; its worker, and whether it gained on a former champion."""
+        worker = self.flying["end"].argmin(axis=1)
+        flight = self.flying[self.every_night, worker]
+        self.flying["end"][self.every_night, worker] = np.inf
+        self.clock = flight["end"]
+        true_score = flight["base"]["true_score"] + flight["effect"]
+        score = self.measure(true_score)
+        is_gain = score < flight["base"]["score"]
+        is_stale = flight["base"]["number"] != self.champion["number"]
+        is_kept = is_gain & ~is_stale
+        self.champion["number"] += is_kept
+        self.champion["true_score"] = np.where(is_kept, true_score, self.champion["true_score"])
+        self.champion["score"] = np.where(is_kept, score, self.champion["score"])
+        self.false_keeps += is_kept & (flight["effect"] >= 0)
+        self.stale += is_stale
+        return worker, is_gain & is_stale
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -511,10 +609,35 @@ def print_workers(effects: np.ndarray, sigma: float, nights: int) -> None:
             print(f"{name:12}{workers:8}{confirmed[0]:10.3f}{plain[0]:9.2f}{ratios}{ends}", flush=True)
 
 
+def print_equal_nights(effects: np.ndarray, sigma: float, seed: int) -> None:
+    rng = np.random.default_rng([seed, 0])
+    sets = {
+        "each gain of a drawn night once": each_gain_once(effects, rng),
+        "gains as often as in a drawn night": gains_as_often(effects, rng),
+    }
+    print(f"\n{NIGHT_RUNS} runs after the baseline, plain rule, {len(effects)} nights; hours at {RUN_SECONDS} s a run;")
+    print("stale, again: share of the runs; end: bpb below the baseline; worse: than one worker's, in 0.0001 bpb\n")
+    columns = f"{'workers':>8}{'hours':>7}{'kept':>7}{'false':>7}{'stale':>8}{'again':>8}{'end':>10}{'worse':>13}"
+    print(f"{'ideas':36}{columns}")
+    for name, ideas in sets.items():
+        end_of_one = None
+        for workers in (1, 16):
+            found = EqualNights(ideas, sigma, workers, np.random.default_rng([seed, workers])).simulate()
+            end = found.champion["true_score"]
+            end_of_one = end if end_of_one is None else end_of_one
+            worse = (end - end_of_one) * 1e4
+            error = worse.std(ddof=1) / math.sqrt(len(worse))
+            hours = found.clock.mean() * RUN_SECONDS / 3600
+            counts = f"{hours:7.1f}{found.champion['number'].mean():7.1f}{found.false_keeps.mean():7.2f}"
+            shares = f"{found.stale.mean() / NIGHT_RUNS:8.1%}{found.again.mean() / NIGHT_RUNS:8.2%}"
+            print(f"{name:36}{workers:8}{counts}{shares}{-end.mean():10.5f}{worse.mean():+8.1f} ± {error:.1f}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ledger", nargs="?", type=Path, metavar="LEDGER")
     parser.add_argument("--nights", type=int, default=1000, help="simulated nights a figure (default 1000)")
+    parser.add_argument("--seed", type=int, default=0, help="of the drawn nights, and of the last part (default 0)")
     args = parser.parse_args()
     if args.ledger:
         rows, _ = ledger.parse_ledger(args.ledger.read_text())
@@ -526,7 +649,7 @@ def main() -> int:
         scores, kept = invented_scores()
         source = "an invented night (no LEDGER was given)"
     seen = measured_effects(scores, kept)
-    drawn = draw_effects(scores, kept, H100_SIGMA, args.nights, seed=0)
+    drawn = draw_effects(scores, kept, H100_SIGMA, args.nights, args.seed)
     below_sigma = np.where(drawn > -H100_SIGMA, np.minimum(drawn, 0), 0).sum(axis=1).mean()
     print(f"{len(seen)} effects of {source}")
     print(f"as seen: {np.sum(seen < 0)} gains, together {-np.minimum(seen, 0).sum():.4f} bpb")
@@ -538,6 +661,7 @@ def main() -> int:
     print_frontier(sets, POCKET_SIGMA, POCKET_SCALE, args.nights)
     print_sizes(drawn, H100_SIGMA)
     print_workers(drawn, H100_SIGMA, args.nights // 2)
+    print_equal_nights(drawn, H100_SIGMA, args.seed)
     return 0
 
 
