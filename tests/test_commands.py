@@ -208,7 +208,8 @@ def test_checkout_that_is_read_only_is_an_error(desk):
 
 
 def test_preparation_that_fails_is_an_error_with_its_problem(desk):
-    desk.replace("prepare.py", "CACHE.mkdir(", 'sys.exit("error: no network")\n    CACHE.mkdir(')
+    making = '(CACHE / "tokens").mkdir('
+    desk.replace("prepare.py", making, f'sys.exit("error: no network")\n    {making}')
     desk.commit("a preparation that fails")
     done = desk.loop("--agent-cmd", "true", "--tag", "t", code=1)
     assert done.stderr.splitlines()[1:] == ["error: no network", "error: the preparation failed: no manifest"]
