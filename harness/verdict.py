@@ -26,6 +26,7 @@ from harness.store import PROFILE_TRAILER, Run, Store
 BUSY_SHARE = 0.10  # of the machine, used by others: over it a score is weak
 LONG_FACTOR = 2  # a start-up or an evaluation that takes this many times what is usual,
 LONG_EXTRA = 30  # and so many seconds more, is marked: compilation may explain it, training off the clock too
+LIKE_ITS_BASE = 1.25  # times the base's: up to here nothing new is marked
 EXTRA_SHARE = 0.1  # of the time budget: those seconds are not more than this,
 LEAST_EXTRA = 2  # but so many: a busy machine is slow at small things
 LATEST = 3  # verdicts that an agent is told
@@ -57,13 +58,18 @@ def find_marks(record: Record, run: Run, usual: list[tuple[str, Run]], time_budg
 
 
 def _usual_words(seconds: float | None, usual: list[tuple[str, float | None]], time_budget: float) -> str:
-    """`its base 10 s`: the least of the usual times, where this one is far over it; "" where it is not."""
+    """`its base 10 s`: the least of the usual times, where this one is far over it; "" where it is not.
+
+    What a base needed too was marked in its own run: compiling, once kept, is not marked for ever.
+    """
     known = [(other, name) for name, other in usual if other is not None and other >= 0]  # a clock may be set back
     if seconds is None or not known:
         return ""
     least, name = min(known)
     extra = max(LEAST_EXTRA, min(LONG_EXTRA, EXTRA_SHARE * time_budget))
-    return f"{name} {duration(least)}" if seconds > LONG_FACTOR * least + extra else ""
+    of_base = usual[0][1] or 0.0
+    is_long = seconds > LONG_FACTOR * least + extra and seconds > LIKE_ITS_BASE * of_base
+    return f"{name} {duration(least)}" if is_long else ""
 
 
 def usual_runs(store: Store, run: Run) -> list[tuple[str, Run]]:
