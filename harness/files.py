@@ -62,9 +62,12 @@ def open_to_append(path: Path):
     return os.fdopen(os.open(path, flags, 0o666), "a")
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Put a text or bytes into a file so that a reader, or a power cut, meets the old one or the new one whole."""
-    temporary = path.with_name(f".{path.name}")
+def write_atomically(path: Path, content: str | bytes, has_other_writers: bool = False) -> None:
+    """Put a text or bytes into a file so that a reader, or a power cut, meets the old one or the new one whole.
+
+    Where other processes may write the same file meanwhile, each has a temporary file of its own.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}" if has_other_writers else f".{path.name}")
     with new_file(temporary) as file:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()

@@ -55,7 +55,7 @@ def write_page(
 ) -> Path:
     """Write report.html into a checkout; return its path. With `is_live` the page reloads itself."""
     path = checkout / PAGE_NAME
-    write_atomically(path, compose(store, findings, domain, is_live, template))
+    write_atomically(path, compose(store, findings, domain, is_live, template), has_other_writers=True)
     return path
 
 

@@ -68,7 +68,7 @@ def plot(rows: list[Row], path: Path, domain: Domain, sigma: float) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a character that the font lacks is drawn as a box
         FigureCanvasAgg(figure).print_png(picture)
-    write_atomically(path, picture.getvalue())
+    write_atomically(path, picture.getvalue(), has_other_writers=True)
 
 
 def progress_svg(rows: list[Row], domain: Domain, sigma: float) -> str:

@@ -13,6 +13,7 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from harness import processes
 from harness.files import is_locked, open_regular, read_tail, read_text, take_lock, write_atomically
@@ -260,6 +261,27 @@ def test_write_atomically_replaces_and_leaves_nothing(tmp_path):
         write_atomically(tmp_path / "file", text)
         assert (tmp_path / "file").read_text() == text
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_two_writers_of_one_file_leave_it_whole(tmp_path):
+    """A person's report and the page of a running loop draw the same picture."""
+    path = tmp_path / "progress.png"
+    contents = [b"a" * 100_000, b"b" * 200_000]
+    writer = """
+import pathlib, sys
+from harness.files import write_atomically
+for _ in range(50):
+    write_atomically(pathlib.Path(sys.argv[1]), sys.argv[2] * int(sys.argv[3]), has_other_writers=True)
+"""
+    writers = []
+    for content in contents:
+        command = [sys.executable, "-c", writer, str(path), chr(content[0]), str(len(content))]
+        writers.append(subprocess.Popen(command, cwd=ROOT))
+    while any(process.poll() is None for process in writers):
+        if path.exists():
+            assert path.read_bytes() in contents
+    assert [process.returncode for process in writers] == [0, 0]
+    assert [found.name for found in tmp_path.iterdir()] == ["progress.png"]
 
 
 def test_reading_is_forgiving_and_never_hangs(tmp_path):
