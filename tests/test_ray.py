@@ -114,9 +114,9 @@ def of_ray(desk: Desk) -> list[int]:
     return sorted(find_processes("environ", rb"(^|\0)" + re.escape(f"AUTORESEARCH_CACHE={desk.cache}".encode())))
 
 
-def workers() -> list[int]:
-    """Ids of the Ray workers that hold a job now."""
-    return sorted(find_processes("cmdline", rb"^ray::carry_out"))
+def workers(desk: Desk) -> list[int]:
+    """Ids of the Ray workers that hold a job of this desk now; other tests have theirs beside it."""
+    return sorted(find_processes("cmdline", rb"^ray::carry_out") & set(of_ray(desk)))
 
 
 def name_of(node) -> str:
@@ -300,7 +300,7 @@ def test_lost_workers_and_nodes_and_unfit_ones_cost_no_row(gpu_desk: Desk, fakes
         assert unfit[name].node_id[:6] in told
         assert reason in told
     wait_for(lambda: training(desk, 1), 60)
-    (worker,) = wait_for(workers)
+    (worker,) = wait_for(lambda: workers(desk))
     assert b"withheld" in Path(f"/proc/{worker}/environ").read_bytes()
     for pid in training(desk, 1):
         assert b"withheld" not in Path(f"/proc/{pid}/environ").read_bytes()
