@@ -22,7 +22,7 @@ from conftest import Desk, ended, wait_for
 from harness.files import is_locked
 from harness.store import read_run
 
-KILLS = int(os.environ.get("KILLS", 50))  # with one worker, and as many with four
+KILLS = int(os.environ.get("KILLS", 30))  # with one worker, and as many with four
 HOOK = """
 import os, sys
 
