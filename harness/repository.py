@@ -224,8 +224,16 @@ class Repository:
 
     def changed_files(self, commit: str) -> list[str]:
         """Tracked files of the checkout that differ from a commit, the instructions aside."""
-        names = self("diff", "--name-only", "--no-renames", "-z", commit, "--").split("\0")
-        return [name for name in names if name not in ("", self.instructions)]
+        names = set(self("diff", "--name-only", "--no-renames", "-z", commit, "--").split("\0"))
+        if self.converts_line_ends():
+            # The person's git has noted sizes and times of the files that it wrote: with them git finds no change.
+            names |= {blob.path for blob in self.tree(commit) if self._differs(blob)}
+        return sorted(names - {"", self.instructions})
+
+    def _differs(self, blob: Blob) -> bool:
+        """Whether a file of the checkout has other bytes."""
+        path = self.checkout / blob.path
+        return path.is_file() and path.read_bytes() != blob.data
 
     def converts_line_ends(self) -> bool:
         """Whether the person's git writes CRLF into a checkout (the default of Git for Windows)."""
