@@ -104,12 +104,7 @@ def training_files(facts: Description) -> dict[str, Path]:
 
 def look_at_data(facts: Description) -> dict[str, tuple[int, int]]:
     """Training file -> size, modification time in ns. To be compared within a session."""
-    found = {}
-    for name, path in training_files(facts).items():
-        with contextlib.suppress(OSError):
-            status = path.stat()
-            found[name] = (status.st_size, status.st_mtime_ns)
-    return found
+    return {name: _size_and_time(path) for name, path in training_files(facts).items()}
 
 
 def sample_data(facts: Description) -> dict[str, str]:
@@ -242,7 +237,7 @@ def _files_of_python() -> set[str]:
     return {os.path.realpath(sys.executable), os.path.join(sys.prefix, "pyvenv.cfg"), str(archive)}
 
 
-def _size_and_time(path: str) -> tuple[int, int]:
+def _size_and_time(path: str | Path) -> tuple[int, int]:
     """Size and modification time in ns; (0, 0) for a file that does not exist."""
     with contextlib.suppress(OSError):
         facts = os.stat(path)

@@ -68,11 +68,16 @@ def write_atomically(path: Path, content: str | bytes, has_other_writers: bool =
     Where other processes may write the same file meanwhile, each has a temporary file of its own.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}" if has_other_writers else f".{path.name}")
-    with new_file(temporary) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with new_file(temporary) as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:  # a full disk, or a folder in place of the file
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def remove_folder(path: Path) -> None:

@@ -177,10 +177,10 @@ def check_data(store: Store, facts: Description) -> dict[str, tuple[int, int]]:
     with contextlib.suppress(ValueError, TypeError):
         before = dict(json.loads(read_text(store.data)))
     # A file that is gone was never needed, or its absence is told by the run that needs it.
-    changed = [str(Path(facts.cache, name)) for name in before if name in now and now[name] != before[name]]
-    if changed:
+    known = {name: digest for name, digest in before.items() if name in now}
+    if changed := environment.changed_training_data(known, now, facts):
         remedy = "put it back as it was (delete it and prepare the data again), or choose another --tag"
-        raise UserError(f"the training data changed since tag {store.tag} began ({listed(changed)}): {remedy}")
+        raise UserError(f"the training data changed since tag {store.tag} began ({changed}): {remedy}")
     if now.keys() - before.keys():
         write_atomically(store.data, json.dumps(before | now))
     return environment.look_at_data(facts)

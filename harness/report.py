@@ -32,7 +32,7 @@ from harness.ledger import (
 from harness.opening import false_rows
 from harness.prompt import standing
 from harness.screen import ERROR_CHARS, UserError, duration, say
-from harness.store import PROFILE_TRAILER, Run, Store
+from harness.store import Run, Store
 from harness.verdict import BUSY_SHARE, explain, mean_of_known, mean_pace
 
 POLL_SECONDS = 0.2
@@ -227,7 +227,7 @@ def compute(store: Store | None, rows: list[Row], path: Path, domain: Domain) ->
     scores = scores_by_commit(rows)
     if not scores:
         raise UserError(f"{path} holds no scored row yet: 'uv run loop.py status' tells what is running")
-    profile = store.trailer(PROFILE_TRAILER) if store is not None and store.attempts else ""
+    profile = store.profile if store is not None else ""
     noise = find_noise(rows, profile, domain)
     events = store.read_timeline() if store is not None else []
     return Findings(

@@ -192,6 +192,11 @@ class Store:
         """What the baseline's commit says of profile or digest."""
         return self.repository.trailer(self.baseline or self.champion, key)
 
+    @property
+    def profile(self) -> str:
+        """The profile that the tag was begun under, "" before its first run."""
+        return self.trailer(PROFILE_TRAILER) if self.attempts else ""
+
     def read_runs(self) -> list[Run]:
         """Every run.json that can be read, by number."""
         if self._runs is None:

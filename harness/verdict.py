@@ -21,7 +21,7 @@ from harness.ledger import (
     wants_simpler_rule,
 )
 from harness.screen import duration, one_line
-from harness.store import PROFILE_TRAILER, Run, Store
+from harness.store import Run, Store
 
 BUSY_SHARE = 0.10  # of the machine, used by others: over it a score is weak
 LONG_FACTOR = 2  # a start-up or an evaluation that takes this many times what is usual,
@@ -185,8 +185,8 @@ class Beliefs:
 
 def read_beliefs(store: Store) -> Beliefs:
     rows = store.rows
-    profile = store.trailer(PROFILE_TRAILER) if store.attempts else ""
-    return Beliefs(scores_by_commit(rows), believed_scores(rows), find_noise(rows, profile, store.domain))
+    noise = find_noise(rows, store.profile, store.domain)
+    return Beliefs(scores_by_commit(rows), believed_scores(rows), noise)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -129,7 +129,19 @@ prepare.finish(1.0 + abs(DEPTH - 12) / 100 + abs(LR - 0.1) / 10 + NOISE * (seed 
 BASELINE = "--tag", "t", "--agent-cmd", "true", "--max-experiments", "0"  # for Desk.loop: the first row, no more
 DEEPER = 'knob("DEPTH", knob("DEPTH") + 1)'  # for Desk.agent: a proposal that is better, up to 12
 
-IGNORED = "results.tsv\nrun.log\nruns\nexperiment.txt\nSTOP\nprogress.png\nreport.html\n__pycache__/\n"
+
+def start_piped(command: list[str], env: dict[str, str], cwd: Path | None = None) -> subprocess.Popen:
+    """A child in a session of its own, with nothing to read; `hear` and `ended` read what it prints."""
+    return subprocess.Popen(
+        command,
+        cwd=cwd,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 @functools.cache
@@ -153,7 +165,7 @@ def desk_template() -> Path:
     (desk.path / "prepare.py").write_text(FAKE_PREPARE)
     (desk.path / "train.py").write_text(FAKE_TRAIN)
     (desk.path / "program.md").write_text("# Instructions\n\nLower val_bpb.\n")
-    (desk.path / ".gitignore").write_text(IGNORED)
+    (desk.path / ".gitignore").write_text((ROOT / ".gitignore").read_text())
     compileall.compile_dir(desk.path / "harness", quiet=1)  # a copy keeps the times, so it need not compile again
     desk.git("init", "-q", "-b", "main")
     desk.commit("start")
@@ -235,16 +247,7 @@ class Desk:
     def popen(self, *args: str, **env: str) -> subprocess.Popen:
         if "--workers" in args and "--ray" not in args:
             args = (*args, "--ray", "off")  # threads: Ray takes seconds to start
-        return subprocess.Popen(
-            [sys.executable, str(self.path / "loop.py"), *args],
-            cwd=self.path,
-            env=self.env | env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        return start_piped([sys.executable, str(self.path / "loop.py"), *args], self.env | env, self.path)
 
     def loop(self, *args: str, code: int = 0, timeout: float = 60, **env: str) -> subprocess.CompletedProcess:
         """Run a command to its end, which must have this exit code."""

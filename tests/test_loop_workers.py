@@ -14,6 +14,7 @@ import subprocess
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -155,6 +156,7 @@ class Night:
     """Sessions of the ratchet on one tag, and what must be true of what they leave."""
 
     def __init__(self, folder: Path, seed: int):
+        self.seed = seed
         self.chance = random.Random(seed)
         self.folder = folder
         (folder / "train.py").write_text(START)
@@ -278,6 +280,15 @@ class Night:
             assert text.count("--- before") == 2  # both diffs
 
 
+def five_nights(folder: Path) -> Iterator[Night]:
+    """Nights to try one after the other, since chance may draw one in which no gain meets another; five such fail."""
+    for attempt in range(5):
+        place = folder / f"{attempt}"
+        place.mkdir()
+        yield Night(place, random.randrange(10**6))
+    pytest.fail("no gain met another in five nights")
+
+
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(loop, "RETRY_SECONDS", 0)
@@ -286,40 +297,29 @@ def quick(monkeypatch):
 
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_any_order_of_arrival_loses_no_gain_and_assumes_none(tmp_path, capfd, quick, ahead):
-    for attempt in range(5):  # chance may draw a night in which no gain meets another
-        seed = random.randrange(10**6)
-        folder = tmp_path / f"{attempt}"
-        folder.mkdir()
-        night = Night(folder, seed)
+    for night in five_nights(tmp_path):
         night.session(24, ahead=ahead)
         said = capfd.readouterr().err
-        print(f"seed {seed}")
+        print(f"seed {night.seed}")
         night.check(said)
         if "gained on a former champion" in night.store.ledger.read_text():
             return
-    pytest.fail("no gain met another in five nights")
 
 
 def test_session_killed_at_a_verdict_is_taken_up_without_loss(tmp_path, capfd, quick):
     """Between a run's folder and the ledger, or right after the row: a gain that was to be run again still is."""
-    for attempt in range(5):  # chance may draw a night in which no gain meets another
-        seed = random.randrange(10**6)
-        folder = tmp_path / f"{attempt}"
-        folder.mkdir()
-        night = Night(folder, seed)
+    for night in five_nights(tmp_path):
         try:
             night.session(100, "before")
         except Killed:
             break
-    else:
-        pytest.fail("no gain met another in five nights")
     for kill in ("after", "before"):
         with contextlib.suppress(Killed):  # where no other gain meets another
             night.session(12, kill)
     said_before = capfd.readouterr().err
     night.session(3)
     said = capfd.readouterr().err
-    print(f"seed {seed}")
+    print(f"seed {night.seed}")
     night.check(said, said_before)
 
 

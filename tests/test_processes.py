@@ -260,7 +260,11 @@ def test_write_atomically_replaces_and_leaves_nothing(tmp_path):
     for text in ("one\n", "two\n"):
         write_atomically(tmp_path / "file", text)
         assert (tmp_path / "file").read_text() == text
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    (tmp_path / "folder").mkdir()
+    for has_other_writers in (False, True):
+        with pytest.raises(IsADirectoryError):
+            write_atomically(tmp_path / "folder", "text", has_other_writers)
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "folder"}
 
 
 def test_two_writers_of_one_file_leave_it_whole(tmp_path):

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, Desk, ended, errors, hear, wait_for
+from conftest import ROOT, Desk, ended, errors, hear, start_piped, wait_for
 
 from harness import ray_driver, ray_fleet, ray_node
 from harness.bench import Crash, Job, Unavailable
@@ -495,15 +495,7 @@ def test_slurm_script_gives_the_loop_every_node_and_leaves_nothing(desk: Desk, t
         "TAG": "t",
         "LOOP_ARGS": "--max-experiments 4 --workers 4",
     }
-    process = subprocess.Popen(
-        ["bash", str(ROOT / "docs" / "slurm.sbatch")],
-        env=desk.env | variables,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    process = start_piped(["bash", str(ROOT / "docs" / "slurm.sbatch")], desk.env | variables)
     try:
         wait_for(lambda: (desk.home() / "results.tsv").exists() and desk.rows(), 90)
         desk.hold.touch()
