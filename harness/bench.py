@@ -60,7 +60,7 @@ class Place:
     mark: str  # of the run's processes
     device: str  # a key of the description's devices
     packages: environment.Packages | None = None  # as they must be
-    data: dict[str, tuple[int, int]] | None = None  # the training files as they must be; None: as the run finds them
+    data: environment.Listing | None = None  # the training files as they must be; None: as the run finds them
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,16 @@ def changed_data(facts: Description) -> str:
     return ""
 
 
+Listing = dict[str, tuple[int, int]]  # path or name of a file -> its size, modification time in ns
+
+
+def load_listing(path: Path) -> Listing | None:
+    """A listing as it was saved; None where it was not, or not whole."""
+    with contextlib.suppress(OSError, ValueError), open_regular(path) as file:
+        return {name: tuple(facts) for name, facts in json.loads(file.read()).items()}
+    return None
+
+
 def training_files(facts: Description) -> dict[str, Path]:
     """The files that stand beside the described ones and are of their kind: no digest of the description covers them.
 
@@ -102,8 +112,8 @@ def training_files(facts: Description) -> dict[str, Path]:
     return found
 
 
-def look_at_data(facts: Description) -> dict[str, tuple[int, int]]:
-    """Training file -> size, modification time in ns. To be compared within a session."""
+def look_at_data(facts: Description) -> Listing:
+    """The training files. To be compared within a session."""
     return {name: _size_and_time(path) for name, path in training_files(facts).items()}
 
 
@@ -192,8 +202,8 @@ def _is_compilers(name: Path, facts: os.stat_result, is_top: bool) -> bool:
 class Packages:
     """Installed packages and Python's own library as names, sizes and times of files, to be compared later."""
 
-    def __init__(self, files: dict[str, tuple[int, int]]):
-        self.files = files  # path -> size, modification time in ns
+    def __init__(self, files: Listing):
+        self.files = files
 
     @classmethod
     def installed(cls) -> "Packages":
@@ -203,7 +213,7 @@ class Packages:
         is_virtual = sys.prefix != sys.base_prefix
         if site.ENABLE_USER_SITE or not is_virtual:  # PYTHONNOUSERSITE is not handed on to a run
             roots.add(site.getusersitepackages())
-        files: dict[str, tuple[int, int]] = {}
+        files: Listing = {}
         for root in sorted(roots):
             folders = [root]
             while folders:
@@ -215,9 +225,8 @@ class Packages:
     @classmethod
     def load(cls, path: Path) -> "Packages | None":
         """As they were saved; None where they were not, or not whole."""
-        with contextlib.suppress(OSError, ValueError), open_regular(path) as file:
-            return cls({name: tuple(facts) for name, facts in json.loads(file.read()).items()})
-        return None
+        files = load_listing(path)
+        return None if files is None else cls(files)
 
     def save(self, path: Path) -> None:
         write_atomically(path, json.dumps(self.files))

@@ -170,7 +170,7 @@ def check_packages(store: Store) -> Packages:
     return before
 
 
-def check_data(store: Store, facts: Description) -> dict[str, tuple[int, int]]:
+def check_data(store: Store, facts: Description) -> environment.Listing:
     """The files that runs train on, as they are now. UserError where one is another than when the tag began."""
     now = environment.sample_data(facts)
     before = {}

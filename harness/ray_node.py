@@ -9,6 +9,7 @@ cleanup does not reach.
 import contextlib
 import dataclasses
 import importlib.metadata
+import json
 import os
 import pickle
 import platform
@@ -17,13 +18,14 @@ import signal
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from harness import environment
 from harness.bench import MAX_RECORD_BYTES, Job, Outcome, Place, Unavailable, measure, unpack
 from harness.contract import Description, Domain
-from harness.files import open_regular
+from harness.files import open_regular, write_atomically
 from harness.processes import LOG_CAP, TAIL_CAP, sweep
 from harness.screen import UserError, one_line
 
@@ -190,11 +192,8 @@ def _refusal(outcome: Outcome) -> str:
 
 def _measure(errand: Errand, job: Job, device: str, folder: Path, stop: threading.Event) -> Answer:
     base = _own_folder()
-    packages = base / f"packages-{errand.session}.json"
-    before = environment.Packages.load(packages)
-    if before is None:  # the first run of this session here
-        before = environment.Packages.installed()
-        before.save(packages)
+    packages = _as_first_seen(base / f"packages-{errand.session}.json", lambda: environment.Packages.installed().files)
+    data = _as_first_seen(base / f"data-{errand.session}.json", lambda: environment.look_at_data(job.facts))
     output = folder / "output"
     output.mkdir()
     place = Place(
@@ -203,10 +202,20 @@ def _measure(errand: Errand, job: Job, device: str, folder: Path, stop: threadin
         compile_cache=errand.compile_cache or base / "compile_cache",
         mark=errand.mark,
         device=device,
-        packages=before,
+        packages=environment.Packages(packages),
+        data=data,
     )
     outcome = measure(job, place, stop)
     return Answer(outcome, _read_files(output))
+
+
+def _as_first_seen(path: Path, look: Callable[[], environment.Listing]) -> environment.Listing:
+    """What the first run of this session met on this node: the later ones must meet the same."""
+    listing = environment.load_listing(path)
+    if listing is None:
+        listing = look()
+        write_atomically(path, json.dumps(listing), has_other_writers=True)  # runs on other devices of the node
+    return listing
 
 
 def _own_folder() -> Path:

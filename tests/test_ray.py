@@ -22,7 +22,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, Desk, ended, errors, hear, start_piped, wait_for
 
-from harness import ray_driver, ray_fleet, ray_node
+from harness import environment, ray_driver, ray_fleet, ray_node
 from harness.bench import Crash, Job, Unavailable
 from harness.contract import Description, Device
 from harness.processes import find_processes
@@ -161,6 +161,28 @@ def test_node_whose_scores_would_not_compare_is_told_why():
     assert ray_node._refusal(Unavailable("its disk is full")) == "its disk is full"
     for own_fault in (Unavailable("another kernel", retries=1), Crash("boom", "", 1.0)):
         assert ray_node._refusal(own_fault) == ""
+
+
+def test_node_holds_every_run_of_a_session_against_what_its_first_met(tmp_path, monkeypatch):
+    shard = tmp_path / "tokens" / "shard_00001.tokens"
+    shard.parent.mkdir()
+    shard.write_bytes(b"text")
+    monkeypatch.setattr(ray_node, "_own_folder", lambda: tmp_path)
+    places = []
+    monkeypatch.setattr(ray_node, "measure", lambda job, place, stop: places.append(place))
+    facts = replace(FACTS, cache=str(tmp_path), files={"tokens/validation.tokens": "d" * 64})
+    job = Job(1, "c" * 40, "idea", 42, (), facts, DOMAIN, time_limit=1.0)
+    for session in ("one", "one", "two"):
+        folder = tmp_path / f"run{len(places)}"
+        folder.mkdir()
+        errand = ray_node.Errand(job, "mark", session, sys.executable, {}, {})
+        ray_node._measure(errand, job, "0", folder, threading.Event())
+        shard.write_bytes(b"another text")  # by the run
+    first, second, other_session = (place.data for place in places)
+    assert second == first != other_session
+    changed = environment.changed_training_data(second, environment.look_at_data(facts), facts)
+    assert changed == str(shard)
+    assert places[0].packages.difference(places[1].packages) == ""
 
 
 @pytest.fixture
