@@ -60,7 +60,7 @@ WARMDOWN_RATIO = 0.5  # share of the time budget in which it falls to FINAL_LR_F
 FINAL_LR_FRAC = 0.0  # share of the peak learning rate that is left at the end
 COMPILE = True  # torch.compile the model and Muon's update
 
-# CPU-sized values of the same knobs; without a GPU, for a profile of your own too
+# CPU-sized values, in place of those above; without a GPU, for a profile of your own too
 if PROFILE in ("pocket", "smoke") or (PROFILE not in ("climbmix", "code") and not torch.cuda.device_count()):
     DEPTH = 1
     ASPECT_RATIO = 96
@@ -70,7 +70,7 @@ if PROFILE in ("pocket", "smoke") or (PROFILE not in ("climbmix", "code") and no
     EMBEDDING_LR = 0.3
     UNEMBEDDING_LR = 0.01
     WARMDOWN_RATIO = 0.7
-    COMPILE = False  # True makes 1.3 times the steps on two cores, and every run starts 20 (cached) to 40 s later
+    COMPILE = False  # True makes 1.3 times the steps on two cores; a run starts 20 (cached) to 60 s later
 
 
 def log(message: str, end: str = "\n") -> None:

@@ -23,6 +23,7 @@ from harness.contract import Domain
 from harness.desk import Proposal
 from harness.files import open_regular, read_tail
 from harness.interrupts import Interrupts, StopNow
+from harness.ledger import wants_simpler_rule
 from harness.live_page import LivePage
 from harness.page import read_template
 from harness.prompt import standing
@@ -31,7 +32,7 @@ from harness.ray_fleet import check_extra
 from harness.repository import Repository
 from harness.screen import ERROR_CHARS, UserError, one_line, say
 from harness.store import Store
-from harness.verdict import repeat_command
+from harness.verdict import read_beliefs, repeat_command
 
 AGENT_TIMEOUT = 1800  # seconds that a proposal may take
 TAG_BYTES = 100  # a tag is the name of folders and files
@@ -211,7 +212,7 @@ def command_try(domain: Domain, checkout: Path, open_session: Callable, args: ar
     is_refused = last_line.startswith("error: ") or len(store.rows) == rows_before
     print(last_line if is_refused else report.verdict_text(store))
     if not is_refused and (former := store.better_former()):
-        print(_how_to_go_back(store, former))
+        print(_how_to_go_back(store, former), end="")
     return code
 
 
@@ -286,10 +287,17 @@ def _how_to_repeat(store: Store, source: bytes) -> str:
 
 
 def _how_to_go_back(store: Store, commit: str) -> str:
-    """The line below a verdict: a former champion is believed better, and this command takes it back."""
+    """The line below a verdict: a former champion is believed better, and this command takes it back.
+
+    "" where that is what a simplification was allowed to give away.
+    """
+    beliefs = read_beliefs(store)
+    change = abs(beliefs.difference(commit, store.champion))
+    if wants_simpler_rule(store.description(store.champion)) and change <= beliefs.sigma:
+        return ""
     command = repeat_command(store, commit)
-    believed = f"{commit[:7]}, a former best, is believed better ({store.estimate(commit):.6f})"
-    return f"{believed}: '{command}' measures it again, and makes it the best if that holds"
+    believed = f"{commit[:7]}, a former best, is believed better by {change:.6f} ({beliefs.score(commit):.6f})"
+    return f"{believed}: '{command}' measures it again, and makes it the best if that holds\n"
 
 
 def repeat_in_session(store: Store, open_session: Callable, commit: str) -> int:

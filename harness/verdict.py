@@ -177,10 +177,12 @@ class Beliefs:
         score_of_base = self.score(base)
         return None if score is None or score_of_base is None else score - score_of_base
 
+    def two_errors(self, commit: str, base: str) -> float:
+        """Two standard errors of the difference."""
+        return 2 * standard_error(self.believed[base[:7]], self.believed[commit[:7]], self.sigma)
+
     def is_over_noise(self, commit: str, base: str) -> bool:
-        """Whether the difference is more than twice its standard error."""
-        error = standard_error(self.believed[base[:7]], self.believed[commit[:7]], self.sigma)
-        return abs(self.difference(commit, base)) > 2 * error
+        return abs(self.difference(commit, base)) > self.two_errors(commit, base)
 
 
 def read_beliefs(store: Store) -> Beliefs:
@@ -219,7 +221,8 @@ def explain(store: Store, run: Run, beliefs: Beliefs | None = None, with_command
         lines += table(*sides, store.domain)
     lines += what_is_believed(store, run, base, beliefs)
     if base is not None:
-        lines += [why_not_simpler(store, run), in_a_word(*sides, store.domain)]
+        swing = max(speed_swing(store, commit) for commit in (run.commit, base.commit))
+        lines += [why_not_simpler(store, run), in_a_word(*sides, store.domain, swing)]
     elif other is not None:
         differ = f"the same code as run {other.number:04d}: only seed and machine differ"
         lines.append(f"{differ}; noise of one run {beliefs.sigma:.2g}")
@@ -243,12 +246,24 @@ def what_is_believed(store: Store, run: Run, base: Run | None, beliefs: Beliefs)
     change = beliefs.difference(run.commit, base.commit) if base is not None else None
     if change is not None:
         name = "change that decides" if has_means else "change"
-        word = "over 2 standard errors"
-        if not beliefs.is_over_noise(run.commit, base.commit):
-            word = "within noise; better is kept all the same" if run.decision == "keep" else "within noise"
-        assumed = " (assumed)" if beliefs.noise.is_assumed else ""
-        lines.append(f"{name} {change:+.6f}, noise of one run {beliefs.sigma:.2g}{assumed}: {word}")
+        noise = f"noise of one run {beliefs.sigma:.2g}" + (", assumed" if beliefs.noise.is_assumed else "")
+        errors = f"2 standard errors {beliefs.two_errors(run.commit, base.commit):.2g}"
+        if beliefs.is_over_noise(run.commit, base.commit):
+            word = "over the noise"
+        else:
+            is_better = store.domain.gain(beliefs.score(base.commit), beliefs.score(run.commit)) > 0
+            word = f"within noise{why_kept(run, is_better)}"
+        lines.append(f"{name} {change:+.6f}, {errors} ({noise}): {word}")
     return lines
+
+
+def why_kept(run: Run, is_better: bool) -> str:
+    """The rule by which a change within noise was kept; "" where it was not, or is not believed better any more."""
+    if run.decision != "keep":
+        return ""
+    if is_better:
+        return "; better is kept all the same"
+    return "; kept as a simplification" if wants_simpler_rule(run.description) else ""
 
 
 def why_not_simpler(store: Store, run: Run) -> str:
@@ -436,11 +451,23 @@ def is_same_stage(points: tuple[Point, Point]) -> bool:
     return abs(points[0].share - points[1].share) <= SAME_STAGE
 
 
-def in_a_word(candidate: Side, base: Side, domain: Domain) -> str:
+def speed_swing(store: Store, commit: str) -> float:
+    """By what share the fastest run of a commit outpaced its slowest. That is the machine's doing: the code was one."""
+    paces = []
+    for run in store.runs_of(commit):
+        if run.is_scored:
+            paces.append(pace(run, read_batch_of(store.folder(run.number), store.domain), store.domain))
+    known = [value for value in paces if value]
+    return max(known) / min(known) - 1 if known else 0.0
+
+
+def in_a_word(candidate: Side, base: Side, domain: Domain, swing: float = 0.0) -> str:
     """`slower`, `worse`, both, or `faster`, with the reason; "" where the curves do not say it clearly.
 
     A budget is a time: a candidate may lose because it makes fewer steps, or because each step teaches it less. The
-    two are told apart at equal tokens, where that can be compared. On a busy machine nobody knows why a run was slow.
+    two are told apart at equal tokens, where that can be compared: there the slower run is nearer to the end of its
+    learning rate, so that it looks a little better than it is. On a busy machine, or one whose speed changes by itself
+    (`swing`, see speed_swing), nobody knows why a run was slow.
     """
     points = at_equal_total(candidate.training, base.training)
     if points is None:
@@ -450,6 +477,8 @@ def in_a_word(candidate: Side, base: Side, domain: Domain) -> str:
     amount = f"{abs(change):.0%} {'more' if change > 0 else 'fewer'} {unit}"
     if abs(change) > CLEAR_PACE and (is_weak(candidate.run) or is_weak(base.run)):
         return f"{amount}: the edit or the machine, these two runs cannot tell"
+    if CLEAR_PACE < abs(change) <= swing:
+        return f"{amount}: the edit or the machine, whose speed differed by {swing:.0%} between runs of the same code"
     is_comparable = is_same_stage(points)
     loss_change = points[0].loss - points[1].loss
     limit = CLEAR_LOSS * abs(points[1].loss)
@@ -457,14 +486,12 @@ def in_a_word(candidate: Side, base: Side, domain: Domain) -> str:
     is_better = is_comparable and loss_change < -limit
     if domain.gain(base.run.score, candidate.run.score) > 0:
         if change > CLEAR_PACE and not is_better:
-            reason = f", and no better at equal {unit}" if is_comparable else ""
-            return f"faster: {amount} than its base{reason}"
+            return f"faster: {amount} than its base"
         return ""
     if change < -CLEAR_PACE and is_worse:
         return f"slower and worse: {amount} than its base, and a higher loss at equal {unit}"
     if change < -CLEAR_PACE:
-        reason = f", and no higher loss at equal {unit}" if is_comparable else ""
-        return f"slower: {amount} than its base{reason}"
+        return f"slower: {amount} than its base"
     if is_worse and change <= CLEAR_PACE:
         return f"worse: a higher loss at equal {unit}, and not slower"
     return ""

@@ -54,7 +54,8 @@ def test_try_prints_row_best_comparison_and_log(desk):
         del compared[2]
     assert compared[2].split()[-3:] == ["0.5", "0.5", "+0.0"]
     assert compared[3] == "* the run's own words, not the judge's"
-    assert compared[4:] == ["change -0.010000, noise of one run 0.0004 (assumed): over 2 standard errors"]
+    noise = "2 standard errors 0.0011 (noise of one run 0.0004, assumed)"
+    assert compared[4:] == [f"change -0.010000, {noise}: over the noise"]
     assert log == "log runs/0002/run.log" and "val_bpb:" in (desk.path / "runs/0002/run.log").read_text()
     assert [row[4] for row in desk.rows()] == ["baseline", "raise depth to 5"]  # the baseline came first
     assert len(process.stderr.splitlines()) == 1
@@ -160,7 +161,7 @@ def test_former_champion_takes_the_title_back_from_one_that_was_only_lucky(desk)
 
     measured_again = desk.loop("try", "--base").stdout
     assert measured_again.split("\t")[1] == "1.170000"
-    advice = f"{baseline}, a former best, is believed better (1.080000): 'uv run loop.py try --again 1' measures it"
+    advice = f"{baseline}, a former best, is believed better by 0.090000 (1.080000): 'uv run loop.py try --again 1' "
     assert measured_again.splitlines()[-1].startswith(advice)
     assert desk.git("rev-parse", "HEAD").startswith(champion)
 

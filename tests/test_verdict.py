@@ -23,6 +23,7 @@ from harness.verdict import (
     is_weak,
     latest_verdicts,
     read_beliefs,
+    speed_swing,
     table,
     usual_runs,
 )
@@ -90,7 +91,7 @@ def test_table_leaves_out_what_says_nothing_and_a_fork_without_curves_has_a_shor
     [
         ({"score": 1.8, "steps": 80}, "slower: 20% fewer tokens than its base"),
         ({"score": 1.8, "steps": 80, "end": 2.5}, "slower: 20% fewer tokens than its base"),  # its rate is at its end
-        ({"score": 1.8, "steps": 92}, "slower: 8% fewer tokens than its base, and no higher loss at equal tokens"),
+        ({"score": 1.8, "steps": 92}, "slower: 8% fewer tokens than its base"),
         ({"score": 1.8, "steps": 92, "end": 2.5}, "slower and worse: 8% fewer tokens than its base, and a higher loss"),
         ({"score": 1.8, "steps": 92, "busy_others": 0.2}, "8% fewer tokens: the edit or the machine, these two runs"),
         ({"score": 1.8, "end": 2.5}, "worse: a higher loss at equal tokens, and not slower"),
@@ -100,7 +101,7 @@ def test_table_leaves_out_what_says_nothing_and_a_fork_without_curves_has_a_shor
         ({"score": 1.8}, ""),
         ({"score": 1.8, "steps": 97}, ""),
         ({"score": 1.6, "steps": 120}, "faster: 20% more tokens than its base"),
-        ({"score": 1.6, "steps": 108}, "faster: 8% more tokens than its base, and no better at equal tokens"),
+        ({"score": 1.6, "steps": 108}, "faster: 8% more tokens than its base"),
         ({"score": 1.6, "steps": 108, "device_others": 1}, "8% more tokens: the edit or the machine, these two runs"),
         ({"score": 1.6, "steps": 108, "end": 1.0}, ""),
         ({"score": 1.6, "steps": 80}, ""),
@@ -113,6 +114,18 @@ def test_word_is_said_only_where_the_curves_are_clear(candidate, word):
     if word:
         turned = in_a_word(side(2, **candidate), side(busy_others=0.2), loop.DOMAIN)
         assert turned.startswith("worse: ") or turned.endswith("these two runs cannot tell")
+
+
+def test_swing_of_the_machines_speed_is_not_the_edits_doing(store):
+    slow, base = side(2, score=1.8, steps=80), side()
+    said = "20% fewer tokens: the edit or the machine, whose speed differed by 21% between runs of the same code"
+    assert in_a_word(slow, base, loop.DOMAIN, swing=0.21) == said
+    assert in_a_word(slow, base, loop.DOMAIN, swing=0.19).startswith("slower: ")
+    for steps in (100, 121, 110):
+        run = add_run(store, BASE, 1.0, "keep", base="", training_seconds=10.0, summary={"num_steps": f"{steps}"})
+        (store.folder(run.number) / "run.log").write_text("batch 1,000 tokens = 1 row\n")
+    assert speed_swing(store, BASE) == pytest.approx(0.21)
+    assert speed_swing(store, "c" * 40) == 0
 
 
 def test_weak_is_a_run_beside_others():
@@ -204,7 +217,8 @@ def test_verdict_compares_two_runs_and_says_apart_what_is_believed_and_decides(s
     assert scores.split() == ["val_bpb", "0.950000", "1.200000", "-0.250000"]
     assert lines[-4:] == [
         "base believed 1.100000: mean of runs 0001, 0002",
-        "change that decides -0.150000, noise of one run 0.14: within noise; better is kept all the same",
+        "change that decides -0.150000, 2 standard errors 0.35 (noise of one run 0.14): "
+        "within noise; better is kept all the same",
         "it took 51 s to start",
         "weak: the machine was busy during run 0004",
     ]
@@ -221,7 +235,7 @@ def test_verdict_compares_two_runs_and_says_apart_what_is_believed_and_decides(s
     know(store, first, run, late)
     lines = explain(store, late, with_commands=True)
     assert lines[-3] == "base believed 1.220000: mean of runs 0005, 0006"
-    assert lines[-2].startswith("change that decides +3.780000, ") and lines[-2].endswith(": over 2 standard errors")
+    assert lines[-2].startswith("change that decides +3.780000, ") and lines[-2].endswith(": over the noise")
     advice = "measure again, one after the other: uv run loop.py try --again 7, uv run loop.py try --base"
     assert lines[-1] == f"weak: the machine was busy during run 0007 and run 0006; {advice}"
     third = add_run(store, "e" * 40, 0.9, "keep", base="c" * 40)
@@ -241,6 +255,8 @@ def test_simplification_that_was_not_kept_says_why(store):
     why = "not simpler: 2 lines of code, its base 2 (comments, blank lines and joined lines do not count)"
     assert why in explain(store, runs[0])
     assert any(line.startswith("simpler, 1 lines of code, its base 2, but ") for line in explain(store, runs[1]))
+    kept = add_run(store, "f" * 40, 1.0001, "keep", description="simplify: less")
+    assert any(line.endswith(": within noise; kept as a simplification") for line in explain(store, kept))
 
 
 def test_champion_that_is_measured_again_stands_beside_its_own_earlier_run(store):
