@@ -211,8 +211,8 @@ def command_try(domain: Domain, checkout: Path, open_session: Callable, args: ar
     last_line = read_tail(log, 1, ERROR_CHARS)
     is_refused = last_line.startswith("error: ") or len(store.rows) == rows_before
     print(last_line if is_refused else report.verdict_text(store))
-    if not is_refused and (former := store.better_former()):
-        print(_how_to_go_back(store, former), end="")
+    if not is_refused and (advice := how_to_go_back(store)):
+        print(advice)
     return code
 
 
@@ -286,18 +286,20 @@ def _how_to_repeat(store: Store, source: bytes) -> str:
     return f": '{command}' runs it once more"
 
 
-def _how_to_go_back(store: Store, commit: str) -> str:
+def how_to_go_back(store: Store) -> str:
     """The line below a verdict: a former champion is believed better, and this command takes it back.
 
-    "" where that is what a simplification was allowed to give away.
+    "" where none is, or where the present one is a simplification that gives away no more than the noise.
     """
+    former = store.better_former()
+    if not former:
+        return ""
     beliefs = read_beliefs(store)
-    change = abs(beliefs.difference(commit, store.champion))
+    change = abs(beliefs.difference(former, store.champion))
     if wants_simpler_rule(store.description(store.champion)) and change <= beliefs.sigma:
         return ""
-    command = repeat_command(store, commit)
-    believed = f"{commit[:7]}, a former best, is believed better by {change:.6f} ({beliefs.score(commit):.6f})"
-    return f"{believed}: '{command}' measures it again, and makes it the best if that holds\n"
+    believed = f"{former[:7]}, a former best, is believed better by {change:.6f} ({beliefs.score(former):.6f})"
+    return f"{believed}: '{repeat_command(store, former)}' measures it again, and makes it the best if that holds"
 
 
 def repeat_in_session(store: Store, open_session: Callable, commit: str) -> int:

@@ -12,6 +12,10 @@ import sys
 import pytest
 from conftest import ended, errors, hear, wait_for
 
+from harness.commands import how_to_go_back
+from harness.ledger import Row
+from harness.store import Store
+
 
 @pytest.fixture
 def desk(desk):
@@ -148,6 +152,23 @@ def test_attempt_that_lost_to_a_busy_machine_is_run_again_by_its_number(moody):
         error = errors(desk.loop("try", "--again", number, code=2))[0]
         assert error == f"error: --again {number}: there is no such run, this tag has runs 1 to 6"
     assert len(desk.rows()) == 6
+
+
+def test_former_champion_is_not_advised_for_what_a_simplification_may_give_away(store, monkeypatch):
+    monkeypatch.setattr(Store, "profile", "pocket")
+    monkeypatch.setattr(store, "description", lambda commit: "simplify: less")
+    commits = {1: "b" * 40, 2: "c" * 40}
+    store.attempts = commits
+    store._commits = {commit[:7]: commit for commit in commits.values()}
+    sigma = store.domain.assumed_sigma["pocket"]
+    for loss, is_advised in ((sigma / 2, False), (2 * sigma, True)):
+        store.rows[:] = [Row("b" * 7, 1.0, 0.0, "keep", "baseline"), Row("c" * 7, 1.0 + loss, 0.0, "keep", "x")]
+        assert how_to_go_back(store).startswith(f"bbbbbbb, a former best, is believed better by {loss}") == is_advised
+    monkeypatch.setattr(store, "description", lambda commit: "deeper")
+    store.rows[1:] = [Row("c" * 7, 1.001, 0.0, "keep", "x")]
+    assert how_to_go_back(store).endswith("and makes it the best if that holds")
+    store.rows[1:] = [Row("c" * 7, 0.9, 0.0, "keep", "x")]
+    assert how_to_go_back(store) == ""
 
 
 @pytest.mark.slow
