@@ -120,13 +120,18 @@ def pace(run: Run, batch: int | None, domain: Domain) -> float | None:
     return steps * batch / run.training_seconds
 
 
+def recorded_pace(store: Store, run: Run) -> float | None:
+    """The pace of a run, its batch taken from its log."""
+    return pace(run, read_batch_of(store.folder(run.number), store.domain), store.domain)
+
+
 def mean_pace(store: Store, runs: list[Run]) -> tuple[float | None, float | None]:
     """Steps and tokens a second, the means over some runs; None where no run says so."""
     steps = []
     paces = []
     for run in runs:
         steps.append(number(run, store.domain.steps))
-        paces.append(pace(run, read_batch_of(store.folder(run.number), store.domain), store.domain))
+        paces.append(recorded_pace(store, run))
     return mean_of_known(steps), mean_of_known(paces)
 
 
@@ -453,10 +458,7 @@ def is_same_stage(points: tuple[Point, Point]) -> bool:
 
 def speed_swing(store: Store, commit: str) -> float:
     """By what share the fastest run of a commit outpaced its slowest. That is the machine's doing: the code was one."""
-    paces = []
-    for run in store.runs_of(commit):
-        if run.is_scored:
-            paces.append(pace(run, read_batch_of(store.folder(run.number), store.domain), store.domain))
+    paces = [recorded_pace(store, run) for run in store.runs_of(commit) if run.is_scored]
     known = [value for value in paces if value]
     return max(known) / min(known) - 1 if known else 0.0
 
