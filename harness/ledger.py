@@ -1,294 +1,443 @@
-"""results.tsv as rows, the noise of its scores, and the decision. Pure functions, in the direction of the domain.
+"""runs.jsonl, the state of a tag, and everything that follows from it: champion, believed scores, noise, standing.
 
-sigma is the standard deviation of one run of the same code, in the unit of the score.
+runs.jsonl has a line for every run that was decided, with all that is known of it, appended and fsynced. results.tsv is
+its rendering for people. `Ledger` answers every question about them; it runs nothing and decides nothing.
+sigma is the standard deviation of the score between seeds of one and the same code, in the unit of the score.
 """
 
-import ast
-import io
+import dataclasses
+import json
 import math
+import os
 import statistics
-import tokenize
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from harness.contract import Domain
+from harness.console import UserError, one_line
+from harness.domain import Domain
 
+ASSUMED_DEGREES = 4  # of freedom that a profile's assumed sigma counts for: two or three runs measure sigma badly
 STATUSES = ("keep", "discard", "crash")
-SIMPLIFY = "simplify:"  # a description that begins so asks for the other rule: less code at an equal score
-LAYOUT = (tokenize.COMMENT, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING, tokenize.ENDMARKER)
-GIVEN_AWAY_SIGMAS = 2  # what all the simpler keeps together may give away
+STALE = "gained on a former champion; runs again on the present one"
 
 
 @dataclass(frozen=True)
-class Row:
-    """One run of the ledger."""
+class Run:
+    """A line of runs.jsonl: one run, decided. Unknown keys of a line are left out, missing ones have the default."""
 
-    commit: str  # 7 characters
-    score: float  # 0 for a crash
-    memory_gb: float  # GiB
-    status: str  # keep, discard or crash
-    description: str
+    number: int  # of its folder, never used twice
+    commit: str
+    base: str = ""  # the commit that it is compared with; "" for the baseline, audits and runs of the champion
+    seed: int = 42
+    purpose: str = "experiment"  # baseline, experiment, replicate (a commit once more), audit, ablation
+    status: str = ""  # keep, discard, crash; pending (a gain that waits for approval); measured (audit, ablation)
+    description: str = ""
+    reason: str = ""  # why it crashed, or was discarded although it gained
+    is_stale: bool = False  # it gained on a former champion, and is to run again on the present one
+    again_of: int = 0  # the stale run whose edit runs again here
+    group: str = ""  # of an audit or an ablation: which one, and what the run is in it
+    fingerprint: str = ""  # of the edited file's syntax tree
+    score: float | None = None
+    test_score: float | None = None  # audit: on the held-out test split
+    clean_score: float | None = None  # audit: of the exported network, in a process that runs none of its code
+    clean_test_score: float | None = None
+    problem: str = ""  # audit: why there are no clean scores
+    memory_mb: float = 0.0  # MiB
+    started_at: float = 0.0  # time.time()
+    seconds: float = 0.0  # wall time of the whole run
+    startup_seconds: float | None = None  # by the loop's clock, as the next two
+    training_seconds: float | None = None
+    evaluation_seconds: float | None = None
+    steps: float | None = None
+    tokens_per_second: float | None = None
+    loss_half: float | None = None  # training loss at half of the budget, nats per token
+    loss_end: float | None = None
+    busy_others: float | None = None  # fraction of the processors that others used meanwhile
+    is_isolated: bool = False
+    node: str = ""  # on a cluster
+    touched: tuple[str, ...] = ()  # other files that the agent changed: undone
+    cost: dict = field(default_factory=dict)  # of the agent's calls since its last run: calls, tokens_in, ..., usd
+    summary: dict[str, str] = field(default_factory=dict)  # what the run printed after `---`
+    record: dict = field(default_factory=dict)  # the evaluator's
+    packages: dict[str, str] = field(default_factory=dict)  # of the baseline: distribution -> version
 
-    def __str__(self) -> str:
-        return f"{self.commit}\t{self.score:.6f}\t{self.memory_gb:.1f}\t{self.status}\t{self.description}\n"
+    @property
+    def counts(self) -> bool:
+        """Whether its score is one of those by which commits are compared; an audit's and an ablation's is not."""
+        return self.score is not None and self.purpose in ("baseline", "experiment", "replicate")
 
-
-def parse_ledger(text: str) -> tuple[list[Row], int]:
-    """The rows of a ledger, and the number of lines that are none. Forgiving: a hand may have written them."""
-    rows = []
-    bad = 0
-    for line in filter(str.strip, text.splitlines()):
-        cells = line.split("\t", 4) if line.count("\t") > 2 else line.split(None, 4)
-        row = _parse_row(cells)
-        if row is not None:
-            rows.append(row)
-        elif cells[0].strip().lower() != "commit":
-            bad += 1
-    return rows, bad
-
-
-def _parse_row(cells: list[str]) -> Row | None:
-    try:
-        commit = cells[0].strip()
-        score = float(cells[1])
-        memory = float(cells[2])
-        status = cells[3].strip().lower()
-    except (ValueError, IndexError):
-        return None
-    if not math.isfinite(score) or status not in STATUSES:
-        return None
-    return Row(commit, score, memory, status, "".join(cells[4:]).strip())
-
-
-def scores_by_commit(rows: list[Row]) -> dict[str, list[float]]:
-    """Commit -> its scores, crashes left out, in the order of the ledger."""
-    found: dict[str, list[float]] = {}
-    for row in rows:
-        if row.status != "crash":
-            found.setdefault(row.commit, []).append(row.score)
-    return found
-
-
-def measured_sigma(rows: list[Row]) -> float | None:
-    """Pooled standard deviation of the commits that were run more than once; None where none was."""
-    squares, degrees_of_freedom = _squares_within_commits(rows)
-    return math.sqrt(squares / degrees_of_freedom) if degrees_of_freedom else None
+    def row(self, domain: Domain) -> str:
+        """Its line of results.tsv."""
+        words = f"{self.reason}: {self.description}" if self.reason else self.description
+        score = domain.score_text(self.score or 0.0)
+        memory_gb = self.memory_mb / 1024
+        return f"{self.commit[:7]}\t{score}\t{memory_gb:.1f}\t{self.status}\t{one_line(words, 300)}\n"
 
 
 @dataclass(frozen=True)
 class Noise:
-    """The noise of one run, and where the figure comes from."""
+    """sigma, and where the figure comes from. None: nothing is known of it."""
 
-    sigma: float
+    sigma: float | None
     source: str
-    is_assumed: bool  # nothing was measured here
 
 
-def find_noise(rows: list[Row], profile: str, domain: Domain) -> Noise:
-    """What the repeats of this ledger say, pooled with what is known of the profile: one pair alone says little."""
-    measured = measured_sigma(rows)
-    is_known = profile in domain.assumed_sigma
-    assumed = domain.sigma_of(profile)
-    if not measured:
-        origin = f"assumed, as measured for {profile}" if is_known else "assumed"
-        return Noise(assumed, f"{origin}; --confirm measures it here", is_assumed=True)
-    source = "from commits that were run more than once"
-    if is_known:
-        source += f", pooled with {assumed:g} as measured for {profile}"
-        return Noise(deciding_sigma(rows, assumed), source, is_assumed=False)
-    return Noise(measured, source, is_assumed=False)
+@dataclass(frozen=True)
+class Change:
+    """A kept change, beside the champion before it."""
+
+    run: Run  # the first of its runs
+    score: float  # that is believed
+    gain: float
+    standard_error: float | None
+    is_in_branch: bool  # False: a later verdict went back to a champion before it
+
+    @property
+    def is_significant(self) -> bool:
+        return self.standard_error is not None and self.gain > 2 * self.standard_error
 
 
-def _squares_within_commits(rows: list[Row]) -> tuple[float, int]:
-    """Sum of squared differences from each commit's mean, and its degrees of freedom."""
-    groups = [values for values in scores_by_commit(rows).values() if len(values) > 1]
+class Ledger:
+    """The decided runs of one tag, in the order of their decisions."""
+
+    def __init__(self, domain: Domain, runs: list[Run] = (), profile: str = ""):
+        self.domain = domain
+        self.runs: list[Run] = []
+        self._profile = profile  # of a results.tsv, which does not say it
+        self._forget()
+        for run in runs:
+            self.add(run)
+
+    def _forget(self) -> None:
+        self._by_number: dict[int, int] = {}  # number -> index in runs
+        self._first: dict[str, Run] = {}  # commit -> its first run that counts, or crashed
+        self._scores: dict[str, list[float]] = {}  # commit -> scores that count, in order
+        self._all_scores: dict[str, list[float]] = {}  # audits' and ablations' too
+        self._speeds: dict[str, list[float]] = {}
+        self._fingerprints: dict[str, Run] = {}
+        self._kept: list[Run] = []
+
+    def add(self, run: Run) -> None:
+        """Take in a run; one whose number is known already (it waited for approval) takes the earlier line's place."""
+        if run.number not in self._by_number:
+            self.runs.append(run)
+            self._index(len(self.runs) - 1)
+            return
+        self.runs[self._by_number[run.number]] = run
+        self._forget()
+        for place in range(len(self.runs)):
+            self._index(place)
+
+    def _index(self, place: int) -> None:
+        run = self.runs[place]
+        self._by_number[run.number] = place
+        if run.fingerprint:
+            self._fingerprints.setdefault(run.fingerprint, run)
+        if run.score is not None and run.status != "pending":
+            self._all_scores.setdefault(run.commit, []).append(run.score)
+        if run.tokens_per_second:
+            self._speeds.setdefault(run.commit, []).append(run.tokens_per_second)
+        if run.purpose in ("audit", "ablation") or run.status == "pending":
+            return
+        self._first.setdefault(run.commit, run)
+        if run.counts:
+            self._scores.setdefault(run.commit, []).append(run.score)
+        if run.status == "keep":
+            self._kept.append(run)
+
+    # What was run
+
+    def __getitem__(self, number: int) -> Run:
+        """The run of this number; KeyError if there is none."""
+        return self.runs[self._by_number[number]]
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._by_number
+
+    @property
+    def rows(self) -> list[Run]:
+        """The runs that are lines of results.tsv."""
+        return [run for run in self.runs if run.status in STATUSES and run.purpose not in ("audit", "ablation")]
+
+    @property
+    def profile(self) -> str:
+        return self._profile or (self.runs[0].record.get("profile", "") if self.runs else "")
+
+    @property
+    def baseline(self) -> str:
+        """The first kept commit, "" before there is one."""
+        return self._kept[0].commit if self._kept else ""
+
+    @property
+    def champion(self) -> str:
+        """The commit of the last `keep`, "" before there is one."""
+        return self._kept[-1].commit if self._kept else ""
+
+    @property
+    def first_run(self) -> Run | None:
+        """The baseline's first run: profile, device, digest and packages of every later run must be as in it."""
+        return self._kept[0] if self._kept else None
+
+    def runs_of(self, commit: str) -> list[Run]:
+        """The runs of a commit whose scores count."""
+        return [run for run in self.runs if run.commit == commit and run.counts]
+
+    def first_run_of(self, commit: str) -> Run | None:
+        """The experiment that made a commit."""
+        return self._first.get(commit)
+
+    def find_repeat(self, fingerprint: str) -> Run | None:
+        """The first run with the same syntax tree."""
+        return self._fingerprints.get(fingerprint)
+
+    def stale_gains(self) -> list[Run]:
+        """Gains on former champions that a loop which was stopped has not run again."""
+        again = {run.again_of for run in self.runs}
+        return [run for run in self.runs if run.is_stale and run.number not in again]
+
+    def pending(self) -> list[Run]:
+        """Gains that wait for an approval."""
+        return [run for run in self.runs if run.status == "pending"]
+
+    # What is believed
+
+    def scores(self, commit: str) -> list[float]:
+        """Every score of a commit that counts, in order."""
+        return self._scores.get(commit, [])
+
+    def believed_scores(self, commit: str) -> list[float]:
+        """The scores by which a commit is compared: all of the baseline's; of another all but the first, if it ran
+        more than once.
+
+        The first score chose the commit to be run again, because it was good, or bad on a busy machine. Later ones did
+        not, and all of these count: running a commit until one score is lucky does not help.
+        """
+        scores = self.scores(commit)
+        is_selected = commit != self.baseline and len(scores) > 1
+        return scores[1:] if is_selected else scores
+
+    def believed(self, commit: str) -> float | None:
+        """The mean of the believed scores."""
+        scores = self.believed_scores(commit)
+        return statistics.fmean(scores) if scores else None
+
+    @property
+    def best(self) -> float | None:
+        """The champion's believed score."""
+        return self.believed(self.champion)
+
+    def noise(self) -> Noise:
+        """sigma from all commits that ran more than once, pooled with what is assumed of the profile."""
+        squares, degrees = _squares_within(self._all_scores.values())
+        assumed = self.domain.assumed_sigma.get(self.profile)
+        if assumed is None and degrees == 0:
+            return Noise(None, "unknown: nothing ran twice here ('uv run loop.py try --base' runs the best once more)")
+        if degrees == 0:
+            return Noise(assumed, f"as measured before for {self.profile}; nothing ran twice here")
+        measured = f"{degrees} repeat{'s' if degrees > 1 else ''} of commits here"
+        if assumed is None:
+            return Noise(math.sqrt(squares / degrees), f"from {measured}")
+        pooled = math.sqrt((squares + ASSUMED_DEGREES * assumed**2) / (degrees + ASSUMED_DEGREES))
+        return Noise(pooled, f"from {measured}, pooled with {assumed:g} as measured before for {self.profile}")
+
+    @property
+    def sigma(self) -> float | None:
+        return self.noise().sigma
+
+    def speed_sigma(self) -> float | None:
+        """Standard deviation of the speed of one and the same code, as a fraction; None where nothing ran twice."""
+        relative = []
+        for speeds in self._speeds.values():
+            mean = statistics.fmean(speeds)
+            relative.append([speed / mean for speed in speeds])
+        squares, degrees = _squares_within(relative)
+        return math.sqrt(squares / degrees) if degrees else None
+
+    def standard_error(self, before: str, after: str) -> float | None:
+        """Of the difference of two commits' believed scores; None where sigma is unknown."""
+        counts = [len(self.believed_scores(commit)) for commit in (before, after)]
+        sigma = self.sigma
+        if sigma is None or 0 in counts:
+            return None
+        return sigma * math.sqrt(sum(1 / count for count in counts))
+
+    # What was kept
+
+    def lineage(self) -> list[str]:
+        """The commits of the branch: baseline, then every kept change that the champion stands on, then the champion."""
+        commits = []
+        commit = self.champion
+        while commit and commit not in commits:
+            commits.append(commit)
+            run = self._first.get(commit)
+            commit = run.base if run else ""
+        return commits[::-1]
+
+    def changes(self) -> list[Change]:
+        """Every kept change, in order; a commit that was kept again counts once."""
+        branch = set(self.lineage())
+        found = []
+        seen = {self.baseline}
+        before = self.baseline
+        for kept in self._kept:
+            run = self._first[kept.commit]
+            if kept.commit not in seen:
+                seen.add(kept.commit)
+                base = run.base or before
+                score = self.believed(kept.commit)
+                gain = self.domain.gain(self.believed(base), score)
+                error = self.standard_error(base, kept.commit)
+                found.append(Change(run, score, gain, error, kept.commit in branch))
+            before = kept.commit
+        return found
+
+    def better_former(self) -> str:
+        """The former champion that is believed better than the present one, the best of them; "" if none is."""
+        best = self.champion
+        for commit in {run.commit for run in self._kept}:
+            if self.domain.gain(self.believed(best), self.believed(commit)) > 0:
+                best = commit
+        return "" if best == self.champion else best
+
+    def given_away(self) -> float:
+        """What the kept simplifications cost so far, in the unit of the score."""
+        changes = [change for change in self.changes() if wants_simpler(change.run.description)]
+        return sum(max(0.0, -change.gain) for change in changes)
+
+    # In one line
+
+    def standing(self) -> str:
+        """`Best val_bpb 1.354 (abc1234), 0.348 better than the baseline; 37 runs: 14 kept, ...`."""
+        if not self._kept:
+            return "No run yet: the baseline comes first."
+        best = self.best
+        gain = self.domain.gain(self.believed(self.baseline), best)
+        against = f", {self.domain.score_text(abs(gain))} {'better' if gain >= 0 else 'worse'} than the baseline"
+        in_branch = len(self.lineage()) - 1
+        rows = self.rows
+        crashes = sum(run.status == "crash" for run in rows)
+        changes = f"{in_branch} change{'' if in_branch == 1 else 's'} in the branch"
+        return (
+            f"Best {self.domain.metric} {self.domain.score_text(best)} ({self.champion[:7]})"
+            f"{against if in_branch else ''}; {len(rows)} runs, {changes}, {crashes} crashed."
+        )
+
+
+def _squares_within(groups) -> tuple[float, int]:
+    """Sum of squared differences from each group's mean, and the degrees of freedom."""
+    groups = [values for values in groups if len(values) > 1]
     squares = sum(statistics.variance(values) * (len(values) - 1) for values in groups)
-    degrees_of_freedom = sum(len(values) - 1 for values in groups)
-    return squares, degrees_of_freedom
+    return squares, sum(len(values) - 1 for values in groups)
 
 
-def standard_error(before: list[float], after: list[float], sigma: float) -> float:
-    """The standard error of the difference of two means."""
-    return sigma * math.sqrt(1 / len(before) + 1 / len(after))
+def wants_simpler(description: str) -> bool:
+    """Whether a description asks for the other rule: less code at a score within the noise."""
+    return description.lower().startswith("simplify:")
 
 
-def is_resolved(before: list[float], after: list[float], sigma: float, domain: Domain) -> bool:
-    """True if the gain is more than twice its standard error."""
-    gain = domain.gain(statistics.fmean(before), statistics.fmean(after))
-    return gain > 2 * standard_error(before, after, sigma)
+# ---------------------------------------------------------------------------------------------------------------------
+# The rules
 
 
-# The plain rule: better is kept
-
-
-def is_gain(before: float, after: float, domain: Domain) -> bool:
-    return domain.gain(before, after) > 0
-
-
-# --confirm: a good first score buys fresh runs, one after another, and these alone decide
-#
-# The constants were found by simulation: uv run tests/bench_noise.py prints what they cost, and what other rules would.
-# Simulated nights, false keeps with this rule and with the plain one:
-#     125 experiments with the effects that a night on an H100 had      0.15   3.9
-#     125 experiments without any effect                                0.07   4.4
-#     910 experiments without any effect                                0.06   6.4
-# This rule makes 1.22 times the runs. Its price: it keeps every second gain of two to three sigmas and few smaller
-# ones, so that the night ends five to eight sigmas above the plain rule's end. Of the rules with at most 1.25 times
-# the runs, none came within one sigma of that end with as few false keeps.
-
-FIRST_LOOK_SIGMAS = 1.0  # by which a first score must beat the champion's mean to buy a fresh run
-CHAMPION_RUNS = (1, 2, 3, 4)  # fresh runs that the champion must have beside the candidate's first, second, ...
-STILL_PROMISING = (0.5, 0.7, 0.9)  # standard errors of gain after the first, second, ... that buy one more
-LUCK_SHARE = 1.15  # of the luckiest null's sqrt(2 ln n) standard errors: what a gain on fresh runs must exceed
-LUCK_MARGIN = 0.55  # standard errors that are added to it, because there are several looks
-KEPT_WEIGHT = 2  # n is what was tried, divided by 1 + so much for every gain kept
-ASSUMED_DEGREES = 4  # of freedom that the assumed sigma counts for: two or three runs measure sigma badly
-
-
-def deserves_second_look(champion: list[float], first: float, sigma: float, domain: Domain) -> bool:
-    return domain.gain(statistics.fmean(champion), first) > FIRST_LOOK_SIGMAS * sigma
-
-
-def least_confirmed_gain(tried: int, kept: int) -> float:
-    """The gain, in standard errors, that fresh runs must exceed. `tried` and `kept`: see count_tried_and_kept.
-
-    The more commits were tried, the luckier the luckiest of those without effect looks: of n commits, its score is
-    about sqrt(2 ln n) standard errors too good. Where gains were found before, more are to be expected: every kept one
-    lowers the threshold again.
-    """
-    luckiest_of = max(1.0, tried / (1 + KEPT_WEIGHT * kept))
-    return LUCK_MARGIN + LUCK_SHARE * math.sqrt(2 * math.log(luckiest_of))
-
-
-def verdict_on_fresh_runs(
-    champion: list[float], fresh: list[float], sigma: float, tried: int, kept: int, domain: Domain
-) -> str:
-    """`keep`, `discard` or `look again`: what fresh runs of champion and candidate say so far.
-
-    First scores have no part in it: a candidate's first score was selected for being good, and so was that of a
-    champion. After every fresh run, a gain over the threshold is kept and one that is too small is dropped. Between the
-    two one more run is made, as long as CHAMPION_RUNS goes on.
-    """
-    gain = domain.gain(statistics.fmean(champion), statistics.fmean(fresh))
-    standard_errors = gain / standard_error(champion, fresh, sigma)
-    if standard_errors > least_confirmed_gain(tried, kept):
-        return "keep"
-    is_last_look = len(fresh) == len(CHAMPION_RUNS)
-    if not is_last_look and standard_errors > STILL_PROMISING[len(fresh) - 1]:
-        return "look again"
-    return "discard"
-
-
-def count_tried_and_kept(rows: list[Row]) -> tuple[int, int]:
-    """For the next verdict: how many commits were tried, baseline and candidate included, and how many gains kept."""
-    tried = {row.commit for row in rows}
-    kept = {row.commit for row in rows[1:] if row.status == "keep" and row.commit != rows[0].commit}
-    return len(tried) + 1, len(kept)
-
-
-def deciding_sigma(rows: list[Row], assumed: float) -> float:
-    """sigma as measured here, pooled with the assumed one, which counts as ASSUMED_DEGREES of freedom."""
-    squares, degrees_of_freedom = _squares_within_commits(rows)
-    squares += assumed**2 * ASSUMED_DEGREES
-    return math.sqrt(squares / (degrees_of_freedom + ASSUMED_DEGREES))
-
-
-def fresh_scores(rows: list[Row], commit: str) -> list[float]:
-    """The scores of a commit that were not selected: all of the baseline's, of another commit all but the first.
-
-    The first score of a candidate is selected: only because it was good did the commit run again.
-    """
-    scores = scores_by_commit(rows).get(commit, [])
-    is_baseline = bool(rows) and rows[0].commit == commit
-    return scores if is_baseline else scores[1:]
-
-
-def believed_scores(rows: list[Row]) -> dict[str, list[float]]:
-    """Commit -> its fresh scores; of a commit that ran once, the only one."""
-    found = scores_by_commit(rows)
-    for commit, scores in found.items():
-        is_baseline = rows[0].commit == commit
-        if not is_baseline and len(scores) > 1:
-            found[commit] = scores[1:]
-    return found
-
-
-def best_estimate(rows: list[Row], commit: str) -> float | None:
-    """The mean of the scores that are believed."""
-    scores = believed_scores([row for row in rows if row.commit in (commit, rows[0].commit)]).get(commit)
-    return statistics.fmean(scores) if scores else None
-
-
-# simplify: less code at an equal score
-
-
-def wants_simpler_rule(description: str) -> bool:
-    return description.lower().startswith(SIMPLIFY)
-
-
-def lines_of_code(source: bytes) -> int:
-    """Lines that hold code: no blank lines, no comments, no docstrings or other text that stands alone.
-
-    In another language than Python: lines that are not blank.
-    """
-    try:
-        tokens = list(tokenize.tokenize(io.BytesIO(source).readline))
-    except (tokenize.TokenError, SyntaxError):
-        return sum(bool(line.strip()) for line in source.splitlines())
-    lines: set[int] = set()
-    begins_statement = True
-    for token in tokens:
-        if token.type == tokenize.NEWLINE:
-            begins_statement = True
-        elif token.type not in LAYOUT:
-            stands_alone = token.type == tokenize.STRING and begins_statement
-            if not stands_alone:
-                lines.update(range(token.start[0], token.end[0] + 1))
-            begins_statement = False
-    return len(lines)
-
-
-def syntax_size(source: bytes) -> int:
-    """How much a source says, however its lines are wrapped: nodes of its syntax tree, text that stands alone left out.
-
-    In another language than Python: words.
-    """
-    try:
-        nodes = list(ast.walk(ast.parse(source)))
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return len(source.split())
-    texts = [node for node in nodes if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)]
-    return len(nodes) - 2 * len(texts)  # the statement, and the text in it
-
-
-def is_less_code(before: bytes, after: bytes) -> bool:
-    """Fewer lines that also say less: joining two lines, by a semicolon say, removes nothing."""
-    return lines_of_code(after) < lines_of_code(before) and syntax_size(after) < syntax_size(before)
-
-
-def sigma_to_give_away(rows: list[Row], assumed: float) -> float:
-    """The measured sigma, but not more than the assumed one: on a busy machine everything would be within the noise."""
-    measured = measured_sigma(rows)
-    return assumed if measured is None else min(measured, assumed)
-
-
-def given_away(rows: list[Row], domain: Domain) -> float:
-    """What the simpler keeps cost so far, in the unit of the score."""
-    total = 0.0
-    champion = None
-    for row in rows:
-        if row.status != "keep" or row.commit == champion:
-            continue
-        if champion is not None and wants_simpler_rule(row.description):
-            before = best_estimate(rows, champion)
-            after = best_estimate(rows, row.commit)
-            total += max(0.0, domain.gain(after, before))
-        champion = row.commit
-    return total
-
-
-def is_simpler_keep(before: float, after: float, sigma: float, spent: float, domain: Domain) -> bool:
-    """Whether a candidate with less code may stay: within one sigma of the best, and within what is left to give."""
-    loss = domain.gain(after, before)
-    if loss <= 0:  # nothing is given away
+def is_simpler_keep(ledger: Ledger, loss: float) -> bool:
+    """Whether a candidate with less code may stay: it loses no more than one sigma, and all such keeps together no
+    more than two. `loss`: how much worse it is; where sigma is unknown, it must not be worse."""
+    if loss <= 0:
         return True
-    return loss <= sigma and spent + loss <= GIVEN_AWAY_SIGMAS * sigma
+    sigma = ledger.sigma
+    return sigma is not None and loss <= sigma and ledger.given_away() + loss <= 2 * sigma
+
+
+def is_confirmed(domain: Domain, champion: list[float], candidate: list[float], sigma: float) -> bool:
+    """--confirm: whether fresh means differ by more than two standard errors."""
+    gain = domain.gain(statistics.fmean(champion), statistics.fmean(candidate))
+    return gain > 2 * sigma * math.sqrt(1 / len(champion) + 1 / len(candidate))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def read_runs(path: Path) -> list[Run]:
+    """The lines of runs.jsonl, but for a torn last one. UserError for a line in the middle that is none."""
+    if not path.exists():
+        return []
+    runs = []
+    for number, line in enumerate(_whole_lines(path.read_bytes()).splitlines(), 1):
+        try:
+            runs.append(_run_from(json.loads(line)))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}:{number} is not a run ({error}): mend or delete that line") from error
+    return runs
+
+
+def _whole_lines(data: bytes) -> bytes:
+    return data[: data.rfind(b"\n") + 1]
+
+
+def cut_torn_line(path: Path) -> None:
+    """Cut off what a loop that was killed had begun to append. Only for the holder of the tag's lock."""
+    if path.exists():
+        data = path.read_bytes()
+        if data != _whole_lines(data):
+            os.truncate(path, len(_whole_lines(data)))
+
+
+_FIELDS = {entry.name for entry in dataclasses.fields(Run)}
+
+
+def _run_from(values: dict) -> Run:
+    known = {key: value for key, value in values.items() if key in _FIELDS}
+    known["touched"] = tuple(known.get("touched", ()))
+    return Run(**known)
+
+
+def append_run(path: Path, run: Run) -> None:
+    """Append a line, durably: after this call the run is decided, whatever is killed."""
+    values = {key: value for key, value in dataclasses.asdict(run).items() if value not in (None, "", (), {}, False)}
+    with open(path, "ab") as file:
+        file.write(json.dumps(values).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def render(ledger: Ledger) -> str:
+    """results.tsv."""
+    return ledger.domain.columns + "".join(run.row(ledger.domain) for run in ledger.rows)
+
+
+def parse_tsv(text: str, domain: Domain, profile: str) -> tuple[Ledger, int]:
+    """The ledger of any five-column results.tsv, and the number of lines that are none. Forgiving: a hand may have
+    written them, or the original's agent. A row's base is the last kept row before it. `profile`: whose sigma is
+    assumed."""
+    runs = []
+    bad = 0
+    champion = ""
+    seen = set()
+    for line in filter(str.strip, text.splitlines()):
+        cells = line.split("\t", 4) if line.count("\t") > 2 else line.split(None, 4)
+        try:
+            commit, score, memory_gb, status = cells[0].strip(), float(cells[1]), float(cells[2]), cells[3].strip()
+        except (ValueError, IndexError):
+            bad += cells[0].strip().lower() != "commit"
+            continue
+        status = status.lower()
+        if not math.isfinite(score) or status not in STATUSES:
+            bad += 1
+            continue
+        purpose = "replicate" if commit in seen else "experiment" if champion else "baseline"
+        run = Run(
+            number=len(runs) + 1,
+            commit=commit,
+            base=champion if purpose == "experiment" else "",
+            purpose=purpose,
+            status=status,
+            description="".join(cells[4:]).strip(),
+            score=None if status == "crash" else score,
+            memory_mb=1024 * memory_gb,
+        )
+        runs.append(run)
+        seen.add(commit)
+        if status == "keep":
+            champion = commit
+    return Ledger(domain, runs, profile), bad
