@@ -1,0 +1,172 @@
+"""The machine: what a child's environment holds, and what must be there before a run. Its faults are never an idea's."""
+
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.console import UserError, listed, one_line, say
+from harness.domain import ContractError, Description, Domain, read_description
+from harness.files import open_regular
+from harness.processes import find_marked
+
+MIN_FREE_GB = 1.0  # GB that the disk must have free before a run
+SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH|_PAT$", re.IGNORECASE)  # names withheld from training
+OF_A_RUN = (  # the loop sets these anew for each child: what its own environment says of them is not handed on
+    "AUTORESEARCH_RESULT", "AUTORESEARCH_AUDIT", "AUTORESEARCH_SEED", "AUTORESEARCH_MARK",
+)  # fmt: skip
+
+
+def variables_for_agent(profile: str) -> dict[str, str]:
+    """The environment of an agent: the person's own, and the profile of the run."""
+    kept = {key: value for key, value in os.environ.items() if key not in OF_A_RUN}
+    return kept | {"AUTORESEARCH_PROFILE": profile}
+
+
+def variables_for_training(profile: str = "") -> dict[str, str]:
+    """The environment of the evaluator and of a run: no keys, tokens or secrets, and nothing that changes Python."""
+    kept = {}
+    for key, value in os.environ.items():
+        if key not in OF_A_RUN and not key.startswith("PYTHON") and not SECRET.search(key):
+            kept[key] = value
+    if profile:
+        kept["AUTORESEARCH_PROFILE"] = profile
+    return kept
+
+
+# What the evaluator says
+
+
+def describe(domain: Domain, place: Path, variables: dict[str, str]) -> Description:
+    """The description by the evaluator in a folder. UserError with its own last line if it gives none."""
+    child = subprocess.run(domain.describe_command, cwd=place, env=variables, capture_output=True, text=True)
+    if child.returncode == -signal.SIGINT:  # Ctrl-C at a terminal goes to the evaluator too
+        raise KeyboardInterrupt
+    if child.returncode:
+        lines = child.stderr.strip().splitlines() or ["the evaluator cannot describe itself"]
+        raise UserError(one_line(lines[-1].removeprefix("error: "), 500), 2 if child.returncode == 2 else 1)
+    try:
+        return read_description(json.loads(child.stdout.splitlines()[-1]))
+    except (ValueError, IndexError) as error:
+        said = str(error) if isinstance(error, ContractError) else "it is not a JSON object"
+        raise UserError(f"{' '.join(domain.describe_command)} printed no description: {said}") from error
+
+
+def prepare_data(domain: Domain, place: Path, variables: dict[str, str], is_stopped) -> None:
+    """Let the evaluator make the missing data; what it prints is for the person."""
+    with subprocess.Popen(domain.prepare_command, cwd=place, env=variables, stdin=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            if is_stopped():
+                process.terminate()
+            time.sleep(0.1)
+
+
+# What must be there before a run
+
+
+def lacking_disk(folder: Path) -> str:
+    """What the disk of a folder lacks, "" if it has room."""
+    free_gb = shutil.disk_usage(folder).free / 1e9
+    return "" if free_gb >= MIN_FREE_GB else f"{free_gb:.1f} GB free on the disk of {folder}, {MIN_FREE_GB} GB needed"
+
+
+def busy_device(facts: Description, device: str) -> str:
+    """Who holds a device, "" if nobody does."""
+    lock = facts.devices.get(device, {}).get("lock", "")
+    with contextlib.suppress(OSError), open_regular(Path(lock)) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return f"another run holds the device {facts.device_name} ({lock})"
+    return ""
+
+
+def installed_packages() -> dict[str, str]:
+    """Name -> version of every distribution that Python finds."""
+    return {str(one.name).lower(): one.version for one in importlib.metadata.distributions() if one.name}
+
+
+def changed_packages(before: dict[str, str]) -> list[str]:
+    """`name 1.0 -> 2.0` for every distribution that is not as it was."""
+    if not before:
+        return []
+    now = installed_packages()
+    names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    return [f"{name} {before.get(name, 'none')} -> {now.get(name, 'none')}" for name in names]
+
+
+def restore_packages(before: dict[str, str]) -> None:
+    """Put the environment back by uv, and no more of it than what changed. UserError if that fails."""
+    changes = changed_packages(before)
+    now = installed_packages()
+    added = sorted(now.keys() - before.keys())
+    other = sorted(f"{name}=={version}" for name, version in before.items() if now.get(name) != version)
+    commands = []
+    if added:
+        commands.append(["uv", "pip", "uninstall", "--python", sys.executable, *added])
+    if other:
+        commands.append(["uv", "pip", "install", "--no-deps", "--python", sys.executable, *other])
+    for command in commands:
+        try:
+            subprocess.run(command, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        except (OSError, subprocess.CalledProcessError) as error:
+            said = one_line(getattr(error, "stderr", "") or str(error))
+            problem = f"the installed packages changed ({listed(changes)}) and could not be put back: {said}"
+            raise UserError(f"{problem}. Put them back and start again, or choose another --tag") from error
+    importlib.invalidate_caches()
+    say(f"note: the installed packages were put back ({listed(changes)})")
+
+
+# Who else uses the processors
+
+
+@dataclass(frozen=True)
+class Usage:
+    """A reading of the processors' clocks."""
+
+    at: float  # time.monotonic()
+    busy: float  # CPU seconds that anyone spent: in this control group if there is one, else on the machine
+    own: float  # of these, by this process and by all that carry its mark
+
+    def others_since(self, before: "Usage") -> float | None:
+        """Fraction of the processors that others used since an earlier reading."""
+        capacity = (self.at - before.at) * len(os.sched_getaffinity(0))
+        others = (self.busy - before.busy) - (self.own - before.own)
+        return min(max(others / capacity, 0.0), 1.0) if capacity > 0 else None
+
+
+def read_usage(mark: str) -> Usage | None:
+    """None where that cannot be known (not Linux)."""
+    try:
+        own = sum(_cpu_seconds(pid) for pid in {os.getpid(), *find_marked(mark)})
+        return Usage(time.monotonic(), _busy_seconds(), own)
+    except (OSError, ValueError, LookupError, AttributeError):
+        return None
+
+
+def _busy_seconds() -> float:
+    with contextlib.suppress(OSError):
+        found = re.search(r"^usage_usec (\d+)$", Path("/sys/fs/cgroup/cpu.stat").read_text(), re.MULTILINE)
+        if found:
+            return int(found[1]) / 1e6
+    words = Path("/proc/stat").read_text().split("\n", 1)[0].split()
+    # user, nice, system, idle, iowait, irq, softirq, steal; guests are counted in the first two already
+    ticks = [int(word) for word in words[1:9]]
+    return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
+
+
+def _cpu_seconds(pid: int) -> float:
+    """CPU time of a process and of its children that have ended; 0 for one that is gone."""
+    with contextlib.suppress(OSError):
+        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return sum(map(int, words[11:15])) / os.sysconf("SC_CLK_TCK")
+    return 0.0

@@ -1,0 +1,175 @@
+"""Children: started with a mark in their environment, limited, ended for certain. Nothing here knows why they run.
+
+A coding agent's tools, and what a training run starts, may move to sessions of their own, where killing the process
+group does not reach them. But they keep their environment. So every child carries a mark, and `sweep` ends whatever
+carries it. A child whose loop is killed dies with it (PR_SET_PDEATHSIG, by util-linux's setpriv, where that is there).
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.files import new_file, open_regular
+
+MARK = "AUTORESEARCH_MARK"  # the variable that holds a child's mark
+POLL_SECONDS = 0.1  # between looks at a child
+KILL_GRACE = 2  # seconds from TERM to KILL
+LOG_CAP = 8 * 2**20  # bytes kept of a log's head
+TAIL_CAP = 256 * 2**10  # bytes kept of what follows
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a child ended."""
+
+    problem: str  # "" after exit code 0; "exit code 1", "killed by SIGSEGV", "timeout after 360 s", "stopped"
+    seconds: float  # that it ran
+
+
+def run_child(
+    command,
+    *,
+    cwd: Path,
+    env: dict[str, str],
+    mark: str,
+    log: Path,
+    limit: float,
+    stop: threading.Event,
+    stdin: Path | str = os.devnull,
+    quiet_limit: float | None = None,
+    watch: Callable[[], None] | None = None,
+) -> Ending:
+    """Run a command in a session of its own until it ends, `limit` seconds pass, it says nothing for `quiet_limit`
+    seconds, or the event `stop` is set.
+
+    Its output goes to the file `log`, its head and its tail where it is long. `watch` is called ten times a second. No
+    process that the child started is left. Raises OSError if the command does not start.
+    """
+    begin = time.monotonic()
+    with open(stdin, "rb") if str(stdin) == os.devnull else open_regular(Path(stdin)) as source:
+        process = subprocess.Popen(
+            [*_die_with_parent(), *command],
+            cwd=cwd,
+            env=env | {MARK: mark, "PWD": str(cwd)},  # opencode takes its folder from PWD
+            stdin=source,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    output = _Output(process.stdout, log)
+    problem = ""
+    while not problem and not _has_ended(process):
+        if watch is not None:
+            watch()
+        now = time.monotonic()
+        if stop.is_set():
+            problem = "stopped"
+        elif now - begin > limit:
+            problem = f"timeout after {now - begin:.0f} s"
+        elif quiet_limit is not None and now - max(begin, output.heard_at) > quiet_limit:
+            problem = f"no output for {quiet_limit:.0f} s"
+    _end_group(process)
+    if watch is not None:
+        watch()
+    seconds = time.monotonic() - begin
+    sweep(mark)
+    output.close()
+    if not problem and process.returncode > 0:
+        problem = f"exit code {process.returncode}"
+    elif not problem and process.returncode < 0:
+        problem = f"killed by {signal.Signals(-process.returncode).name}"
+    return Ending(problem, seconds)
+
+
+def _die_with_parent() -> list[str]:
+    """The command before the command that lets it die with the thread which starts it."""
+    setpriv = shutil.which("setpriv")
+    return [setpriv, "--pdeathsig", "KILL", "--"] if setpriv else []
+
+
+def _has_ended(process: subprocess.Popen) -> bool:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(POLL_SECONDS)
+        return True
+    return False
+
+
+def _end_group(process: subprocess.Popen) -> None:
+    """TERM, then KILL, to the child's group; to its stragglers too, where the leader has ended."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(KILL_GRACE)
+
+
+class _Output:
+    """Copies a child's output to a log: its first LOG_CAP bytes as they come, of the rest the last TAIL_CAP."""
+
+    def __init__(self, stream, log: Path):
+        self.heard_at = 0.0  # time.monotonic() of the newest output
+        self._stream = stream
+        self._file = new_file(log, buffering=0)
+        self._thread = threading.Thread(target=self._copy, daemon=True)
+        self._thread.start()
+
+    def _copy(self) -> None:
+        written = 0
+        rest = b""
+        rest_bytes = 0
+        with self._file:
+            while chunk := self._stream.read1(65536):
+                self.heard_at = time.monotonic()
+                if written >= LOG_CAP:
+                    rest = (rest + chunk)[-TAIL_CAP:]
+                    rest_bytes += len(chunk)
+                    continue
+                with contextlib.suppress(OSError):  # not even a full disk may stop the child's pipe
+                    written += self._file.write(chunk)
+            with contextlib.suppress(OSError):
+                if rest_bytes > len(rest):
+                    self._file.write(f"\n[... {rest_bytes - len(rest)} bytes cut ...]\n".encode())
+                self._file.write(rest)
+
+    def close(self) -> None:
+        """Wait for the end of the output; a process that no sweep could end may hold it open."""
+        self._thread.join(KILL_GRACE)
+
+
+def find_processes(file: str, pattern: bytes) -> set[int]:
+    """Ids of the processes whose /proc/ID/<file> matches, this one and zombies aside; none where there is no /proc."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if int(folder.name) != os.getpid() and re.search(pattern, (folder / file).read_bytes()):
+                found.add(int(folder.name))
+    return found
+
+
+def find_marked(mark: str) -> set[int]:
+    """Ids of the processes with this mark, or with one that begins `mark:`."""
+    return find_processes("environ", rb"(^|\0)%b(:[^\0]*)?\0" % re.escape(f"{MARK}={mark}").encode())
+
+
+def sweep(mark: str) -> None:
+    """End every process with this mark, or with one that begins `mark:`, in whatever session it hides."""
+    # Several times: a process may start another one between our look and the signal.
+    for number in (signal.SIGTERM, *[signal.SIGKILL] * 5):
+        pids = find_marked(mark)
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, number)
+        deadline = time.monotonic() + KILL_GRACE
+        while pids and time.monotonic() < deadline:
+            time.sleep(0.02)
+            pids = find_marked(mark)
+        if not pids:
+            return

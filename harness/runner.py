@@ -1,0 +1,498 @@
+"""One run on this machine: a Run that says what to execute goes in, the same Run with what was measured comes out.
+
+`measure` unpacks the commit into a fresh folder, so whatever an agent did to other files of its worktree, the evaluator
+that runs is the commit's. `Runner` gives devices to workers, and repeats what came to nothing by the machine's fault.
+Everything that travels pickles: ray_runner.py calls the same `measure` on other machines.
+"""
+
+import contextlib
+import io
+import json
+import math
+import queue
+import re
+import shutil
+import subprocess
+import tarfile
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from harness import machine
+from harness.compare import training_facts
+from harness.console import UserError, one_line, say
+from harness.domain import (
+    STARTED_SUFFIX,
+    STOPPED_SUFFIX,
+    ContractError,
+    Description,
+    Domain,
+    Record,
+    read_record,
+)
+from harness.files import open_regular, read_tail, read_text, remove_folder
+from harness.ledger import Run
+from harness.processes import Ending, run_child
+
+CLOCK_TOLERANCE = 2.0  # seconds by which the loop's clock around the training may exceed the evaluator's
+MAX_MEMORY_MB = 1e7  # MiB, ten terabytes: more cannot be
+MAX_RECORD_BYTES = 2**20
+FREE_MEMORY_TOLERANCE = 1.0  # GB by which a GPU's free memory may differ from what it was at the start
+SUSPECT_RETRIES = 2  # of a run that came to nothing by the machine's fault, or by a doing of its own
+RETRY_SECONDS = 10  # between looks at a machine that must recover
+
+
+class MachineFault(Exception):
+    """No run, by no fault of the idea: it is made again. `is_suspect`: the edit may be the cause all the same."""
+
+    def __init__(self, reason: str, is_suspect: bool = False):
+        super().__init__(reason)
+        self.is_suspect = is_suspect
+
+    def __reduce__(self):
+        return MachineFault, (str(self), self.is_suspect)
+
+
+class Stopped(Exception):
+    """The loop ends: this run is not made, and leaves no line."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run to be made. Picklable; holds everything that a worker on another machine needs."""
+
+    run: Run
+    archive: bytes  # every file of the commit, as a tar
+    facts: Description  # what the evaluator said at the start: this run must agree
+    domain: Domain
+    baseline: dict[str, str] = field(default_factory=dict)  # of the summary, which this run must print too
+    packages: dict[str, str] = field(default_factory=dict)  # installed distributions as they must be
+
+    @property
+    def is_audit(self) -> bool:
+        return self.run.purpose == "audit"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where on a machine a job is measured."""
+
+    output: Path  # folder of the run: run.log and result.json are written here
+    scratch: Path  # folder in which the run's own folder is made
+    compile_cache: Path
+    mark: str  # of all processes of the tag; a run's have one that begins so
+    device: str  # a key of the description's devices
+
+
+class _Crashed(Exception):
+    """Becomes a run with the status crash; the message is its reason."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One run
+
+
+def measure(job: Job, place: Place, stop: threading.Event) -> Run:
+    """Make one run. Leaves run.log and, if the evaluator scored, result.json in `place.output`.
+
+    Raises MachineFault where there is no run to speak of, Stopped where `stop` was set.
+    """
+    for problem in (machine.lacking_disk(place.output), machine.busy_device(job.facts, place.device)):
+        if problem:
+            raise MachineFault(problem)
+    try:
+        (place.output / "result.json").unlink(missing_ok=True)  # of an earlier try: not this one's
+        place.scratch.mkdir(parents=True, exist_ok=True)
+        # A fresh folder for every run: one that cannot be removed stands in nobody's way.
+        folder = Path(tempfile.mkdtemp(dir=place.scratch, prefix=f"{job.run.number:04d}-"))
+        try:
+            return _measure_in(folder, job, place, stop)
+        finally:
+            remove_folder(folder)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise MachineFault(f"the run could not be made: {one_line(str(error))}") from error
+
+
+def _measure_in(folder: Path, job: Job, place: Place, stop: threading.Event) -> Run:
+    tree = folder / "tree"
+    unpack(job.archive, tree)
+    for name in ("tmp", "record"):
+        (folder / name).mkdir()
+    clock = _Clock(_result(folder))
+    usage = machine.read_usage(place.mark)
+    run = replace(job.run, started_at=time.time())
+    log = place.output / "run.log"
+    ending = _run_command(job.domain.train_command, tree, log, folder, job, place, stop, clock)
+    if ending.problem == "stopped":
+        raise Stopped
+    run = replace(run, seconds=ending.seconds, busy_others=_others_since(usage, place))
+    text = read_text(log)
+    with contextlib.suppress(OSError), open_regular(_result(folder)) as file:
+        (place.output / "result.json").write_bytes(file.read(MAX_RECORD_BYTES))
+    try:
+        run = _believe(run, job, folder, text, ending, clock)
+    except _Crashed as crash:
+        remove_folder(folder / "tmp")  # a disk that this run alone had filled is its own fault
+        _look_for_fault(job, place, folder)
+        return replace(run, status="crash", reason=str(crash))
+    _check_comparable(job, run)
+    return _score_again(run, job, place, folder, stop) if job.is_audit else run
+
+
+def _others_since(before: machine.Usage | None, place: Place) -> float | None:
+    after = machine.read_usage(place.mark)
+    return after.others_since(before) if before and after else None
+
+
+def unpack(archive: bytes, folder: Path, without: str = "") -> None:
+    """Write the files of a commit."""
+    folder.mkdir(parents=True)
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        members = [member for member in tar.getmembers() if member.name != without]
+        filters = {"filter": "tar"} if hasattr(tarfile, "tar_filter") else {}  # from Python 3.11.4 on
+        tar.extractall(folder, members, **filters)
+
+
+def _result(folder: Path) -> Path:
+    """Where the evaluator leaves its record, the marks of its clock and an exported network."""
+    return folder / "record" / "result.json"
+
+
+class _Clock:
+    """The loop's own clock around the training: when the evaluator's two marks appear."""
+
+    def __init__(self, result: Path):
+        self.began_at = time.monotonic()
+        self.started_at: float | None = None
+        self.stopped_at: float | None = None
+        self.recorded_at: float | None = None
+        self._result = result
+
+    def look(self) -> None:
+        now = time.monotonic()
+        if self.started_at is None and self._result.with_name(self._result.name + STARTED_SUFFIX).exists():
+            self.started_at = now
+        if self.stopped_at is None and self._result.with_name(self._result.name + STOPPED_SUFFIX).exists():
+            self.stopped_at = now
+        if self.recorded_at is None and self._result.exists():
+            self.recorded_at = now
+
+
+def _run_command(
+    command: tuple[str, ...],
+    cwd: Path,
+    log: Path,
+    folder: Path,
+    job: Job,
+    place: Place,
+    stop: threading.Event,
+    clock: _Clock | None = None,
+) -> Ending:
+    """Run one of the domain's commands under the job's limit."""
+    # What earlier runs left among the compilers' files reaches no audit.
+    compile_cache = folder / "compiled" if job.is_audit else place.compile_cache
+    variables = machine.variables_for_training(job.facts.profile) | {
+        "AUTORESEARCH_RESULT": str(_result(folder)),
+        "AUTORESEARCH_SEED": str(job.run.seed),
+        "AUTORESEARCH_AUDIT": str(int(job.is_audit)),
+        "TORCHINDUCTOR_CACHE_DIR": str(compile_cache / "inductor"),
+        "TRITON_CACHE_DIR": str(compile_cache / "triton"),
+        "TMPDIR": str(folder / "tmp"),
+        "PYTHONDONTWRITEBYTECODE": "1",  # nothing that a run compiles is there for the next one
+    }
+    if job.facts.device == "cuda":
+        variables["CUDA_VISIBLE_DEVICES"] = place.device
+    return run_child(
+        command,
+        cwd=cwd,
+        env=variables,
+        mark=f"{place.mark}:run:{job.run.number}",
+        log=log,
+        limit=2 * job.facts.time_budget + job.domain.startup_allowance,
+        stop=stop,
+        watch=clock.look if clock else None,
+    )
+
+
+# What a run said: what was printed is held against the record, and the evaluator's clock against the loop's own
+
+
+def _believe(run: Run, job: Job, folder: Path, log: str, ending: Ending, clock: _Clock) -> Run:
+    """The run with what it measured. Raises _Crashed with the reason where that cannot be believed."""
+    domain = job.domain
+    summary = parse_summary(log, domain.metric)
+    is_scored = domain.metric in summary and _result(folder).exists()
+    if ending.problem and not is_scored:  # a run that was scored is scored, however it ended
+        raise _Crashed(crash_reason(log, ending.problem))
+    printed = _printed_number(log, summary, domain.metric)
+    memory_mb = _printed_number(log, summary, domain.memory)
+    if not 0 <= memory_mb <= MAX_MEMORY_MB:
+        raise _Crashed(f"{domain.memory} {memory_mb:g} cannot be")
+    record = _read_record(_result(folder), printed, domain)
+    _check_record(job, record, printed)
+    if clock.started_at is None or clock.stopped_at is None:
+        raise _Crashed("the evaluator left no mark of its clock")
+    training_seconds = clock.stopped_at - clock.started_at
+    if training_seconds > record.training_seconds + CLOCK_TOLERANCE:
+        said = f"the evaluator counted {record.training_seconds:.1f} s"
+        raise _Crashed(f"trained for {training_seconds:.1f} s by the loop's clock, {said}")
+    return replace(
+        run,
+        score=round(record.score, domain.score_digits),
+        test_score=record.test_score,
+        memory_mb=memory_mb,
+        startup_seconds=clock.started_at - clock.began_at,
+        training_seconds=training_seconds,
+        evaluation_seconds=(clock.recorded_at or clock.stopped_at) - clock.stopped_at,
+        summary=summary,
+        record={key: value for key, value in asdict(record).items() if value is not None},
+        **training_facts(log, domain, record.training_seconds),
+    )
+
+
+def parse_summary(log: str, metric: str) -> dict[str, str]:
+    """The `key: value` lines that stand together with the last one of the metric."""
+    lines = re.split(r"[\r\n]+", log)
+    last = max((number for number, line in enumerate(lines) if line.startswith(f"{metric}:")), default=None)
+    if last is None:
+        return {}
+    entry = re.compile(r"(\w+):[ \t]*(.*)")
+    first = last
+    while first > 0 and entry.fullmatch(lines[first - 1]):
+        first -= 1
+    summary = {}
+    for line in lines[first:]:
+        found = entry.fullmatch(line)
+        if not found:
+            break
+        summary[found[1]] = found[2].strip()
+    return summary
+
+
+def _printed_number(log: str, summary: dict[str, str], key: str) -> float:
+    """The one finite number that a run printed as `key: number`. Raises _Crashed for anything else."""
+    times = len(re.findall(rf"^{re.escape(key)}:", log, re.MULTILINE))
+    if key not in summary:
+        raise _Crashed(f"no {key} printed")
+    if times > 1:
+        raise _Crashed(f"{key} printed {times} times")
+    with contextlib.suppress(ValueError):
+        value = float(summary[key])
+        if math.isfinite(value):
+            return value
+    raise _Crashed(f"{key} is {one_line(summary[key], 40)!r}, not a finite number")
+
+
+ERROR_LINE = re.compile(r"error:|[\w.]*(Error|Exception|Refused|Exceeded|Causal|Interrupt)\b(:|$)")
+
+
+def crash_reason(log: str, problem: str) -> str:
+    """The line that says best why a run ended: the exception's or `error:` line, else the signal in words, else the
+    last line."""
+    lines = [line.strip() for line in re.split(r"[\r\n]+", log) if line.strip()]
+    errors = [line for line in lines if ERROR_LINE.match(line)]
+    if problem.startswith(("timeout", "no output")):
+        return problem
+    if errors:
+        return f"{one_line(errors[-1], 120)} ({problem})"
+    if problem == "killed by SIGKILL":
+        return "out of memory: killed by the kernel (SIGKILL)"
+    if problem.startswith("killed"):
+        return problem
+    return f"{one_line(lines[-1], 120)} ({problem})" if lines else f"no output ({problem})"
+
+
+def _read_record(path: Path, printed: float, domain: Domain) -> Record:
+    try:
+        with open_regular(path) as file:
+            return read_record(json.loads(file.read(MAX_RECORD_BYTES)), domain)
+    except ContractError as error:
+        raise _Crashed(str(error)) from None
+    except (OSError, ValueError, RecursionError):
+        raise _Crashed(f"printed {domain.metric} {printed:g}, but the evaluator left no record") from None
+
+
+def _check_record(job: Job, record: Record, printed: float) -> None:
+    """Raises _Crashed unless record, output and job agree."""
+    domain = job.domain
+    lowest, highest = domain.score_range
+    if abs(record.score - printed) > 10**-domain.score_digits:
+        raise _Crashed(f"printed {domain.metric} {printed:g}, the evaluator measured {record.score:g}")
+    if not lowest <= record.score <= highest:
+        raise _Crashed(f"{domain.metric} {record.score:g} is outside of {lowest:g} to {highest:g}")
+    facts = job.facts
+    expected = {
+        "profile": facts.profile,
+        "split": domain.split,
+        "seed": job.run.seed,
+        "rows": facts.rows.get(domain.split),
+        "digest": facts.digest,
+        "prepare_sha256": facts.prepare_sha256,
+    }
+    for key, value in expected.items():
+        found = getattr(record, key)
+        if found != value:
+            raise _Crashed(f"the record's {key} is {found!r:.40}, not {value!r:.40}")
+
+
+def _check_comparable(job: Job, run: Run) -> None:
+    """Raises MachineFault for another device, or another value of a summary line that must stay.
+
+    Once it may be the machine's fault, such as a kernel that could not be loaded; again and again it is the edit's.
+    """
+    name = run.record["device_name"]
+    if name != job.facts.device_name:
+        raise MachineFault(f"it ran on a {name}, the baseline on a {job.facts.device_name}", is_suspect=True)
+    for key, value in job.baseline.items():
+        found = run.summary.get(key, "nothing")
+        if found != value:
+            raise MachineFault(f"{key} is {found}, the baseline's is {value}", is_suspect=True)
+
+
+def _look_for_fault(job: Job, place: Place, folder: Path) -> None:
+    """Raises MachineFault where a crash may be the machine's fault: disk, data, device."""
+    if problem := machine.lacking_disk(place.output):
+        raise MachineFault(problem)
+    tree = folder / "again"
+    unpack(job.archive, tree)
+    variables = machine.variables_for_training(job.facts.profile)
+    if job.facts.device == "cuda":
+        variables["CUDA_VISIBLE_DEVICES"] = place.device
+    try:
+        facts = machine.describe(job.domain, tree, variables)
+    except UserError as error:
+        raise MachineFault(f"the evaluator does not answer: {error}", is_suspect=True) from error
+    if not facts.prepared:
+        raise MachineFault(f"the data is not as it was: {facts.problem}")
+    before = job.facts.devices.get(place.device, {}).get("free_gb", 0.0)
+    now = facts.devices.get(place.device, {}).get("free_gb", 0.0)
+    if now < before - FREE_MEMORY_TOLERANCE:
+        # Unified memory counts the page cache, and a desktop may start a game: this says less than it seems to.
+        raise MachineFault(f"device {place.device} has {now:.1f} GB free, at the start {before:.1f}", is_suspect=True)
+
+
+# An audit: the exported network in a process that runs none of the candidate's code
+
+
+def _score_again(run: Run, job: Job, place: Place, folder: Path, stop: threading.Event) -> Run:
+    record = run.record
+    if not job.domain.score_command:
+        return replace(run, problem="the evaluator has no score command")
+    if not record.get("exported"):
+        return replace(run, problem=one_line(record.get("export_problem") or "the evaluator exported no network"))
+    tree = folder / "clean"
+    unpack(job.archive, tree, without=job.domain.editable)
+    network = _result(folder).with_name(Path(record["exported"]).name)
+    log = place.output / "score.log"
+    ending = _run_command((*job.domain.score_command, str(network)), tree, log, folder, job, place, stop)
+    if ending.problem == "stopped":
+        raise Stopped
+    text = read_text(log)
+    if ending.problem:
+        return replace(run, problem=crash_reason(text, ending.problem))
+    for line in reversed(text.splitlines()):
+        with contextlib.suppress(ValueError, TypeError, LookupError):
+            said = json.loads(line)
+            scores = [float(said[key]) for key in (job.domain.metric, job.domain.test_metric) if key]
+            return replace(run, clean_score=scores[0], clean_test_score=scores[1] if len(scores) > 1 else None)
+    return replace(run, problem="the score command printed no scores")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Devices for workers
+
+
+class Runner:
+    """Gives free devices to workers, and repeats a run that came to nothing by the machine's fault.
+
+    One kind of device a subclass: `attempt` makes a run on it.
+    """
+
+    def __init__(self, stop: threading.Event):
+        self.stop = stop  # ends every run at once
+        self.is_stopping = lambda: False  # whether nothing new may begin
+        self.devices: list = []
+        self.waiting = ""  # what the machine lacks, as a person was last told
+        self.waiting_since = 0.0  # time.time()
+        self._free: queue.Queue = queue.Queue()
+
+    def add_device(self, device) -> None:
+        self.devices.append(device)
+        self._free.put(device)
+
+    @contextlib.contextmanager
+    def device(self) -> Iterator:
+        """A device of one's own, as soon as one is free. Raises Stopped where the loop ends before."""
+        while True:
+            if self.stop.is_set() or self.is_stopping():
+                raise Stopped
+            with contextlib.suppress(queue.Empty):
+                device = self._free.get(timeout=0.2)
+                break
+        try:
+            yield device
+        finally:
+            self._free.put(device)
+
+    def measure(self, job: Job, device) -> Run:
+        """The run, measured or crashed. Waits as long as the machine cannot make it; raises Stopped."""
+        suspicions = 0
+        while True:
+            try:
+                run = self.attempt(job, device)
+                self.waiting = ""
+                return run
+            except MachineFault as fault:
+                suspicions += fault.is_suspect
+                if suspicions > SUSPECT_RETRIES:  # it came back as often as it may: the edit's own fault
+                    return replace(job.run, status="crash", reason=str(fault))
+                self._wait(str(fault))
+
+    def _wait(self, reason: str) -> None:
+        if reason != self.waiting:
+            self.waiting_since = time.time()
+            self.waiting = reason
+            say(f"waiting: {reason}")
+        self.stop.wait(RETRY_SECONDS)
+        if self.stop.is_set() or self.is_stopping():
+            raise Stopped
+
+    def attempt(self, job: Job, device) -> Run:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Nothing that this runner started is left."""
+
+
+class LocalRunner(Runner):
+    """The devices of this machine."""
+
+    def __init__(self, tag, facts: Description, workers: int, stop: threading.Event):
+        super().__init__(stop)
+        self._tag = tag
+        for device in list(facts.devices)[:workers]:
+            self.add_device(device)
+        if len(self.devices) < workers:
+            say(f"note: {workers} workers, {len(self.devices)} device here: {len(self.devices)} run at a time")
+
+    def attempt(self, job: Job, device: str) -> Run:
+        tag = self._tag
+        place = Place(
+            output=tag.folder(job.run.number),
+            scratch=tag.home / "scratch",
+            compile_cache=tag.compile_cache,
+            mark=tag.mark,
+            device=device,
+        )
+        return measure(job, place, self.stop)
+
+    def close(self) -> None:
+        shutil.rmtree(self._tag.home / "scratch", ignore_errors=True)
+
+
+def log_end(folder: Path, lines: int = 50) -> str:
+    """The last lines of a run's log, for the agent that mends it."""
+    return read_tail(folder / "run.log", lines)
