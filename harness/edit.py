@@ -6,10 +6,27 @@ Pure functions of sources. Where a source is not Python, its lines and words sta
 import ast
 import hashlib
 import re
+from dataclasses import dataclass
 
 from harness.console import one_line
 
 CANNOT_PARSE = (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """The edited file on its way to a verdict."""
+
+    source: bytes
+    base: str  # the commit that it edits and is compared with
+    description: str
+    again_of: int = 0  # the run whose gain on a former champion runs again here
+    touched: tuple[str, ...] = ()  # other files that the agent changed: undone
+    cost: dict | None = None  # of the agent's calls
+
+
+class Dropped(Exception):
+    """An edit that is not worth a run; the message says why."""
 
 
 def compile_problem(source: bytes, name: str) -> str:

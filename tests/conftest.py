@@ -1,11 +1,11 @@
-"""Shared by the loop's tests: `Desk`, a scratch repository in which a run takes milliseconds instead of minutes.
+"""Shared by the loop's tests: `Checkout`, a scratch repository in which a run takes milliseconds instead of minutes.
 
-    def test_baseline_is_kept(desk):
-        desk.loop(*BASELINE)
-        assert desk.statuses() == ["keep"]
+    def test_baseline_is_kept(checkout):
+        checkout.loop(*BASELINE)
+        assert checkout.statuses() == ["keep"]
 
-FAKE_PREPARE and FAKE_TRAIN stand in for the judge and for what is judged. loop.py and harness/ are the real ones; so
-are git, the processes and the signals.
+FAKE_PREPARE and FAKE_TRAIN stand in for the evaluator and for what it scores. loop.py and harness/ are the real ones;
+so are git, the processes and the signals.
 """
 
 import atexit
@@ -13,7 +13,6 @@ import compileall
 import contextlib
 import functools
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -31,9 +30,10 @@ from hypothesis import settings
 from prepare_fixtures import locks_given_back, tiny  # noqa: F401 (fixtures of the judge's tests)
 
 import loop
+from harness.ledger import Run, read_runs
 from harness.processes import find_processes
 from harness.repository import Repository
-from harness.store import Store
+from harness.tag import Tag
 
 # Before any test imports prepare: what a person exported, the profile of their run say, is not the tests'.
 for name in [name for name in os.environ if name.startswith("AUTORESEARCH_")]:
@@ -56,20 +56,17 @@ if PROFILE not in ("fake", "other"):
     print(f"error: unknown profile {PROFILE!r}", file=sys.stderr)
     sys.exit(2)
 CACHE = pathlib.Path(os.environ["AUTORESEARCH_CACHE"])
-FILES = ("val.bin", "tokenizer.bin", "tokens/test.bin")  # what a score depends on; beside the last lies train.bin
 DEVICES = 4
-
-def digests():
-    return {name: hashlib.sha256((CACHE / name).read_bytes()).hexdigest() for name in FILES}
+DEVICE_NAME = os.environ.get("FAKE_DEVICE_NAME", "cpu")
 
 def describe():
-    prepared = (CACHE / "manifest.json").exists()
-    manifest = json.loads((CACHE / "manifest.json").read_text()) if prepared else {"files": {}}
+    manifest = CACHE / "manifest.json"
+    prepared = manifest.exists() and manifest.read_text() == "{}"
     devices = {f"cpu{i}": {"lock": str(CACHE / f"cpu{i}.lock"), "free_gb": 0.0} for i in range(DEVICES)}
     return {
         "profile": PROFILE, "reason": "test", "time_budget": 1, "cache": str(CACHE), "prepared": prepared,
         "problem": None if prepared else "no manifest", "digest": "d" * 64, "rows": {"val": 7, "test": 5},
-        "files": manifest["files"], "device": "cpu", "device_name": "cpu", "devices": devices,
+        "device": "cpu", "device_name": DEVICE_NAME, "devices": devices,
         "prepare_sha256": hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest(),
     }
 
@@ -82,9 +79,8 @@ def finish(score, memory=512.0, attention="sdpa", **changes):
     record = {
         "val_bpb": float(score), "profile": PROFILE, "split": "val",
         "seed": int(os.environ.get("AUTORESEARCH_SEED", 42)), "training_seconds": 0.5,
-        "rows": 7, "tokens": 70, "bytes": 210, "digest": "d" * 64, "files": digests(),
-        "prepare_sha256": describe()["prepare_sha256"], "device_name": "cpu", "busy_others": 0.0, "device_others": None,
-        "cache": str(CACHE),
+        "rows": 7, "tokens": 70, "bytes": 210, "digest": "d" * 64,
+        "prepare_sha256": describe()["prepare_sha256"], "device_name": DEVICE_NAME, "weights_sha256": "w" * 64,
     }
     if os.environ.get("AUTORESEARCH_AUDIT") == "1":
         result = pathlib.Path(os.environ["AUTORESEARCH_RESULT"]).with_name("result.pt2")
@@ -99,10 +95,7 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--score"]:  # the scores of an exported network
         print(pathlib.Path(sys.argv[2]).read_text())
         sys.exit()
-    (CACHE / "tokens").mkdir(parents=True, exist_ok=True)
-    for name in (*FILES, "tokens/train.bin"):
-        (CACHE / name).write_bytes(name.encode() * 100)
-    (CACHE / "manifest.json").write_text(json.dumps({"files": digests()}))
+    (CACHE / "manifest.json").write_text("{}")
 '''
 
 FAKE_TRAIN = '''
@@ -126,8 +119,8 @@ seed = int(os.environ.get("AUTORESEARCH_SEED", 42))
 prepare.finish(1.0 + abs(DEPTH - 12) / 100 + abs(LR - 0.1) / 10 + NOISE * (seed - 42))
 '''
 
-BASELINE = "--tag", "t", "--agent-cmd", "true", "--max-experiments", "0"  # for Desk.loop: the first row, no more
-DEEPER = 'knob("DEPTH", knob("DEPTH") + 1)'  # for Desk.agent: a proposal that is better, up to 12
+BASELINE = "--tag", "t", "--agent-cmd", "true", "--max-experiments", "0"  # for Checkout.loop: the first row, no more
+DEEPER = 'knob("DEPTH", knob("DEPTH") + 1)'  # for Checkout.agent: a proposal that is better, up to 12
 
 
 def start_piped(command: list[str], env: dict[str, str], cwd: Path | None = None) -> subprocess.Popen:
@@ -145,45 +138,42 @@ def start_piped(command: list[str], env: dict[str, str], cwd: Path | None = None
 
 
 @functools.cache
-def desk_template() -> Path:
-    """The checkout that every desk is a copy of, made once a process: with short waits, compiled and committed."""
-    folder = Path(tempfile.mkdtemp(prefix="autoresearch-desk-"))
+def template() -> Path:
+    """The checkout that every scratch one is a copy of, made once a process: with short waits, compiled and committed."""
+    folder = Path(tempfile.mkdtemp(prefix="autoresearch-checkout-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    desk = Desk.__new__(Desk)
-    desk.path = folder / "desk"
-    (desk.path / "harness").mkdir(parents=True)
+    checkout = Checkout.__new__(Checkout)
+    checkout.path = folder / "checkout"
+    (checkout.path / "harness").mkdir(parents=True)
     for source in (ROOT / "loop.py", *(ROOT / "harness").glob("*.py"), ROOT / "harness" / "page.html"):
-        (desk.path / source.relative_to(ROOT)).write_text(source.read_text())
-    desk.set_constant("harness/processes.py", "KILL_GRACE", "0.5")
-    desk.set_constant("harness/proposers.py", "FIRST_BACKOFF", "0.05")
-    desk.set_constant("harness/proposers.py", "LAST_BACKOFF", "0.2")
-    desk.set_constant("loop.py", "RETRY_SECONDS", "0.1")
-    desk.set_constant("loop.py", "STARTUP_ALLOWANCE", "8")
-    site = "str(Path(__file__).resolve().parents[2] / 'site')"
-    paths = f"dict.fromkeys(('purelib', 'platlib', 'stdlib'), {site})"
-    desk.replace("harness/environment.py", "sysconfig.get_paths()", paths)
-    (desk.path / "prepare.py").write_text(FAKE_PREPARE)
-    (desk.path / "train.py").write_text(FAKE_TRAIN)
-    (desk.path / "program.md").write_text("# Instructions\n\nLower val_bpb.\n")
-    (desk.path / ".gitignore").write_text((ROOT / ".gitignore").read_text())
-    compileall.compile_dir(desk.path / "harness", quiet=1)  # a copy keeps the times, so it need not compile again
-    desk.git("init", "-q", "-b", "main")
-    desk.commit("start")
-    return desk.path
+        (checkout.path / source.relative_to(ROOT)).write_text(source.read_text())
+    checkout.set_constant("harness/processes.py", "KILL_GRACE", "0.5")
+    checkout.set_constant("harness/agents.py", "FIRST_BACKOFF", "0.05")
+    checkout.set_constant("harness/agents.py", "LAST_BACKOFF", "0.2")
+    checkout.set_constant("harness/runner.py", "RETRY_SECONDS", "0.1")
+    checkout.replace("loop.py", "startup_allowance=300", "startup_allowance=8")
+    checkout.replace("loop.py", '"pocket": 0.014}', '"pocket": 0.014, "fake": 0.0004}')
+    (checkout.path / "prepare.py").write_text(FAKE_PREPARE)
+    (checkout.path / "train.py").write_text(FAKE_TRAIN)
+    (checkout.path / "program.md").write_text("# Instructions\n\nLower val_bpb.\n")
+    (checkout.path / ".gitignore").write_text((ROOT / ".gitignore").read_text())
+    compileall.compile_dir(checkout.path / "harness", quiet=1)  # a copy keeps the times, so it need not compile again
+    checkout.git("init", "-q", "-b", "main")
+    checkout.commit("start")
+    return checkout.path
 
 
-class Desk:
+class Checkout:
     """A scratch checkout with the real loop.py, and a person's hands: run it, kill it, look at what it left."""
 
     def __init__(self, folder: Path):
-        self.path = folder / "desk"
+        self.path = folder / "checkout"
         self.cache = folder / "cache"
         self.outside = folder / "outside"
-        self.site = folder / "site"  # stands in for the installed packages: listing the real ones takes a while
         self.hold = self.cache / "hold"  # while it exists, every training waits
-        for path in (self.cache, self.outside, self.site, folder / "home"):
+        for path in (self.cache, self.outside, folder / "home"):
             path.mkdir(parents=True)
-        shutil.copytree(desk_template(), self.path)
+        shutil.copytree(template(), self.path)
         self.env = {"PATH": os.environ["PATH"], "HOME": str(folder / "home"), "AUTORESEARCH_CACHE": str(self.cache)}
 
     def set_constant(self, file: str, name: str, value: str) -> None:
@@ -217,7 +207,7 @@ class Desk:
         return self.git("rev-parse", "HEAD")
 
     def agent(self, body: str) -> str:
-        """An --agent-cmd that runs this Python code on the desk.
+        """An --agent-cmd that runs this Python code on the checkout.
 
         It can call knob(NAME) to read a knob, knob(NAME, value) to set it, say(text) to describe the edit, and count()
         for the number of calls so far.
@@ -227,7 +217,7 @@ class Desk:
         head = """
             import os, pathlib, re, subprocess, sys, time
             OUTSIDE = pathlib.Path(__file__).parent
-            HOLD = pathlib.Path(os.environ["AUTORESEARCH_CACHE"], "hold")  # as Desk.hold
+            HOLD = pathlib.Path(os.environ["AUTORESEARCH_CACHE"], "hold")  # as Checkout.hold
             prompt = sys.stdin.read()
             def knob(name, value=None):
                 text = pathlib.Path("train.py").read_text()
@@ -264,15 +254,16 @@ class Desk:
     def statuses(self, tag: str = "t") -> list[str]:
         return [row[3] for row in self.rows(tag)]
 
-    def events(self, tag: str = "t") -> list[dict]:
-        return [json.loads(line) for line in (self.home(tag) / "timeline.jsonl").read_text().splitlines()]
+    def runs(self, tag: str = "t") -> list[Run]:
+        """The lines of runs.jsonl."""
+        return read_runs(self.home(tag) / "runs.jsonl")
 
     def processes(self, entry: str) -> list[int]:
         """Ids of the living processes in whose environment an entry begins so."""
         return sorted(find_processes("environ", rb"(^|\0)" + re.escape(entry.encode())))
 
     def orphans(self) -> list[str]:
-        """Command lines of living processes that carry this desk's mark."""
+        """Command lines of living processes that carry this checkout's mark."""
         found = []
         for pid in self.processes(f"AUTORESEARCH_MARK={self.path}"):
             with contextlib.suppress(OSError):
@@ -280,7 +271,7 @@ class Desk:
         return found
 
     def end(self) -> None:
-        """Kill whatever still runs of this desk's, as after a failed test."""
+        """Kill whatever still runs of this checkout's, as after a failed test."""
         while pids := self.processes(f"AUTORESEARCH_CACHE={self.cache}"):
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
@@ -327,25 +318,16 @@ def errors(done: subprocess.CompletedProcess) -> list[str]:
     return [line for line in done.stderr.splitlines() if line.startswith("error:")]
 
 
-def has_event(desk: Desk, event: str, count: int = 1, tag: str = "t"):
-    """A condition to wait for: so many such events are in the timeline."""
-    path = desk.home(tag) / "timeline.jsonl"
-    return lambda: path.exists() and path.read_text().count(f'"event": "{event}"') >= count
+@pytest.fixture
+def checkout(tmp_path: Path):
+    checkout = Checkout(tmp_path)
+    yield checkout
+    checkout.end()
 
 
 @pytest.fixture
-def desk(tmp_path: Path):
-    desk = Desk(tmp_path)
-    yield desk
-    desk.end()
-
-
-@pytest.fixture
-def store(tmp_path) -> Store:
-    """The store of tag `t` in a repository that holds nothing: for tests that write rows and runs themselves."""
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=person", "-c", "user.email=person@localhost"]
-    subprocess.run([*git, "init", "-q"], check=True)
-    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "start"], check=True)
-    store = Store(Repository(tmp_path, "train.py", "program.md"), "t", loop.DOMAIN)
-    store.home.mkdir(parents=True)
-    return store
+def tag(checkout: Checkout) -> Tag:
+    """The tag `t` of a scratch checkout, for tests that write runs themselves."""
+    tag = Tag(Repository(checkout.path, "train.py", "program.md"), "t", loop.DOMAIN)
+    tag.home.mkdir(parents=True)
+    return tag

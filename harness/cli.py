@@ -1,0 +1,495 @@
+"""The commands: their arguments, what they call, and their exit codes.
+
+0 done, or stopped by request; 1 error or crash; 2 usage or refusal. What a person can mend, or the machine did, is one
+line and never a traceback.
+"""
+
+import argparse
+import functools
+import math
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from harness import machine, page, report
+from harness.agents import AGENTS, choose_agent
+from harness.compare import verdict
+from harness.console import ERROR_CHARS, Interrupts, StopNow, UserError, one_line, say
+from harness.domain import Domain
+from harness.edit import Edit
+from harness.files import open_regular, read_tail, read_text, write_atomically
+from harness.ledger import parse_tsv
+from harness.repository import leave_git_variables
+from harness.runner import unpack
+from harness.session import Options, Session, clean_worktrees, make_runner, open_session
+from harness.tag import Tag, open_tag
+
+TSV_PROFILE = "climbmix"  # whose noise is assumed for a results.tsv that says nothing of it
+
+
+def main(domain: Domain, checkout: Path, ratchet: type) -> int:
+    """Run the command line. `ratchet` is loop.py's class."""
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?"
+    args = parse_arguments(sys.argv[1:])
+    leave_git_variables()
+    for name in ("AUTORESEARCH_CACHE", "AUTORESEARCH_LOCKS"):
+        if os.environ.get(name):  # relative to here, not to a run's folder
+            os.environ[name] = os.path.abspath(os.path.expanduser(os.environ[name]))
+    command = COMMANDS[args.command]
+    return guarded(lambda: command(domain, checkout, ratchet, args))
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """Call a command and return its exit code; an error that a person can mend becomes one line."""
+    try:
+        code = command()
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except BrokenPipeError as error:
+        if not _reader_is_gone():
+            say(f"error: {error}")
+            return 1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what Python still writes at its exit must not fail either
+        return 0
+    except (StopNow, KeyboardInterrupt):
+        say("stopped: what was in flight is dropped, ledger and branch are as the last row says")
+        return 0
+    except ModuleNotFoundError as error:  # `python3 loop.py`: another Python than the one that has the packages
+        say(f"error: {sys.executable} has no package {error.name!r}: start this with 'uv run' in place of python")
+        return 1
+    except (UserError, OSError, subprocess.SubprocessError) as error:
+        say(f"error: {one_line(str(error), ERROR_CHARS - 10)}")
+        return getattr(error, "code", 1)
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads standard output any more: `| head` has read enough."""
+    output = select.poll()
+    output.register(1, 0)  # 0: errors alone
+    return bool(output.poll(0))
+
+
+# run: the default command
+
+
+def command_run(domain: Domain, checkout: Path, ratchet: type, args: argparse.Namespace) -> int:
+    options = read_options(args, domain)
+    agent = choose_agent(args.agent, args.agent_cmd)
+    if args.approve:
+        domain = replace(domain, approve=args.approve)
+    tag = open_tag(checkout, domain, args.tag)
+    with tag.locked(), Interrupts(checkout / "STOP") as interrupts:
+        clean_worktrees(tag)
+        facts = open_session(tag, interrupts.were_sent)
+        say(f"{tag.branch}: profile {facts.profile} ({facts.reason}), {facts.device_name}, {facts.time_budget:g} s a run")
+        runner = make_runner(tag, facts, options, interrupts)
+        session = Session(ratchet(tag, facts, runner, options.confirm), options, interrupts)
+        try:
+            session.run(agent)
+        finally:
+            session.close()
+        say(f"{session.why_ended()}. {tag.ledger.standing()} Read it with: uv run loop.py report")
+    return 0
+
+
+def read_options(args: argparse.Namespace, domain: Domain) -> Options:
+    """The flags of `run`. Raises UserError for numbers that mean nothing."""
+    lowest = {"workers": 1, "ahead": 0, "max_experiments": 0, "hours": 0, "agent_timeout": 0}
+    lowest |= {"max_usd": 0, "patience": 1, "confirm": 0}
+    for name, least in lowest.items():
+        value = getattr(args, name)
+        if value is not None and not value >= least:  # NaN too
+            raise UserError(f"--{name.replace('_', '-')} {value}: give {least} or more", 2)
+    low, high = domain.score_range
+    if args.target is not None and not low <= args.target <= high:  # NaN too
+        raise UserError(f"--target {args.target}: give a {domain.metric} from {low:g} to {high:g}", 2)
+    if args.max_usd < math.inf and args.agent in AGENTS and not AGENTS[args.agent].reports_usd:
+        able = ", ".join(name for name, agent in AGENTS.items() if agent.reports_usd)
+        raise UserError(f"--max-usd {args.max_usd:g}: {args.agent} reports no dollars: {able} do", 2)
+    for name in ("notify", "approve"):
+        value = getattr(args, name)
+        if value is not None and not value.strip():
+            raise UserError(f"--{name} {value!r}: give a shell command", 2)
+    ray = args.ray
+    if ray is None and args.workers > 1:
+        ray = ""  # on this machine
+    if ray == "off":
+        ray = None
+    if ray is not None:
+        from harness.ray_runner import check_ray
+
+        check_ray(args.workers, ray)
+    return Options(
+        workers=args.workers,
+        ray=ray,
+        ahead=args.ahead,
+        confirm=args.confirm,
+        max_experiments=args.max_experiments,
+        hours=args.hours,
+        agent_timeout=args.agent_timeout,
+        max_usd=args.max_usd,
+        patience=args.patience,
+        target=args.target,
+        notify=args.notify or "",
+    )
+
+
+# try
+
+
+def command_try(domain: Domain, checkout: Path, ratchet: type, args: argparse.Namespace) -> int:
+    """The experiment runs in a session of its own: killing this command, which only waits for it, does not end it."""
+    tag = open_tag(checkout, domain, None)
+    check_place_of_try(tag)
+    with tag.locked():
+        check_loop_is_champions(tag)
+        known = {run.number for run in tag.ledger.runs}
+        log = tag.home / "try.log"
+        log.unlink(missing_ok=True)
+        with open_regular(checkout / domain.editable) as file:
+            source = file.read()
+        if args.again is not None or args.base:
+            commit = commit_to_repeat(tag, args.again)
+            work = functools.partial(try_again, tag, ratchet, commit)
+        else:
+            work = functools.partial(try_edit, tag, ratchet, source, one_line(args.description))
+        child = os.fork()  # it inherits the lock
+        if child == 0:
+            code = 1
+            try:
+                _detach(log)
+                code = guarded(work)
+            finally:
+                os._exit(code)
+    for number in (signal.SIGINT, signal.SIGTERM):  # from here on they end the waiting only
+        signal.signal(number, signal.SIG_DFL)
+    if not known:  # once is enough
+        say("running; if this command is cut off, it goes on: uv run loop.py status --wait")
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    tag.load()
+    new = [run for run in tag.ledger.rows if run.number not in known]
+    last_line = read_tail(log, 1, ERROR_CHARS)
+    if last_line.startswith("error: ") or not new:
+        print(last_line)
+    else:
+        print(verdict(tag.ledger, new[-1]))
+        if advice := how_to_go_back(tag):
+            print(advice)
+    return code
+
+
+def check_place_of_try(tag: Tag) -> None:
+    """Raises UserError unless the checkout is on the branch of a tag and has an editable file."""
+    repository = tag.repository
+    if repository.head_branch() != tag.branch:
+        remedy = f"'git checkout -b {tag.branch}' makes one"
+        if repository.commit_of(f"refs/heads/{tag.branch}"):
+            remedy = f"'git checkout {tag.branch}' goes to it"
+        raise UserError(f"this checkout is not on the branch of a run: {remedy}", 2)
+    editable = tag.checkout / repository.editable
+    if editable.is_symlink() or not editable.is_file():
+        remedy = f"'git checkout -- {repository.editable}' restores it"
+        raise UserError(f"{repository.editable} is not a regular file: {remedy}", 2)
+
+
+def check_loop_is_champions(tag: Tag) -> None:
+    """Raises UserError where loop.py or harness/ were edited: then an edit of the rules would judge itself."""
+    changed = tag.repository.changed_files(tag.checkout, tag.champion)
+    edited = [name for name in changed if name == "loop.py" or name.startswith("harness/")]
+    if edited and tag.ledger.runs:
+        remedy = "'git checkout HEAD -- loop.py harness' puts them back"
+        raise UserError(f"refused: {', '.join(edited[:3])} is not the champion's: {remedy}", 2)
+
+
+def commit_to_repeat(tag: Tag, number: int | None) -> str:
+    """The commit of an earlier run, the champion's for None. Raises UserError for what cannot be run again."""
+    ledger = tag.ledger
+    if not ledger.baseline:
+        raise UserError("no run has a verdict yet: begin with 'uv run loop.py try baseline'", 2)
+    if number is None:
+        return ledger.champion
+    if number not in ledger:
+        raise UserError(f"--again {number}: there is no such run, the last one is {ledger.runs[-1].number}", 2)
+    if ledger[number].purpose in ("audit", "ablation"):
+        remedy = "give the number of an experiment's run, or --base for the champion"
+        raise UserError(f"--again {number}: that run was part of an {ledger[number].purpose}: {remedy}", 2)
+    return ledger[number].commit
+
+
+def _detach(log: Path) -> None:
+    """A session of its own, nothing to read, and output to a log."""
+    os.setsid()
+    output = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+
+
+def one_session(tag: Tag, ratchet: type, work: Callable, edits_checkout: bool = False):
+    """A session without an agent: `work(ratchet)` on the first device of this machine; what it returned."""
+    with Interrupts(tag.checkout / "STOP") as interrupts:
+        facts = open_session(tag, interrupts.were_sent, edits_checkout)
+        runner = make_runner(tag, facts, Options(), interrupts)
+        session = Session(ratchet(tag, facts, runner), Options(), interrupts)
+        results = []
+        try:
+            session.supervise({"work": lambda: results.append(work(session.ratchet))})
+        finally:
+            session.close()
+        if not results:
+            raise StopNow
+        return results[0]
+
+
+def try_edit(tag: Tag, ratchet: type, source: bytes, description: str) -> int:
+    """Measure one edit; the baseline first, where there is none."""
+    champions = tag.repository.read(tag.champion, tag.domain.editable)
+    is_baseline = not tag.ledger.baseline and source == champions
+
+    def work(loop) -> None:
+        if not is_baseline and (problem := loop.find_problem(source)):
+            raise UserError(f"refused: {problem}", 2)
+        loop.run_baseline(machine.installed_packages())
+        if not is_baseline:
+            try:
+                loop.experiment(Edit(source, tag.champion, description))
+            finally:
+                put_back(tag, source)
+
+    one_session(tag, ratchet, work, edits_checkout=True)
+    return _exit_code(tag)
+
+
+def try_again(tag: Tag, ratchet: type, commit: str) -> int:
+    """Measure a commit of an earlier run once more. An edit that is in the checkout stays there."""
+    champion = tag.champion
+    untouched = tag.repository.read(champion, tag.domain.editable)
+    one_session(tag, ratchet, lambda loop: loop.run_again(commit), edits_checkout=True)
+    has_edit = put_back(tag, untouched)
+    if has_edit and tag.champion != champion:
+        name = tag.domain.editable
+        say(f"note: {name} still holds your edit of the former champion {champion[:7]}: 'git diff' shows it")
+    return _exit_code(tag)
+
+
+def put_back(tag: Tag, source: bytes) -> bool:
+    """Put the checkout to the champion, but for an edit other than `source`; return whether there is one.
+
+    An agent that did not wait for the verdict may be at its next idea already: that edit is not ours to undo. What it
+    changed in other files is undone, and said.
+    """
+    editable = tag.checkout / tag.domain.editable
+    is_regular = editable.is_file() and not editable.is_symlink()
+    found = editable.read_bytes() if is_regular else source
+    others = [name for name in tag.repository.changed_files(tag.checkout, tag.champion) if name != tag.domain.editable]
+    if others:
+        say(f"note: {', '.join(others[:3])} was changed too: undone")
+    tag.repository.reset(tag.checkout, tag.champion, tag.branch)
+    has_edit = found != source
+    if has_edit:
+        write_atomically(editable, found)
+    return has_edit
+
+
+def _exit_code(tag: Tag) -> int:
+    return 1 if tag.ledger.rows[-1].status == "crash" else 0
+
+
+def how_to_go_back(tag: Tag) -> str:
+    """The line below a verdict: a former champion is believed better, and this command takes it back; "" if none is."""
+    ledger = tag.ledger
+    former = ledger.better_former()
+    error = ledger.standard_error(former, ledger.champion) if former else None
+    if not former or error is None:
+        return ""
+    change = tag.domain.gain(ledger.best, ledger.believed(former))
+    if change <= 2 * error:
+        return ""
+    number = ledger.first_run_of(former).number
+    again = f"'uv run loop.py try --again {number}' measures it again, and makes it the best if that holds"
+    return f"{former[:7]}, a former best, is believed better by {tag.domain.score_text(change)}: {again}"
+
+
+# status, report, audit, check
+
+
+def command_status(domain: Domain, checkout: Path, ratchet: type, args: argparse.Namespace) -> int:
+    tag = open_tag(checkout, domain, args.tag)
+    if args.wait:
+        number = _wait_for_verdict(tag)
+        if number:
+            print(verdict(tag.ledger, tag.ledger[number]))
+            return 0
+    print(report.status_text(tag))
+    return 0
+
+
+def _wait_for_verdict(tag: Tag) -> int:
+    """The number of the next run that is decided, or of the last one if no loop runs. A gain on a former champion is
+    no verdict yet, nor is the baseline of a `try` on a fresh tag."""
+    known = {run.number for run in tag.ledger.rows}
+    while tag.is_busy():
+        time.sleep(0.2)
+        tag.load()
+        for run in tag.ledger.rows:
+            is_verdict = not run.is_stale and (run.purpose == "experiment" or not run.base)
+            if run.number not in known and is_verdict and run.purpose != "baseline":
+                return run.number
+    tag.load()
+    return tag.ledger.rows[-1].number if tag.ledger.rows else 0
+
+
+def command_report(domain: Domain, checkout: Path, ratchet: type, args: argparse.Namespace) -> int:
+    if args.ledger:
+        path = Path(args.ledger)
+        if not path.is_file():
+            raise UserError(f"{path} is not a file: give a results.tsv", 2)
+        ledger, bad = parse_tsv(read_text(path), domain, TSV_PROFILE)
+        if not ledger.rows:
+            raise UserError(f"{path} has no rows: a ledger has lines of {domain.columns.strip()!r}")
+        if bad:
+            say(f"warning: {bad} lines of {path} are no rows")
+        print(report.report_text(ledger))
+        page.draw_progress(ledger, Path("progress.png"))
+        return 0
+    tag = open_tag(checkout, domain, args.tag)
+    if not tag.ledger.rows:
+        raise UserError(f"{tag.branch} has no rows yet: 'uv run loop.py --agent random' starts a run")
+    print(report.report_text(tag.ledger))
+    page.draw_progress(tag.ledger, checkout / "progress.png")
+    page.write_page(tag, checkout / "report.html")
+    return 0
+
+
+def command_audit(domain: Domain, checkout: Path, ratchet: type, args: argparse.Namespace) -> int:
+    tag = open_tag(checkout, domain, args.tag)
+    if args.replicates < 1:
+        raise UserError(f"--replicates {args.replicates}: audit needs at least 1", 2)
+    with tag.locked():
+        if not tag.ledger.baseline:
+            raise UserError("there are no rows to audit: 'uv run loop.py --agent random' starts a run")
+        group = one_session(tag, ratchet, lambda loop: loop.audit(args.replicates))
+    text, doubts = report.audit_text(tag.ledger, group)
+    print(text)
+    for doubt in doubts:
+        say(f"error: {doubt}")
+    return 1 if doubts else 0
+
+
+def command_check(domain: Domain, checkout: Path, ratchet: type, args: argparse.Namespace) -> int:
+    """Is everything there that a night needs? One short run is made and left nowhere."""
+    if args.agent or args.agent_cmd:
+        choose_agent(args.agent, args.agent_cmd)
+        print(f"agent: {args.agent or args.agent_cmd} is there")
+    tag = open_tag(checkout, domain, "check")
+    shutil.rmtree(tag.home, ignore_errors=True)
+    tag.load()
+    try:
+        with tag.locked(), Interrupts(checkout / "STOP") as interrupts:
+            folder = tag.home / "tree"
+            unpack(tag.repository.archive(tag.champion), folder)
+            facts = machine.describe(domain, folder, machine.variables_for_training())
+            print(f"profile: {facts.profile} ({facts.reason}), {facts.time_budget:g} s a run")
+            print(f"device: {facts.device_name}, {len(facts.devices)} of them ({', '.join(facts.devices)})")
+            print(f"data: {facts.problem or f'prepared in {facts.cache}'}")
+            if problem := machine.lacking_disk(checkout):
+                raise UserError(problem)
+            if not facts.prepared:
+                raise UserError(f"the data is not prepared: {' '.join(domain.prepare_command)}")
+            runner = make_runner(tag, facts, Options(), interrupts)
+            session = Session(ratchet(tag, facts, runner), Options(), interrupts)
+            try:
+                session.supervise({"check": lambda: _check_run(session, tag)})
+            finally:
+                session.close()
+    finally:
+        shutil.rmtree(tag.home, ignore_errors=True)
+    print("all is there")
+    return 0
+
+
+def _check_run(session: Session, tag: Tag) -> None:
+    run = session.ratchet.check_run()
+    if run.status == "crash":
+        log_end = read_tail(tag.folder(run.number) / "run.log", 20)
+        raise UserError(f"the run crashed: {run.reason}\n{log_end}")
+    scored = f"{tag.domain.metric} {tag.domain.score_text(run.score)}"
+    print(f"run: {scored} in {run.seconds:.0f} s ({run.startup_seconds:.0f} s to start), {run.memory_mb / 1024:.1f} GB")
+
+
+COMMANDS = {
+    "run": command_run,
+    "try": command_try,
+    "status": command_status,
+    "report": command_report,
+    "audit": command_audit,
+    "check": command_check,
+}
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """The arguments of a command line; `run` is the command where none is named."""
+    description = sys.modules["__main__"].__doc__
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="loop.py", description=description, formatter_class=layout)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="propose, train, keep or reset, all night (the default)")
+    run.add_argument("--agent", metavar="NAME", help=", ".join(AGENTS))
+    run.add_argument("--agent-cmd", metavar="CMD", help="any other: prompt on standard input, or {prompt_file}")
+    run.add_argument("--max-experiments", type=int, default=math.inf, metavar="N", help="stop after N (default: never)")
+    run.add_argument("--hours", type=float, default=math.inf, metavar="H", help="stop after H hours (default: never)")
+    timeout = Options.agent_timeout
+    run.add_argument("--agent-timeout", type=float, default=timeout, metavar="S", help="seconds for one proposal")
+    usd_help = "ask for nothing more once this session's agents have cost X (of restarts each counts its own)"
+    run.add_argument("--max-usd", type=float, default=math.inf, metavar="X", help=usd_help)
+    patience_help = "stop after N experiments of this session without a keep"
+    run.add_argument("--patience", type=int, default=math.inf, metavar="N", help=patience_help)
+    run.add_argument("--target", type=float, metavar="SCORE", help="stop once the champion's score is as good")
+    notify_help = "shell command that gets a text on standard input: of a keep, of the end, of a wait of half an hour"
+    run.add_argument("--notify", metavar="CMD", help=notify_help)
+    approve_help = "shell command that must exit 0 before a keep stands: the run as JSON on standard input"
+    run.add_argument("--approve", metavar="CMD", help=approve_help)
+    confirm_help = "run a gain again on up to N fresh seeds, candidate and champion, and keep what that confirms"
+    run.add_argument("--confirm", type=int, default=0, metavar="N", help=confirm_help)
+    ahead_help = "workers that propose while others train (default: one for each device on CUDA, else 0)"
+    run.add_argument("--ahead", type=int, metavar="N", help=ahead_help)
+    run.add_argument("--workers", type=int, default=1, metavar="N", help="experiments at a time (default 1)")
+    ray_help = "a Ray cluster to run them on (default: Ray on this machine; off: without Ray)"
+    run.add_argument("--ray", metavar="ADDRESS", help=ray_help)
+
+    trying = commands.add_parser("try", help="one experiment on the edit now in the editable file")
+    what = trying.add_mutually_exclusive_group(required=True)
+    what.add_argument("description", nargs="?", help="what the edit does: one line for the ledger")
+    what.add_argument("--again", type=int, metavar="RUN", help="an earlier run's commit once more, on a fresh seed")
+    what.add_argument("--base", action="store_true", help="the champion once more, on a fresh seed")
+
+    status = commands.add_parser("status", help="where the run stands, one screen")
+    status.add_argument("--wait", action="store_true", help="wait for the verdict of the experiment that runs now")
+
+    reading = commands.add_parser("report", help="what was kept, what it gained, progress.png, report.html")
+    reading.add_argument("ledger", nargs="?", metavar="LEDGER", help="another ledger than this run's")
+
+    audit = commands.add_parser("audit", help="baseline and champion again: fresh seeds, held-out split, clean process")
+    audit.add_argument("--replicates", type=int, default=3, metavar="N", help="seeds each (default 3)")
+
+    check = commands.add_parser("check", help="is everything there that a night needs? One short run")
+    check.add_argument("--agent", metavar="NAME", help="look for this agent and its log-in too")
+    check.add_argument("--agent-cmd", metavar="CMD")
+
+    for command in (run, status, reading, audit):
+        command.add_argument("--tag", help="name of the run (default: the current branch's, else today's date)")
+    is_named = bool(argv) and argv[0] in (*commands.choices, "-h", "--help")
+    is_word = bool(argv) and not argv[0].startswith("-")
+    if is_word and not is_named:
+        parser.error(f"no command {argv[0]!r}: use one of {', '.join(commands.choices)}")
+    return parser.parse_args(argv if is_named else ["run", *argv])

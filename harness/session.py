@@ -1,0 +1,512 @@
+"""A session on a tag: what an earlier one left is put right, workers are started, and a person's signals are heeded.
+
+The main thread supervises: it heeds signals, tells `status` what runs, and refreshes the page. Every worker is a thread
+with a worktree of its own: it asks its agent for an edit and takes that through the ratchet (loop.py), again and again.
+"""
+
+import json
+import math
+import shutil
+import tempfile
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from harness import compare, machine, prompt
+from harness.agents import Agent, BackOff, Cost, NoProposal, Worktree
+from harness.console import Interrupts, StopNow, UserError, duration, is_terminal, one_line, say, show_live_line
+from harness.domain import Description
+from harness.edit import Dropped, Edit
+from harness.files import read_tail, read_text, remove_folder
+from harness.ledger import Run
+from harness.page import PageWriter
+from harness.processes import run_child, sweep
+from harness.runner import LocalRunner, Runner, Stopped, log_end, unpack
+from harness.tag import Tag
+from harness.watch import Watch
+
+POLL_SECONDS = 0.2  # between looks of the main thread
+LIVE_SECONDS = 1.0  # between writings of what `status` reads
+APPROVAL_SECONDS = 7 * 86400  # that --approve may take: a human may be at the weekend
+LATEST_VERDICTS = 3  # that an agent is told
+OFFERS = 2  # of one assignment to an agent that fails or does nothing with it
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a person chose for a session, by flags; the defaults are those of `try` and `audit`."""
+
+    workers: int = 1
+    ray: str | None = None  # address of a Ray cluster; "": on this machine; None: without Ray
+    ahead: int | None = None  # workers more than devices, which propose meanwhile; None: as many on CUDA, else 0
+    confirm: int = 0
+    max_experiments: float = math.inf
+    hours: float = math.inf  # that the session may last
+    agent_timeout: float = 1800  # seconds that a proposal may take
+    max_usd: float = math.inf  # that the agents of this session may cost
+    patience: float = math.inf  # experiments without a keep
+    target: float | None = None  # score that is enough
+    notify: str = ""  # a shell command that tells a person; "": nobody is told
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The opening: what a killed loop, an agent or a person left behind
+
+
+def open_session(tag: Tag, is_stopped, edits_checkout: bool = False) -> Description:
+    """Make refs, checkout and data as the next run needs them; return what the evaluator says of itself.
+
+    Under the tag's lock. `edits_checkout`: the checkout holds an edit that is to be measured. UserError for what only
+    a person can mend.
+    """
+    sweep(tag.mark)
+    remove_folder(tag.home / "scratch")
+    facts = _describe(tag, is_stopped)
+    first = tag.ledger.first_run
+    if first is None:
+        _begin_branch(tag, edits_checkout)
+        return facts
+    for key in ("profile", "digest", "device_name"):
+        had = first.record.get(key)
+        found = getattr(facts, key)
+        if had != found:
+            remedy = "set AUTORESEARCH_PROFILE and AUTORESEARCH_CACHE as they were, or choose another --tag"
+            raise UserError(f"tag {tag.name} was begun with {key} {had!r:.50}, this is {found!r:.50}: {remedy}", 2)
+    if machine.changed_packages(first.packages):
+        machine.restore_packages(first.packages)
+    tag.show_champion()
+    tag.publish()
+    return facts
+
+
+def _begin_branch(tag: Tag, edits_checkout: bool) -> None:
+    """On a tag's first start the checkout is clean, the branch is free, and the checkout shows it from now on."""
+    repository = tag.repository
+    head = repository.head()
+    changed = repository.changed_files(tag.checkout, head)
+    if edits_checkout:
+        changed = [name for name in changed if name != tag.domain.editable]
+    if changed:
+        repository.check_clean(head)
+    tip = repository.commit_of(f"refs/heads/{tag.branch}")
+    if tip and tip != head:
+        raise UserError(f"branch {tag.branch} exists, at {tip[:7]}: check it out, or choose another --tag", 2)
+    repository("update-ref", f"refs/heads/{tag.branch}", head)
+    repository("symbolic-ref", "HEAD", f"refs/heads/{tag.branch}")
+
+
+def _describe(tag: Tag, is_stopped) -> Description:
+    """What the champion's evaluator says of profile, budget, data and devices. Missing data is prepared first."""
+    with tempfile.TemporaryDirectory(prefix="autoresearch-describe-") as folder:
+        tree = Path(folder, "tree")
+        unpack(tag.repository.archive(tag.champion), tree)
+        variables = machine.variables_for_training()
+        facts = machine.describe(tag.domain, tree, variables)
+        if not facts.prepared and tag.domain.prepare_command and not is_stopped():
+            say(f"profile {facts.profile} ({facts.reason}) has no data yet: preparing it in {facts.cache}")
+            machine.prepare_data(tag.domain, tree, variables, is_stopped)
+            facts = machine.describe(tag.domain, tree, variables)
+    if is_stopped():
+        raise StopNow
+    if not facts.prepared:
+        raise UserError(f"the preparation failed: {facts.problem}")
+    return facts
+
+
+def make_runner(tag: Tag, facts: Description, options: Options, interrupts: Interrupts) -> Runner:
+    """Where runs are made: on the devices here or, with Ray, of a cluster."""
+    if options.ray is not None:
+        from harness.ray_runner import RayRunner
+
+        return RayRunner(tag, facts, options.workers, options.ray, interrupts.stop)
+    return LocalRunner(tag, facts, options.workers, interrupts.stop)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The session
+
+
+@dataclass
+class Task:
+    """What a worker's next proposal starts from beyond the champion: a crash to mend, or a conflict."""
+
+    base: str
+    start: bytes
+    text: str
+    offers: int = 0  # that agents have had of it
+    mends: bool = False  # a crash
+
+
+@dataclass
+class Doing:
+    """What a worker does at this moment, for `status`."""
+
+    doing: str = ""
+    run: int = 0
+    description: str = ""
+    since: float = field(default_factory=time.time)
+    node: str = ""
+
+
+class Session:
+    """Supervises a ratchet: with an agent all night, or for one command."""
+
+    def __init__(self, ratchet, options: Options, interrupts: Interrupts):
+        self.ratchet = ratchet
+        self.tag: Tag = ratchet.tag
+        self.domain = ratchet.domain
+        self.facts = ratchet.facts
+        self.runner: Runner = ratchet.runner
+        self.options = options
+        self.interrupts = interrupts
+        self.began_at = time.time()
+        self.watch = Watch(self.tag, options.patience, options.target, options.notify)
+        self.page = PageWriter(self.tag)
+        self.no_more = threading.Event()  # ends what agents do: nothing new begins
+        self.begun = 0  # experiments that took one of --max-experiments
+        self.decided = 0  # of these
+        self.spent_usd = 0.0
+        self.rate_limited_until = 0.0  # time.monotonic(), for all workers
+        self.waiting_for = ""  # a proposal, as a person was last told
+        self.waiting_since = 0.0
+        self.doing: dict[str, Doing] = {}  # thread -> what it does
+        self.failure: BaseException | None = None
+        self.again: deque[Run] = deque()  # stale gains of an earlier session
+        ratchet.on_decided = self._on_decided
+        ratchet.on_training = self._on_training
+        ratchet.approve = self._ask_approval
+        self.runner.is_stopping = self.is_stopping
+
+    def is_stopping(self) -> bool:
+        """Whether no new experiment may begin."""
+        is_late = time.time() - self.began_at > 3600 * self.options.hours
+        return bool(self.watch.enough) or self.interrupts.is_stopping or is_late or self.failure is not None
+
+    def why_ended(self) -> str:
+        if self.failure is not None:
+            return "an error; what the loop printed last says which"
+        if self.watch.enough:
+            return self.watch.enough
+        if self.interrupts.is_stopping:
+            return "stopped by request"
+        if self.spent_usd >= self.options.max_usd:
+            return f"--max-usd {self.options.max_usd:g} is spent"
+        if self.is_stopping():
+            return f"--hours {self.options.hours:g} are over"
+        return "all experiments are done"
+
+    # The main thread
+
+    def supervise(self, work: dict) -> None:
+        """Run functions in threads of their own, by name, until all have ended. Raises StopNow, or what one raised."""
+        threads = []
+        for name, function in work.items():
+            thread = threading.Thread(target=self._guarded, args=(function,), name=name, daemon=True)
+            thread.start()
+            threads.append(thread)
+        wrote_live_at = 0.0
+        while any(thread.is_alive() for thread in threads):
+            try:
+                self.interrupts.heed()
+            except StopNow:
+                self.no_more.set()
+                self._join(threads)
+                raise
+            if self.is_stopping():
+                self.no_more.set()
+            if time.monotonic() - wrote_live_at > LIVE_SECONDS:
+                wrote_live_at = time.monotonic()
+                self._tell_state()
+            threads[0].join(POLL_SECONDS)
+            threads = [thread for thread in threads if thread.is_alive()] or threads[:1]
+        if self.failure is not None:
+            raise self.failure
+
+    def _guarded(self, function) -> None:
+        try:
+            function()
+        except Stopped:
+            pass
+        except BaseException as error:
+            self.failure = self.failure or error
+            self.interrupts.stop.set()
+        finally:
+            self.doing.pop(threading.current_thread().name, None)
+
+    def _join(self, threads: list[threading.Thread]) -> None:
+        for thread in threads:
+            thread.join(30)
+
+    def close(self) -> None:
+        """End what runs; the page and a person hear that it is over."""
+        self.no_more.set()
+        self.interrupts.stop.set()
+        self.runner.close()
+        self.tag.clear_live()
+        self.page.close()
+        self.watch.close(self.why_ended())
+
+    def _tell_state(self) -> None:
+        waiting = self.runner.waiting or self.waiting_for
+        since = self.runner.waiting_since if self.runner.waiting else self.waiting_since
+        self.watch.look_for_wait(waiting, since)
+        self.page.refresh()
+        runs = self.tag.ledger.rows[-1:]
+        usual = runs[0].seconds if runs else self.facts.time_budget
+        self.tag.write_live(
+            {
+                "since": self.began_at,
+                "waiting": waiting,
+                "devices": len(self.runner.devices),
+                "usual_seconds": usual,
+                "others": runs[0].busy_others if runs else None,
+                "workers": [vars(doing) for doing in list(self.doing.values())],
+            }
+        )
+        if is_terminal():
+            show_live_line(self._live_line(usual))
+
+    def _live_line(self, usual: float) -> str:
+        """`best 1.234567 | run 0012 8 s of ~40 s | 1 proposing | the last line of its log`."""
+        best = self.tag.ledger.best
+        parts = ["no score yet" if best is None else f"best {self.domain.score_text(best)}"]
+        training = [doing for doing in list(self.doing.values()) if doing.doing == "training"]
+        for doing in training[:3]:
+            parts.append(f"run {doing.run:04d} {time.time() - doing.since:.0f} s of ~{duration(usual)}")
+        if len(training) > 3:
+            parts.append(f"{len(training) - 3} more runs")
+        proposing = sum(doing.doing == "proposing" for doing in list(self.doing.values()))
+        if proposing:
+            parts.append(f"{proposing} proposing")
+        if len(training) == 1:
+            parts.append(one_line(read_tail(self.tag.folder(training[0].run) / "run.log", 1)))
+        return " | ".join(parts)
+
+    # What the ratchet tells
+
+    def _set_doing(self, doing: str, run: int = 0, description: str = "") -> None:
+        self.doing[threading.current_thread().name] = Doing(doing, run, description)
+
+    def _on_training(self, run: Run) -> None:
+        self._set_doing("training", run.number, run.description)
+
+    def _on_decided(self, run: Run) -> None:
+        self.watch.see(run)
+        if run.purpose == "experiment" and not run.is_stale and self.options.max_experiments < math.inf:
+            self.decided += 1
+            left = self.options.max_experiments - self.decided
+            pace = (time.time() - self.began_at) / self.decided
+            if left > 0:
+                say(f"  {self.decided} of {self.options.max_experiments:g}, ~{duration(left * pace)} left")
+
+    def _ask_approval(self, run: Run) -> bool:
+        """Whether the command of --approve exits 0. It gets the run as JSON on standard input, and the diff's path."""
+        self._set_doing("waiting for approval", run.number, run.description)
+        folder = self.tag.folder(run.number)
+        question = folder / "approve.json"
+        values = {key: value for key, value in vars(run).items() if value not in (None, "", (), {})}
+        question.write_text(json.dumps(values | {"diff": str(folder / "change.diff")}))
+        ending = run_child(
+            ["sh", "-c", self.domain.approve],
+            cwd=self.tag.checkout,
+            env=machine.variables_for_agent(self.facts.profile) | {"AUTORESEARCH_DIFF": str(folder / "change.diff")},
+            mark=f"{self.tag.mark}:approve:{run.number}",
+            log=folder / "approve.log",
+            limit=APPROVAL_SECONDS,
+            stop=self.no_more,
+            stdin=question,
+        )
+        if ending.problem == "stopped":
+            raise Stopped
+        if ending.problem:
+            say(f"  run {run.number:04d} is not approved: {ending.problem}: {read_tail(folder / 'approve.log', 1)}")
+        return not ending.problem
+
+    # All night
+
+    def run(self, agent: Agent) -> None:
+        """Baseline, what an earlier session left open, then experiments until it is enough."""
+        self.watch.look_for_target()
+        self.supervise({"opening": self._open})
+        self.again = deque(self.tag.ledger.stale_gains())
+        ahead = self.options.ahead
+        if ahead is None:
+            ahead = self.options.workers if self.facts.device == "cuda" else 0
+        count = min(self.options.workers + ahead, self.options.max_experiments)
+        worktrees = [self._make_worktree(number) for number in range(1, int(count) + 1)]
+        if self.again and not worktrees:
+            self.again.clear()
+        work = {f"worker {n}": lambda w=worktree: self._work(agent, w) for n, worktree in enumerate(worktrees, 1)}
+        try:
+            if work:
+                self.supervise(work)
+        finally:
+            for worktree in worktrees:
+                self.tag.repository.remove_worktree(worktree.folder)
+
+    def _open(self) -> None:
+        self.ratchet.run_baseline(machine.installed_packages())
+        for run in self.tag.ledger.pending():
+            _, is_stale = self.ratchet.ask_approval(run)
+            if is_stale:
+                say(f"run {run.number:04d} runs again on the present champion")
+
+    def _make_worktree(self, number: int) -> Worktree:
+        folder = self.tag.worktrees / str(number)
+        return Worktree(self.tag, folder, mark=f"{self.tag.mark}:agent:{number}")
+
+    def _work(self, agent: Agent, worktree: Worktree) -> None:
+        """A worker: one experiment after another."""
+        back_off = BackOff()
+        task: Task | None = None
+        refusal = ""
+        cost = Cost()
+        while self._begin():
+            edit = self._next_stale()
+            if edit is None:
+                task = task or self._fresh_task()
+                edit, no_proposal, cost = self._propose(agent, worktree, task, refusal, cost)
+                refusal = ""
+            if edit is None:
+                self.begun -= 1
+                refusal = no_proposal.reason if no_proposal.kind == "refused edit" else ""
+                task.offers += 1
+                if task.offers >= OFFERS or no_proposal.kind == "refused edit":
+                    task = None
+                self._rest(no_proposal, back_off, worktree)
+                continue
+            back_off.succeeded()
+            self.waiting_for = ""
+            task, refusal = self._take_through(edit, task)
+
+    def _begin(self) -> bool:
+        """Take one of --max-experiments; False where nothing more is to begin."""
+        with self.ratchet.lock:
+            if self.is_stopping() or self.spent_usd >= self.options.max_usd:
+                return False
+            if self.begun >= self.options.max_experiments:
+                return False
+            self.begun += 1
+            return True
+
+    def _fresh_task(self) -> Task:
+        champion = self.tag.champion
+        return Task(champion, self.tag.repository.read(champion, self.domain.editable), "")
+
+    def _next_stale(self):
+        """A gain on a former champion that an earlier session left, as an edit."""
+        with self.ratchet.lock:
+            if not self.again:
+                return None
+            run = self.again.popleft()
+        source = self.tag.repository.read(run.commit, self.domain.editable)
+        return Edit(source, run.base, run.description, again_of=run.number)
+
+    def _propose(self, agent: Agent, worktree: Worktree, task: Task, refusal: str, cost: Cost):
+        """An edit by the agent, or why there is none; and what its calls have cost since its last run."""
+        if task.base != self.tag.champion and not task.text:
+            task.base = self.tag.champion
+            task.start = self.tag.repository.read(task.base, self.domain.editable)
+        self._set_doing("proposing")
+        with self.ratchet.lock:
+            text = self._prompt(task, refusal)
+        answer = worktree.propose(
+            agent,
+            task.base,
+            task.start,
+            text,
+            machine.variables_for_agent(self.facts.profile),
+            self.options.agent_timeout,
+            self.no_more,
+        )
+        if self.no_more.is_set() and isinstance(answer, NoProposal):
+            raise Stopped
+        cost = cost + answer.cost
+        with self.ratchet.lock:
+            self.spent_usd += answer.cost.usd or 0.0
+            answer = self._check_packages(answer)
+        if isinstance(answer, NoProposal):
+            return None, answer, cost
+        if answer.touched:
+            say(f"note: the agent also changed {', '.join(answer.touched)}: undone")
+        edit = Edit(
+            answer.source, task.base, answer.description, touched=answer.touched, cost=cost.as_dict()
+        )
+        problem = self.ratchet.find_problem(edit.source) if edit.base == self.tag.champion else ""
+        if problem:
+            return None, NoProposal(problem, "refused edit", answer.cost), cost
+        return edit, None, Cost()
+
+    def _check_packages(self, answer):
+        """An agent that installed something has its edit refused, and the environment is put back."""
+        first = self.tag.ledger.first_run
+        changes = machine.changed_packages(first.packages)
+        if not changes:
+            return answer
+        machine.restore_packages(first.packages)
+        reason = f"no new dependency is allowed, and {', '.join(changes[:3])} was installed: put back"
+        return NoProposal(reason, "refused edit", answer.cost)
+
+    def _prompt(self, task: Task, refusal: str) -> str:
+        name = self.domain.instructions
+        instructions = read_text(self.tag.checkout / name)  # the person's: an edit counts from now on
+        if not instructions:
+            instructions = self.tag.repository.read(self.tag.champion, name).decode(errors="replace")
+        ledger = self.tag.ledger
+        latest = [run for run in ledger.rows[-LATEST_VERDICTS:] if run.purpose == "experiment"]
+        verdicts = [compare.verdict(ledger, run) for run in latest]
+        running = list(self.ratchet.in_flight.values())
+        return prompt.write_prompt(instructions, ledger, running, verdicts, refusal, task.text)
+
+    def _rest(self, no_proposal: NoProposal, back_off: BackOff, worktree: Worktree) -> None:
+        """Say why there is no proposal, and let this worker rest: longer for every failure in a row."""
+        has_answered = bool(self.tag.ledger.rows[1:]) or self.decided
+        if no_proposal.kind == "refused" and not has_answered:
+            raise UserError(f"the agent was refused: {no_proposal.reason}")
+        seconds = back_off.after(no_proposal)
+        if no_proposal.kind == "rate limit":
+            self.rate_limited_until = time.monotonic() + seconds
+        if not self.waiting_for:
+            self.waiting_since = time.time()
+        self.waiting_for = f"no proposal: {no_proposal.reason}"
+        say(f"no proposal: {no_proposal.reason}; again in {duration(seconds)} ({worktree.log})")
+        until = time.monotonic() + seconds
+        while time.monotonic() < max(until, self.rate_limited_until) and not self.is_stopping():
+            self.no_more.wait(POLL_SECONDS)
+
+    def _take_through(self, edit, task: Task | None) -> tuple[Task | None, str]:
+        """An edit through the ratchet: the next task of this worker, and why the edit was refused."""
+        self._set_doing("waiting for a device", description=edit.description)
+        try:
+            run = self.ratchet.experiment(edit)
+        except Stopped:
+            say(f"dropped: {edit.description}: the loop stops before it was decided")
+            raise
+        except Dropped as dropped:
+            say(f"dropped: {edit.description}: {dropped}")
+            return self._conflict_task(edit), str(dropped)
+        is_mend = task is not None and task.mends
+        if run.status == "crash" and not is_mend:  # a mend that crashes too ends it: else it goes on for ever
+            source = self.tag.repository.read(run.commit, self.domain.editable)
+            text = prompt.crash_task(self.domain.editable, log_end(self.tag.folder(run.number)))
+            return Task(run.base, source, text, mends=True), ""
+        return None, ""
+
+    def _conflict_task(self, edit) -> Task | None:
+        if edit.base == self.tag.champion:
+            return None
+        champion = self.tag.champion
+        start = self.tag.repository.read(champion, self.domain.editable)
+        base = self.tag.repository.read(edit.base, self.domain.editable)
+        text = prompt.conflict_task(edit.description, prompt.unified(base, edit.source), prompt.unified(base, start))
+        return Task(champion, start, text)
+
+
+def clean_worktrees(tag: Tag) -> None:
+    """Agents' worktrees of a loop that was killed."""
+    shutil.rmtree(tag.worktrees, ignore_errors=True)
+    tag.repository("worktree", "prune", default="")
+
+
