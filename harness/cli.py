@@ -23,7 +23,7 @@ from harness.agents import AGENTS, choose_agent
 from harness.compare import verdict
 from harness.console import ERROR_CHARS, Interrupts, StopNow, UserError, one_line, say
 from harness.domain import Domain
-from harness.edit import Edit
+from harness.edit import Edit, describe_edit
 from harness.files import open_regular, read_tail, read_text, write_atomically
 from harness.ledger import parse_tsv
 from harness.repository import leave_git_variables
@@ -254,6 +254,7 @@ def try_edit(tag: Tag, ratchet: type, source: bytes, description: str) -> int:
     """Measure one edit; the baseline first, where there is none."""
     champions = tag.repository.read(tag.champion, tag.domain.editable)
     is_baseline = not tag.ledger.baseline and source == champions
+    description = description or describe_edit(champions, source, tag.domain.editable)
 
     def work(loop) -> None:
         if not is_baseline and (problem := loop.find_problem(source)):

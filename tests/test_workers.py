@@ -1,0 +1,221 @@
+"""Many workers on one ratchet: whatever the order in which results arrive, no gain is lost and none is assumed."""
+
+import random
+import re
+import signal
+import subprocess
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+from conftest import Checkout, ended, errors, hear, wait_for
+
+import loop
+from harness.domain import Description
+from harness.edit import Dropped, Edit
+from harness.ledger import Run
+from harness.runner import Job, MachineFault, Runner
+
+KNOBS = "ABCDEF"
+START = "".join(f"# {name}\n\n{name} = 0\n\n" for name in KNOBS)  # edits of two knobs merge, two of one knob conflict
+FACTS = Description("fake", "test", 1.0, "/nowhere", True, None, "d" * 64, {"val": 7}, "cpu", "cpu", {})
+
+
+def true_score(source: bytes) -> float:
+    """Best at 4 everywhere. A and B do not go together: each is a gain alone, both are not."""
+    knobs = [int(value) for value in re.findall(rb"= (\d+)", source)]
+    interaction = 0.5 if knobs[0] and knobs[1] else 0.0
+    return round(1 + sum(abs(knob - 4) for knob in knobs) / 100 + interaction, 6)
+
+
+class ChanceRunner(Runner):
+    """Devices on which a run takes a moment drawn by chance, and now and then comes to nothing."""
+
+    def __init__(self, tag, devices: int, chance: random.Random):
+        super().__init__(threading.Event())
+        self.tag = tag
+        self.chance = chance
+        for number in range(devices):
+            self.add_device(number)
+
+    def attempt(self, job: Job, device) -> Run:
+        time.sleep(self.chance.random() / 20)
+        if self.chance.random() < 0.05:
+            raise MachineFault("the device is busy")
+        source = self.tag.repository.read(job.run.commit, "train.py")
+        if b"= 9" in source:
+            return replace(job.run, status="crash", reason="boom")
+        return replace(job.run, score=true_score(source), record={"profile": "fake"}, seconds=0.1)
+
+
+@pytest.fixture
+def ratchet(tag, monkeypatch):
+    """A ratchet on four devices; the file that is edited has six knobs."""
+    monkeypatch.setattr("harness.runner.RETRY_SECONDS", 0.01)
+    monkeypatch.setattr("harness.ledger.ASSUMED_DEGREES", 4)
+    (tag.checkout / "train.py").write_text(START)
+    subprocess.run(["git", "-C", tag.checkout, "-c", "user.name=p", "-c", "user.email=p@p", "commit", "-qam", "start"])
+    domain = replace(tag.domain, assumed_sigma={"fake": 0.0001})
+    tag.domain = domain
+    tag.load()
+    ratchet = loop.Ratchet(tag, FACTS, ChanceRunner(tag, 4, random.Random(1)))
+    ratchet.run_baseline({})
+    return ratchet
+
+
+def knob_edit(ratchet, knob: str, value: int, base: str = "") -> Edit:
+    base = base or ratchet.tag.champion
+    source = ratchet.repository.read(base, "train.py").decode()
+    return Edit(re.sub(rf"{knob} = \d+", f"{knob} = {value}", source).encode(), base, f"{knob} = {value}")
+
+
+def check_night(ratchet) -> None:
+    """Every keep was measured on the champion that it replaced, and every gain on a former one ran again."""
+    ledger = ratchet.tag.ledger
+    best = float("inf")
+    champion = ""
+    again = {run.again_of for run in ledger.runs}
+    for run in ledger.rows:
+        if run.status == "crash":
+            continue
+        assert run.score == true_score(ratchet.repository.read(run.commit, "train.py"))
+        if run.status == "keep":
+            assert run.base == champion and run.score < best
+            best, champion = run.score, run.commit
+    assert champion == ledger.champion == ratchet.repository.commit_of("refs/heads/" + ratchet.tag.branch)
+    for run in ledger.runs:
+        if run.is_stale and run.number not in again:
+            assert run.number in ratchet.dropped
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_order_of_arrival_loses_no_gain_and_assumes_none(ratchet, seed):
+    chance = random.Random(seed)
+    ratchet.dropped = set()
+    failures = []
+
+    def work() -> None:
+        try:
+            for _ in range(12):
+                edit = knob_edit(ratchet, chance.choice(KNOBS), chance.choice([1, 2, 3, 4, 5, 6, 9]))
+                time.sleep(chance.random() / 20)
+                try:
+                    ratchet.experiment(edit)
+                except Dropped:  # by the gate, or a stale gain that conflicts with the new champion
+                    ratchet.dropped |= {run.number for run in ratchet.tag.ledger.stale_gains()}
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert any(run.is_stale for run in ratchet.tag.ledger.runs)
+    check_night(ratchet)
+
+
+def test_two_gains_that_do_not_go_together_are_not_added(ratchet):
+    """A and B each gain alone. Whichever is decided first stays; the other runs again on it, and loses."""
+    base = ratchet.tag.champion
+    edits = [knob_edit(ratchet, "A", 4, base), knob_edit(ratchet, "B", 4, base)]
+    threads = [threading.Thread(target=ratchet.experiment, args=(edit,)) for edit in edits]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    stale = [run for run in ratchet.tag.ledger.runs if run.is_stale]
+    again = [run for run in ratchet.tag.ledger.runs if run.again_of]
+    if stale:  # else one had ended before the other began
+        assert stale[0].reason.startswith("gained on a former champion") and stale[0].status == "discard"
+        assert again[0].again_of == stale[0].number
+    assert again == [] or again[0].status == "discard"
+    assert len(ratchet.tag.ledger.changes()) == 1
+
+
+def test_edit_that_conflicts_or_repeats_what_runs_is_dropped(ratchet):
+    base = ratchet.tag.champion
+    ratchet.experiment(knob_edit(ratchet, "A", 4))
+    with pytest.raises(Dropped, match="conflicts with the new champion"):
+        ratchet.experiment(knob_edit(ratchet, "A", 3, base))
+    edit, run = ratchet.begin(knob_edit(ratchet, "C", 4))
+    with pytest.raises(Dropped, match="repeats an experiment that runs now"):
+        ratchet.experiment(edit)
+
+
+def test_commit_that_runs_again_is_worth_all_its_runs_but_the_first(ratchet, monkeypatch):
+    scores = iter([0.9, 1.5, 1.3])
+    monkeypatch.setattr(ratchet.runner, "attempt", lambda job, device: replace(job.run, score=next(scores)))
+    baseline = ratchet.tag.ledger.baseline
+    lucky = ratchet.experiment(knob_edit(ratchet, "C", 1))
+    assert ratchet.tag.ledger.best == 0.9
+    ratchet.run_again(lucky.commit)
+    assert ratchet.tag.ledger.best == 1.5 and ratchet.tag.champion == lucky.commit
+    assert ratchet.tag.ledger.better_former() == baseline
+    again = ratchet.run_again(baseline)
+    assert again.status == "keep" and ratchet.tag.champion == baseline
+
+
+# The real loop
+
+
+def test_four_workers_fill_four_devices_and_stop_as_one(checkout: Checkout):
+    agent = checkout.agent("""
+        knob("LR", 0.2 + count() / 100)
+    """)
+    checkout.loop("--tag", "t", "--agent-cmd", "true", "--max-experiments", "0")
+    checkout.hold.touch()
+    process = checkout.popen("--tag", "t", "--agent-cmd", agent, "--workers", "4")
+    for _ in range(4):
+        hear(process, "run 000")
+    status = wait_for(lambda: (text := checkout.loop("status", "--tag", "t").stdout).count("training") >= 4 and text)
+    assert all(f"{number:04d}" in status or f" {number} " in status for number in (2, 3, 4, 5))
+    process.send_signal(signal.SIGTERM)
+    ended(process)
+    assert checkout.orphans() == [] and checkout.statuses() == ["keep"]
+
+
+def test_workers_that_propose_ahead_keep_every_device_busy(checkout: Checkout):
+    """With --ahead 2 there are three workers for one device; each edit is merged onto the champion of its moment."""
+    checkout.replace("train.py", "LR = 0.1", "\n\n\nLR = 0.5")
+    checkout.commit("lines between the knobs")
+    agent = checkout.agent("""
+        n = count()
+        if n % 2:
+            knob("DEPTH", 4 + n)
+        else:
+            knob("LR", 0.5 - n / 100)
+        say(f"idea {n}")
+    """)
+    checkout.loop("--tag", "t", "--agent-cmd", agent, "--ahead", "2", "--max-experiments", "6")
+    rows = checkout.rows()
+    assert len(rows) >= 4
+    best = [float(row[1]) for row in rows if row[3] == "keep"]
+    assert best == sorted(best, reverse=True)
+    assert not [run for run in checkout.runs() if run.is_stale and run.number not in {r.again_of for r in checkout.runs()}]
+
+
+def test_failure_of_one_worker_rests_no_other(checkout: Checkout):
+    agent = checkout.agent("""
+        if os.getcwd().endswith("/1"):
+            sys.exit("worker one has no log-in today")
+        knob("LR", 0.2 + count() / 100)
+    """)
+    checkout.set_constant("harness/agents.py", "FIRST_BACKOFF", "60")
+    checkout.set_constant("harness/agents.py", "LAST_BACKOFF", "60")
+    checkout.commit("long rests")
+    process = checkout.popen("--tag", "t", "--agent-cmd", agent, "--workers", "2")
+    hear(process, "worker one has no log-in today")
+    wait_for(lambda: len(checkout.rows()) >= 4, seconds=60)
+    process.send_signal(signal.SIGINT)
+    ended(process)
+
+
+def test_more_workers_than_devices_is_said(checkout: Checkout):
+    checkout.replace("prepare.py", "DEVICES = 4", "DEVICES = 1")
+    checkout.commit("one device")
+    done = checkout.loop("--tag", "t", "--agent-cmd", "true", "--workers", "2", "--max-experiments", "0")
+    assert "note: 2 workers, 1 device here" in done.stderr
+    assert errors(done) == []
