@@ -118,7 +118,11 @@ class Ratchet:
         """
         with self.runner.device() as device:  # waits until one is free
             while True:
-                edit, run = self.begin(edit)
+                try:
+                    edit, run = self.begin(edit)
+                except Dropped:
+                    self.forget_stale(edit.again_of)
+                    raise
                 try:
                     runs = self.measure(run, device)
                 finally:
@@ -168,6 +172,13 @@ class Ratchet:
                 cost=edit.cost or {},
             )
             return edit, run
+
+    def forget_stale(self, number: int) -> None:
+        """The gain of that run does not go with the present champion: no later session runs it again."""
+        if number:
+            with self.lock:
+                run = self.tag.ledger[number]
+                self.tag.append(replace(run, is_stale=False, reason="gained on a former champion; does not go with this"))
 
     def find_problem(self, source: bytes, again_of: int = 0) -> str:
         """The gate: why an edit is not worth a run, "" if it is. It must compile, and say something new."""

@@ -3,6 +3,7 @@
 `repository("rev-parse", "HEAD")` runs any command; what is done in several places, or in several steps, has a method.
 """
 
+import contextlib
 import functools
 import os
 import re
@@ -12,8 +13,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from harness.console import UserError, listed
+from harness.console import UserError, listed, say
 from harness.files import remove_folder
+from harness.processes import find_processes
 
 OPTIONS = (  # of every git command, so that neither a person's settings nor an agent's change what it does
     "core.hooksPath=/dev/null",
@@ -68,11 +70,26 @@ class Repository:
             if lock and time.monotonic() < deadline:
                 time.sleep(0.2)
                 continue
+            if lock and self._is_abandoned():
+                Path(lock[1]).unlink(missing_ok=True)
+                say(f"note: removed {lock[1]}, left by a git that was killed")
+                continue
             if lock:
-                raise UserError(f"{lock[1]} is held: end the git that holds it or, if none runs, remove that file")
+                raise UserError(f"{lock[1]} is held: end the git that holds it, or remove that file")
             if default is not None:
                 return default
             raise UserError(f"git {args[0]} failed: {' '.join(message.split())}")
+
+    def _is_abandoned(self) -> bool:
+        """Whether no git runs in this repository, so that a lock which stands there was left by one that was killed."""
+        if not Path("/proc/self").exists():
+            return False
+        for pid in find_processes("cmdline", rb"^([^\0]*/)?git\0"):
+            with contextlib.suppress(OSError):
+                folder = Path(os.readlink(f"/proc/{pid}/cwd"))
+                if {self.checkout, self.common.parent} & {folder, *folder.parents}:
+                    return False
+        return True
 
     def _check_checkout(self) -> None:
         """Raises UserError unless the checkout is the top level of a repository that has a commit."""

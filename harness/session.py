@@ -334,10 +334,9 @@ class Session:
         ahead = self.options.ahead
         if ahead is None:
             ahead = self.options.workers if self.facts.device == "cuda" else 0
-        count = min(self.options.workers + ahead, self.options.max_experiments)
-        worktrees = [self._make_worktree(number) for number in range(1, int(count) + 1)]
-        if self.again and not worktrees:
-            self.again.clear()
+        wanted = max(self.options.max_experiments, len(self.again))
+        count = int(min(self.options.workers + ahead, wanted))
+        worktrees = [self._make_worktree(number) for number in range(1, count + 1)]
         work = {f"worker {n}": lambda w=worktree: self._work(agent, w) for n, worktree in enumerate(worktrees, 1)}
         try:
             if work:
@@ -363,14 +362,15 @@ class Session:
         task: Task | None = None
         refusal = ""
         cost = Cost()
+        while edit := self._next_stale():
+            self._take_through(edit, None)
         while self._begin():
-            edit = self._next_stale()
+            task = task or self._fresh_task()
+            edit, no_proposal, cost = self._propose(agent, worktree, task, refusal, cost)
+            refusal = ""
             if edit is None:
-                task = task or self._fresh_task()
-                edit, no_proposal, cost = self._propose(agent, worktree, task, refusal, cost)
-                refusal = ""
-            if edit is None:
-                self.begun -= 1
+                with self.ratchet.lock:
+                    self.begun -= 1
                 refusal = no_proposal.reason if no_proposal.kind == "refused edit" else ""
                 task.offers += 1
                 if task.offers >= OFFERS or no_proposal.kind == "refused edit":
@@ -395,10 +395,10 @@ class Session:
         champion = self.tag.champion
         return Task(champion, self.tag.repository.read(champion, self.domain.editable), "")
 
-    def _next_stale(self):
-        """A gain on a former champion that an earlier session left, as an edit."""
+    def _next_stale(self) -> Edit | None:
+        """A gain on a former champion that an earlier session left, as an edit; it counts as no new experiment."""
         with self.ratchet.lock:
-            if not self.again:
+            if not self.again or self.is_stopping():
                 return None
             run = self.again.popleft()
         source = self.tag.repository.read(run.commit, self.domain.editable)

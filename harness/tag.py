@@ -67,14 +67,22 @@ class Tag:
     def show_champion(self) -> None:
         """The branch follows the champion. A checkout that shows it goes along, unless a person changed files there."""
         repository = self.repository
-        shows_branch = repository.head_branch() == self.branch
-        tip = repository.commit_of(f"refs/heads/{self.branch}")
-        if tip == self.champion:
-            return
-        if shows_branch and not repository.changed_files(self.checkout, tip or self.champion):
+        if repository.head_branch() == self.branch and not self._has_persons_edits():
             repository.reset(self.checkout, self.champion, self.branch)
         else:
             repository("update-ref", f"refs/heads/{self.branch}", self.champion)
+
+    def _has_persons_edits(self) -> bool:
+        """Whether the checkout differs from the champion by more than that it still shows an earlier one: a kill may
+        have come between the branch and the files."""
+        changed = self.repository.changed_files(self.checkout, self.champion)
+        if changed != [self.domain.editable]:
+            return bool(changed)
+        with contextlib.suppress(OSError), open_regular(self.checkout / self.domain.editable) as file:
+            found = file.read()
+            kept = {run.commit for run in self.ledger.runs if run.status == "keep"}
+            return all(self.repository.read(commit, self.domain.editable) != found for commit in kept)
+        return True
 
     # Runs
 

@@ -1,0 +1,279 @@
+"""Kill -9 at every step: the loop, its agent, its training, or all of them at once as when the plug is pulled.
+
+    uv run pytest tests/test_kill.py                      # a kill while an agent works
+    uv run pytest tests/test_kill.py -m slow              # 100: at state transitions, at random, of children
+    KILLS=150 uv run pytest tests/test_kill.py -m slow    # 300
+
+A state transition is whatever loop.py does to the outside: a process started (git, agent, training), a file of the
+checkout opened, renamed or removed, a folder made. An audit hook, put into the loop's interpreter from outside by a
+sitecustomize.py, counts them and kills right before the n-th; so the loop's files are the shipped ones.
+"""
+
+import contextlib
+import itertools
+import os
+import random
+import signal
+import subprocess
+
+import pytest
+from conftest import Checkout, ended, wait_for
+
+from harness.files import is_locked
+
+KILLS = int(os.environ.get("KILLS", 30))  # with one worker, and as many with four
+HOOK = """
+import os, sys
+
+WATCHED = ("subprocess.Popen", "open", "os.mkdir", "os.rename", "os.remove", "os.symlink", "shutil.rmtree")
+CHECKOUT, LOG, AT = os.environ["KILL_CHECKOUT"], os.environ.get("KILL_LOG"), int(os.environ.get("KILL_AT", 0))
+MOVE = os.environ.get("KILL_MOVE")  # a git command: before its second use in the checkout
+seen, moves, busy = 0, 0, False
+
+def everything():
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if int(pid) != os.getpid() and f"KILL_CHECKOUT={CHECKOUT}".encode() in open(f"/proc/{pid}/environ", "rb").read():
+                os.kill(int(pid), 9)
+        except OSError:
+            pass
+
+def hook(event, args):
+    global seen, moves, busy
+    if busy or event not in WATCHED or (event != "subprocess.Popen" and CHECKOUT not in str(args[:2])):
+        return
+    if event == "open" and str(args[0]).endswith((".py", ".pyc")):
+        return
+    seen += 1
+    if LOG:
+        busy = True
+        with open(LOG, "a") as file:
+            file.write(f"{event} {args[1] if event == 'subprocess.Popen' else args[0]}\\n")
+        busy = False
+    if event == "subprocess.Popen" and str(args[2]) == CHECKOUT and MOVE in args[1]:
+        moves += 1
+    if seen == AT or moves == 2:
+        busy = True
+        if "KILL_ALL" in os.environ:
+            everything()
+        os.kill(os.getpid(), 9)
+
+if sys.orig_argv[1].endswith("loop.py"):
+    sys.addaudithook(hook)
+"""
+
+# Better by one of two knobs that merge (DEPTH, LR), equal and so discarded, or crashing; no two edits are the same.
+AGENT = """
+    n = count()
+    time.sleep(0.03)
+    while (OUTSIDE / "hold the agent").exists():
+        time.sleep(0.01)
+    knob("SECONDS", -n if n % 5 == 4 else 0.05)  # it cannot sleep for less than nothing
+    if n % 5 == 4:
+        pass
+    elif n % 2 == 0:
+        knob("DEPTH", 12 + 1e3 / n)
+    elif n % 4 == 1:
+        knob("LR", 0.1 + 100 / n)
+    else:
+        with open("train.py", "a") as file:
+            file.write(f"X = {n}\\n")
+    say(f"idea {n}")
+"""
+
+
+class Night:
+    """A run that is killed and started again and again, and what must hold after each restart."""
+
+    def __init__(self, checkout: Checkout, workers: int):
+        self.checkout = checkout
+        self.workers = workers
+        self.kills = 0
+        checkout.replace("train.py", "LR = 0.1", "\n\n\nLR = 300")
+        checkout.replace("train.py", "SECONDS = 0.0", "\n\n\nSECONDS = 0.05")
+        checkout.set_knob(DEPTH=3000)
+        with open(checkout.path / "train.py", "a") as file:  # what was measured, told by another witness than the ledger
+            file.write(f'print("x", file=open({str(checkout.outside / "measured")!r}, "a"))\n')
+        checkout.set_constant("harness/repository.py", "LOCK_PATIENCE", "0.3")
+        checkout.commit("a fork with short waits")
+        (checkout.outside / "sitecustomize.py").write_text(HOOK)
+        checkout.env |= {"PYTHONPATH": str(checkout.outside), "KILL_CHECKOUT": str(checkout.path)}
+        self.options = ["--tag", "t", "--agent-cmd", checkout.agent(AGENT), "--workers", str(workers), "--ahead", "1"]
+        self.rows: list[list[str]] = []
+        self.refs: dict[int, str] = {}
+        self.folders: set[int] = set()
+        self.start(0)
+        self.check()
+
+    def start(self, experiments: int, **env: str) -> None:
+        """A start that must end well."""
+        self.checkout.loop(*self.options, "--max-experiments", str(experiments), **env)
+
+    def transitions(self) -> int:
+        """How many there are in a start with two experiments."""
+        log = self.checkout.outside / "transitions"
+        log.unlink(missing_ok=True)
+        self.start(2, KILL_LOG=str(log))
+        self.check()
+        return len(log.read_text().splitlines())
+
+    def kill_at(self, transition: int, everything: bool) -> None:
+        """Kill right before a state transition: the loop alone, or with every process that it started."""
+        env = {"KILL_AT": str(transition)} | ({"KILL_ALL": "1"} if everything else {})
+        process = self.checkout.popen(*self.options, "--max-experiments", "2", **env)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode in (0, -signal.SIGKILL), err
+        self.kills += process.returncode == -signal.SIGKILL
+        self.check_after_kill(f"transition {transition}, everything {everything}")
+
+    def kill_at_move(self, command: str) -> None:
+        """Kill while the checkout moves to a new champion: right before this git command. The first was the start's."""
+        process = self.checkout.popen(*self.options, "--max-experiments", "4", KILL_MOVE=command)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL, err
+        self.kills += 1
+        self.check_after_kill(command)
+
+    def kill_at_random(self, seconds: float, everything: bool) -> None:
+        process = self.checkout.popen(*self.options)
+        try:
+            process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            for pid in self.checkout.processes(f"KILL_CHECKOUT={self.checkout.path}") if everything else [process.pid]:
+                kill(pid)
+        assert process.wait(10) == -signal.SIGKILL
+        process.communicate()
+        self.kills += 1
+        self.check_after_kill(f"after {seconds:.3f} s, everything {everything}")
+
+    def kill_child(self, role: str) -> None:
+        """Kill the agent or the training; the loop goes on, a killed agent costs no row, a killed training one."""
+        hold = self.checkout.hold if role == "run" else self.checkout.outside / "hold the agent"
+        hold.touch()  # until it is killed
+        process = self.checkout.popen(*self.options, "--max-experiments", "2")
+        kill(wait_for(lambda: self.checkout.processes(f"AUTORESEARCH_MARK={self.checkout.home()}:{role}"))[0])
+        hold.unlink()
+        err = ended(process, timeout=60).stderr
+        assert err.count("killed by SIGKILL") == err.count("SIGKILL") == 1, err
+        self.kills += 1
+        before = len(self.rows)
+        self.check()
+        new = self.rows[before:]
+        killed = [row for row in new if "SIGKILL" in row[4]]
+        begun = [row for row in new if not self.runs[row[0]].again_of]
+        assert len(begun) == 2 and len(killed) == (role == "run"), new
+
+    def check_after_kill(self, how: str) -> None:
+        """Nothing recorded may be gone; then a restart must put everything right."""
+        assert self.checkout.rows()[: len(self.rows)] == self.rows, how
+        self.start(0)
+        self.check(how)
+
+    def check(self, how: str = "") -> None:
+        checkout = self.checkout
+        rows = checkout.rows()
+        # the ledger: no row lost, doubled or changed, and a kill loses what was in flight, no more
+        assert rows[: len(self.rows)] == self.rows, how
+        commits = [row[0] for row in rows]
+        assert len(set(commits)) == len(commits), how
+        measured = (checkout.outside / "measured").read_text().count("x")
+        scored = sum(row[3] != "crash" for row in rows)
+        assert scored <= measured <= scored + self.kills * self.workers, how
+        assert (checkout.path / "results.tsv").read_text() == (checkout.home() / "results.tsv").read_text(), how
+        # the champion: the last kept row, branch and files at it
+        kept = next(row[0] for row in reversed(rows) if row[3] == "keep")
+        champion = checkout.git("rev-parse", "refs/heads/autoresearch/t")
+        assert champion.startswith(kept), how
+        assert checkout.git("symbolic-ref", "HEAD") == "refs/heads/autoresearch/t", how
+        assert checkout.git("status", "--porcelain", "--untracked-files=no") == "", how
+        best = [float(row[1]) for row in rows if row[3] == "keep"]
+        assert best == sorted(best, reverse=True) and len(set(best)) == len(best), how
+        # the numbers: none ever reused, every row's commit findable under its own
+        lines = checkout.git("for-each-ref", "--format=%(refname:lstrip=3) %(objectname) %(subject)", "refs/autoresearch/t")
+        refs = {int(number): rest for number, rest in (line.split(" ", 1) for line in lines.splitlines())}
+        for number, rest in refs.items():
+            assert rest.split(" ", 1)[1].startswith(f"run {number:04d}: "), how
+        assert {number: refs[number] for number in self.refs} == self.refs, how
+        runs = checkout.runs()
+        for run in runs:
+            assert run.purpose == "baseline" or refs[run.number].startswith(run.commit), how
+        numbers = [run.number for run in runs]
+        assert len(set(numbers)) == len(numbers), how
+        if self.workers == 1:
+            assert numbers == sorted(numbers), how
+        folders = {int(path.name) for path in (checkout.home() / "runs").iterdir()}
+        assert folders >= self.folders and max(folders) >= max(refs, default=0), how
+        # a gain on a former champion was run again, or dropped by name
+        again = {run.again_of for run in runs}
+        for run in runs:
+            assert not run.is_stale or run.number in again, how
+        self.runs = {run.commit[:7]: run for run in runs}
+        # no process, no lock, nothing on the bench
+        assert checkout.orphans() == [], how
+        assert [path for path in (checkout.path / ".git").rglob("*.lock") if path.is_file()] == [], how
+        assert not is_locked(checkout.home() / "lock"), how
+        assert list((checkout.home() / "scratch").glob("*")) == [], how
+        assert list((checkout.path / ".autoresearch" / "t").glob("*")) == [], how
+        self.rows = rows
+        self.refs = refs
+        self.folders = folders
+
+
+def kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def many_kills(night: Night, count: int, seed: int) -> None:
+    """A night of `count` kills: of ten, five at state transitions, three at random moments, one of each child."""
+    chance = random.Random(seed)
+    every = night.transitions()
+    step = max(1, 2 * every // count)
+    places = itertools.cycle(range(1 + chance.randrange(step), every + 1, step))
+    while night.kills < count:
+        kind = night.kills % 10
+        if kind < 5:
+            night.kill_at(next(places), everything=kind % 2 == 1)
+        elif kind < 8:
+            night.kill_at_random(0.1 + chance.random(), everything=kind == 6)
+        else:
+            night.kill_child("agent" if kind == 8 else "run")
+    print(f"seed {seed}: {night.kills} kills, {len(night.rows)} rows, {every} transitions")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 4])
+def test_kill_at_every_step_loses_nothing(checkout, workers):
+    many_kills(Night(checkout, workers), KILLS, seed=random.randrange(10**6))
+
+
+@pytest.mark.slow
+def test_kill_while_the_checkout_moves_leaves_no_change_in_it(checkout):
+    night = Night(checkout, workers=2)
+    for command in ("read-tree", "restore"):
+        night.kill_at_move(command)
+
+
+@pytest.mark.parametrize("role", ["agent", pytest.param("run", marks=pytest.mark.slow)])
+def test_children_of_a_killed_loop_are_ended_by_the_next(checkout, role):
+    """The first call hangs, with a grandchild in a session of its own; the loop dies; its successor cleans up."""
+    hang = "import subprocess, time; subprocess.Popen(['sleep', '60'], start_new_session=True); time.sleep(60)"
+    agent = f"""
+        n = count()
+        if n == 1 and {role == "agent"}:
+            {hang}
+        knob("DEPTH", knob("DEPTH") + 1)
+        if n == 1:
+            with open("train.py", "a") as file:
+                file.write({hang!r})
+    """
+    command = ["--tag", "t", "--agent-cmd", checkout.agent(agent), "--max-experiments"]
+    process = checkout.popen(*command, "1")
+    wait_for(lambda: any(line.startswith("sleep") for line in checkout.orphans()))
+    process.kill()
+    process.communicate()
+    assert len(checkout.orphans()) == 2 and checkout.statuses() == ["keep"]
+    checkout.loop(*command, "0")  # it starts neither agent nor training, whose own end would sweep as well
+    assert checkout.orphans() == []
+    checkout.loop(*command, "1")
+    assert checkout.statuses() == ["keep", "keep"]

@@ -1,0 +1,302 @@
+"""One run: measure(job, place) on the tests' own evaluator. What it prints, leaves and does decides what is believed."""
+
+import io
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import FAKE_PREPARE, FAKE_TRAIN
+
+from harness import machine, processes, runner
+from harness.ledger import Run
+from harness.processes import find_processes
+from harness.runner import Job, LocalRunner, MachineFault, Place, Stopped, crash_reason, measure, parse_summary
+from loop import DOMAIN
+
+
+def tar_of(files: dict[str, str]) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        for name, text in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(text.encode())
+            tar.addfile(entry, io.BytesIO(text.encode()))
+    return stream.getvalue()
+
+
+class Runs:
+    """An evaluator's data, and runs of a train.py that a test writes, each in a folder of its own."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.outside = folder / "outside"
+        self.outside.mkdir()
+        (folder / "cache").mkdir()
+        self.stop = threading.Event()
+        self.count = 0
+        self.domain = replace(DOMAIN, startup_allowance=8)
+        (folder / "evaluator").mkdir()
+        (folder / "evaluator" / "prepare.py").write_text(FAKE_PREPARE)
+        subprocess.run([sys.executable, "prepare.py"], cwd=folder / "evaluator", check=True)
+        self.facts = machine.describe(DOMAIN, folder / "evaluator", dict(os.environ))
+
+    def job(self, train: str, purpose: str = "experiment", **more: str) -> Job:
+        self.count += 1
+        run = Run(self.count, "c" * 40, "b" * 40, purpose=purpose, description="idea")
+        return Job(run, tar_of({"prepare.py": FAKE_PREPARE, "train.py": train, **more}), self.facts, self.domain)
+
+    def place(self, job: Job) -> Place:
+        output = self.folder / "runs" / f"{job.run.number:04d}"
+        output.mkdir(parents=True, exist_ok=True)
+        return Place(output, self.folder / "scratch", self.folder / "compiled", str(self.folder), "cpu0")
+
+    def measure(self, train: str, **changes) -> Run:
+        job = self.job(train, **changes)
+        return measure(job, self.place(job), self.stop)
+
+    def ending(self, ending: str, **changes) -> Run:
+        """A run of the usual train.py whose last line is another."""
+        return self.measure(FAKE_TRAIN[: FAKE_TRAIN.index("prepare.finish(")] + ending + "\n", **changes)
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch) -> Runs:
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(processes, "KILL_GRACE", 0.5)
+    runs = Runs(tmp_path)
+    yield runs
+    assert not find_processes("environ", f"AUTORESEARCH_MARK={tmp_path}".encode())
+    assert list((tmp_path / "scratch").glob("*")) == []
+
+
+def test_run_that_agrees_with_its_evaluator_is_measured_and_travels(runs: Runs):
+    run = runs.measure(FAKE_TRAIN)
+    assert (run.score, run.memory_mb, run.status) == (1.08, 512.0, "")
+    assert run.summary == {"val_bpb": "1.080000", "peak_vram_mb": "512.0", "attention": "sdpa"}
+    assert 0 <= run.startup_seconds <= run.seconds and 0 <= run.training_seconds < 2
+    assert run.record["weights_sha256"] == "w" * 64 and 0 <= run.busy_others <= 1
+    output = runs.folder / "runs" / "0001"
+    assert json.loads((output / "result.json").read_text())["val_bpb"] == 1.08
+    assert "val_bpb:          1.080000" in (output / "run.log").read_text()
+    assert pickle.loads(pickle.dumps(run)) == run
+    assert pickle.loads(pickle.dumps(runs.job(FAKE_TRAIN))).archive == runs.job(FAKE_TRAIN).archive
+
+
+GOOD = "prepare.finish(0.5)"
+RESULT = "prepare.pathlib.Path(os.environ['AUTORESEARCH_RESULT'])"
+CRASHES = [
+    ("print('---\\nval_bpb: 0.5\\npeak_vram_mb: 1.0')", "printed val_bpb 0.5, but the evaluator left no record"),
+    ("prepare.finish(0.5, profile='other')", "the record's profile is 'other', not 'fake'"),
+    ("prepare.finish(0.5, seed=7)", "the record's seed is 7, not 42"),
+    ("prepare.finish(0.5, rows=3)", "the record's rows is 3, not 7"),
+    ("prepare.finish(0.5, digest='e')", "the record's digest is 'e', not 'ddd"),
+    ("prepare.finish(0.5, split='test')", "the record's split is 'test', not 'val'"),
+    ("prepare.finish(0.5, prepare_sha256='a')", "the record's prepare_sha256 is 'a'"),
+    ("prepare.finish(0.5, val_bpb=0.6)", "printed val_bpb 0.5, the evaluator measured 0.6"),
+    ("prepare.finish(0.5, val_bpb=0.500003)", "printed val_bpb 0.5, the evaluator measured 0.500003"),
+    ("prepare.finish(0.5, val_bpb=True)", "the evaluator's record: val_bpb is True, not a finite number"),
+    ("prepare.finish(0.5, training_seconds='1')", "the evaluator's record: training_seconds is '1'"),
+    (f"{GOOD}; {RESULT}.write_text('[]')", "the evaluator's record is not a JSON object"),
+    (f"{GOOD}; {RESULT}.write_text('{{}}')", "the evaluator's record has no "),
+    (f"{GOOD}; {RESULT}.write_bytes(b'\\xff')", "printed val_bpb 0.5, but the evaluator left no record"),
+    (f"{GOOD}; {RESULT}.write_text('[' * 99999)", "printed val_bpb 0.5, but the evaluator left no record"),
+    ("prepare.finish(-1)", "val_bpb -1 is outside of 0.01 to 100"),
+    ("prepare.finish(1e-300)", "val_bpb 1e-300 is outside"),
+    ("prepare.finish(float('nan'))", "val_bpb is 'nan', not a finite number"),
+    ("prepare.finish(0.5, 4.8e91)", "peak_vram_mb 4.8e+91 cannot be"),
+    ("prepare.finish(0.5, float('inf'))", "peak_vram_mb is 'inf', not a finite number"),
+    ("pass", "no val_bpb printed"),
+    (f"{GOOD}; print('val_bpb: 0.4')", "val_bpb printed 2 times"),
+    ("raise FloatingPointError('loss is nan at step 3')", "FloatingPointError: loss is nan at step 3 (exit code 1)"),
+    ("print('error: bad'); print('For C++ stack trace'); os._exit(3)", "error: bad (exit code 3)"),
+    ("os.kill(os.getpid(), 11)", "killed by SIGSEGV"),
+    ("os.kill(os.getpid(), 9)", "out of memory: killed by the kernel (SIGKILL)"),
+    (f"{GOOD}; os.unlink(str({RESULT}) + '.stopped')", ""),  # seen or not: either way no run hangs on it
+    (f"{GOOD}; {RESULT}.unlink(); os.mkfifo({RESULT})", "printed val_bpb 0.5, but the evaluator left no record"),
+    (f"{GOOD}; {RESULT}.unlink(); {RESULT}.symlink_to('/dev/zero')", "printed val_bpb 0.5, but the evaluator left no"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_run_without_a_believable_result_is_a_crash_with_its_reason(runs: Runs, part: int):
+    for ending, reason in CRASHES[part::4]:
+        run = runs.ending(ending)
+        if reason:
+            assert run.status == "crash" and run.reason.startswith(reason), (ending, run.reason)
+        assert len(run.reason) < 160  # room for the idea in the ledger's cell
+
+
+def test_training_longer_than_the_evaluators_clock_says_is_a_crash(runs: Runs):
+    run = runs.ending(f"time.sleep(3.2); {GOOD}")
+    assert run.status == "crash" and "by the loop's clock, the evaluator counted 0.5 s" in run.reason
+
+
+@pytest.mark.parametrize(
+    "ending",
+    [
+        f"{GOOD}; raise SystemExit(3)",
+        f"{GOOD}; raise ValueError('the sample failed')",
+        f"{GOOD}; import threading; threading.Thread(target=time.sleep, args=(600,)).start()",
+        f"print('99% |####', end=''); {GOOD}",
+        f"{GOOD}; print('---'); print('done')",
+        f"print('99% |####', end='', file=__import__('sys').stderr, flush=True); {GOOD}; print(); print('---')",
+    ],
+)
+def test_run_that_was_scored_is_scored_however_it_ends_and_whatever_it_prints_around(runs: Runs, ending: str):
+    runs.domain = replace(runs.domain, startup_allowance=2)
+    run = runs.ending(ending)
+    assert (run.status, run.score) == ("", 0.5) and run.summary["attention"] == "sdpa"
+
+
+def test_run_that_takes_too_long_is_a_crash_and_leaves_no_process(runs: Runs):
+    runs.domain = replace(runs.domain, startup_allowance=-1)
+    run = runs.ending("time.sleep(600)")
+    assert run.status == "crash" and run.reason == "timeout after 1 s"
+
+
+@pytest.mark.parametrize(
+    ("log", "reason"),
+    [
+        ("", "no output (exit code 1)"),
+        ("step 1\nstep 2\n\n", "step 2 (exit code 1)"),
+        ("Traceback (most recent call last):\n  File x\nValueError: 3 % 2\n", "ValueError: 3 % 2 (exit code 1)"),
+        ("torch.OutOfMemoryError: CUDA\nrank 0 exits\n", "torch.OutOfMemoryError: CUDA (exit code 1)"),
+        ("error: loss is nan at step 7\nattention: sdpa\n", "error: loss is nan at step 7 (exit code 1)"),
+        ("KeyError: 'a'\nDuring handling\nIndexError: b\n", "IndexError: b (exit code 1)"),
+    ],
+)
+def test_crash_reason_is_the_line_that_says_why(log: str, reason: str):
+    assert crash_reason(log, "exit code 1") == reason
+
+
+def test_summary_is_what_stands_together_with_the_metric():
+    log = "depth: 4\n---\nnot: this\n...\nval_bpb:   1.0\nsample: a: b\n\nlater: x\n---\nother: 1\n"
+    assert parse_summary(log, "val_bpb") == {"val_bpb": "1.0", "sample": "a: b"}
+    assert parse_summary("step 1 val_bpb: 9.9\n", "val_bpb") == {}
+
+
+def test_run_finds_the_tree_and_a_fresh_place_and_neither_secrets_nor_variables_of_python(runs: Runs, monkeypatch):
+    names = "ANTHROPIC_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "PGPASSWORD", "GITHUB_PAT", "BASIC_AUTH", "my_key"
+    for name in (*names, "GOOGLE_APPLICATION_CREDENTIALS", "PYTHONPATH", "PYTHONSTARTUP", "PYTHONHASHSEED"):
+        monkeypatch.setenv(name, "withheld")
+    kept = {"CUDA_VISIBLE_DEVICES": "3", "OMP_NUM_THREADS": "2", "PATIENCE": "1"}
+    for name, value in kept.items():
+        monkeypatch.setenv(name, value)
+    spy = (
+        "import json, sys, tempfile, pathlib\n"
+        "found = {'env': dict(os.environ), 'here': os.listdir(), 'path': sys.path,"
+        " 'tmp': os.listdir(tempfile.gettempdir()), 'flags': sys.flags.safe_path}\n"
+        f"open({str(runs.outside / 'found')!r}, 'w').write(json.dumps(found))\n"
+        "pathlib.Path(tempfile.gettempdir(), 'left').touch()\n"
+        "pathlib.Path('left').touch()\n"
+    )
+    for _ in range(2):
+        runs.ending(spy + GOOD)
+        found = json.loads((runs.outside / "found").read_text())
+        variables = found["env"]
+        assert "withheld" not in variables.values() and kept.items() <= variables.items()
+        assert variables["AUTORESEARCH_SEED"] == "42" and variables["AUTORESEARCH_PROFILE"] == "fake"
+        assert variables["TORCHINDUCTOR_CACHE_DIR"] == str(runs.folder / "compiled" / "inductor")
+        assert set(found["here"]) == {"prepare.py", "train.py"} and found["tmp"] == []
+        assert found["flags"] and found["path"][-1] == variables["PWD"]  # what is installed goes before the tree
+
+
+def test_files_beside_train_shadow_nothing_that_is_installed(runs: Runs):
+    evil = dict.fromkeys(("json.py", "git.py", "numpy.py", "sitecustomize.py"), "1 / 0")
+    job = runs.job(FAKE_TRAIN.replace("import os, time", "import json, os, time, numpy\n"), **evil)
+    assert measure(job, runs.place(job), runs.stop).score == 1.08
+
+
+def test_network_of_an_audit_is_scored_again_without_train(runs: Runs):
+    fresh_cache = f"assert {str(runs.folder / 'compiled')!r} not in os.environ['TORCHINDUCTOR_CACHE_DIR']"
+    run = runs.ending(f"{fresh_cache}; {GOOD}", purpose="audit")
+    assert (run.score, run.test_score, run.clean_score, run.clean_test_score) == (0.5, 0.51, 0.5, 0.51)
+    assert run.problem == ""
+    run = runs.ending("prepare.finish(0.5, exported=None, export_problem='it has a lock')", purpose="audit")
+    assert (run.score, run.clean_score, run.problem) == (0.5, None, "it has a lock")
+
+
+def test_run_on_another_device_or_kernel_is_the_machines_fault_at_first(runs: Runs):
+    with pytest.raises(MachineFault, match="it ran on a tpu, the baseline on a cpu") as caught:
+        runs.ending("prepare.finish(0.5, device_name='tpu')")
+    assert caught.value.is_suspect
+    job = replace(runs.job(FAKE_TRAIN), baseline={"attention": "flash"})
+    with pytest.raises(MachineFault, match="attention is sdpa, the baseline's is flash"):
+        measure(job, runs.place(job), runs.stop)
+
+
+def test_crash_beside_lost_data_or_a_full_disk_is_the_machines_fault(runs: Runs, monkeypatch):
+    with pytest.raises(MachineFault, match="the data is not as it was: no manifest"):
+        runs.ending(f"open({str(runs.folder / 'cache' / 'manifest.json')!r}, 'w'); raise ValueError('no data')")
+    monkeypatch.setattr(machine, "MIN_FREE_GB", 1e9)
+    with pytest.raises(MachineFault, match="GB free on the disk"):
+        runs.measure(FAKE_TRAIN)
+
+
+def test_crash_beside_a_gpu_whose_free_memory_sank_is_a_crash_after_two_more_tries(runs: Runs, tag, monkeypatch):
+    """Unified memory counts the page cache: a plain NameError must not be retried for ever."""
+    monkeypatch.setattr(runner, "RETRY_SECONDS", 0.01)
+    local = LocalRunner(tag, runs.facts, 1, runs.stop)
+    job = runs.job("undefined_name")
+    devices = {"cpu0": {"lock": "", "free_gb": 99.0}}
+    job = replace(job, facts=replace(runs.facts, devices=devices))
+    tag.folder(job.run.number).mkdir(parents=True)
+    run = local.measure(job, "cpu0")
+    assert run.status == "crash" and "0.0 GB free, at the start 99.0" in run.reason
+
+
+def test_device_that_another_run_holds_is_waited_for(runs: Runs, tag, monkeypatch, capsys):
+    import fcntl
+
+    monkeypatch.setattr(runner, "RETRY_SECONDS", 0.1)
+    lock = Path(runs.facts.devices["cpu0"]["lock"])
+    local = LocalRunner(tag, runs.facts, 1, runs.stop)
+    job = runs.job(FAKE_TRAIN)
+    tag.folder(job.run.number).mkdir(parents=True)
+    with open(lock, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        threading.Timer(1, fcntl.flock, (file, fcntl.LOCK_UN)).start()
+        assert local.measure(job, "cpu0").score == 1.08
+    assert capsys.readouterr().err.count("waiting: another run holds the device cpu") == 1
+
+
+def test_stop_ends_a_run_without_a_result(runs: Runs):
+    threading.Timer(1, runs.stop.set).start()
+    with pytest.raises(Stopped):
+        runs.ending("time.sleep(600)")
+
+
+def test_folder_that_cannot_be_removed_stands_in_nobodys_way(runs: Runs):
+    run = runs.ending(f"{GOOD}; os.chmod('.', 0); os.chmod('..', 0)")
+    assert run.score == 0.5
+    assert runs.ending(GOOD).score == 0.5
+
+
+def test_killed_loop_takes_its_run_along(runs: Runs, tmp_path):
+    """The loop is killed with -9: the training dies with it, by PR_SET_PDEATHSIG, without a sweep."""
+    job = runs.job(FAKE_TRAIN.replace("SECONDS = 0.0", "SECONDS = 600"))
+    (tmp_path / "job").write_bytes(pickle.dumps((job, runs.place(job))))
+    code = (
+        "import pickle, sys, threading; sys.path.insert(0, sys.argv[1])\n"
+        "from harness.runner import measure\n"
+        "job, place = pickle.loads(open(sys.argv[2], 'rb').read())\n"
+        "measure(job, place, threading.Event())"
+    )
+    root = str(Path(__file__).parents[1])
+    loop = subprocess.Popen([sys.executable, "-c", code, root, str(tmp_path / "job")])
+    mark = f"AUTORESEARCH_MARK={tmp_path}".encode()
+    from conftest import wait_for
+
+    wait_for(lambda: find_processes("environ", mark))
+    loop.send_signal(signal.SIGKILL)
+    loop.wait()
+    wait_for(lambda: not find_processes("environ", mark), seconds=10)
+    subprocess.run(["rm", "-rf", str(tmp_path / "scratch")], check=True)
