@@ -182,8 +182,6 @@ def command_try(domain: Domain, checkout: Path, ratchet: type, args: argparse.Na
         print(last_line)
     else:
         print(verdict(tag.ledger, new[-1]))
-        if advice := how_to_go_back(tag):
-            print(advice)
     return code
 
 
@@ -303,21 +301,6 @@ def put_back(tag: Tag, source: bytes) -> bool:
 
 def _exit_code(tag: Tag) -> int:
     return 1 if tag.ledger.rows[-1].status == "crash" else 0
-
-
-def how_to_go_back(tag: Tag) -> str:
-    """The line below a verdict: a former champion is believed better, and this command takes it back; "" if none is."""
-    ledger = tag.ledger
-    former = ledger.better_former()
-    error = ledger.standard_error(former, ledger.champion) if former else None
-    if not former or error is None:
-        return ""
-    change = tag.domain.gain(ledger.best, ledger.believed(former))
-    if change <= 2 * error:
-        return ""
-    number = ledger.first_run_of(former).number
-    again = f"'uv run loop.py try --again {number}' measures it again, and makes it the best if that holds"
-    return f"{former[:7]}, a former best, is believed better by {tag.domain.score_text(change)}: {again}"
 
 
 # status, report, audit, check

@@ -255,7 +255,7 @@ def _believe(run: Run, job: Job, folder: Path, log: str, ending: Ending, clock: 
 
 def parse_summary(log: str, metric: str) -> dict[str, str]:
     """The `key: value` lines that stand together with the last one of the metric."""
-    lines = re.split(r"[\r\n]+", log)
+    lines = re.split(r"\r\n|\r|\n", log)
     last = max((number for number, line in enumerate(lines) if line.startswith(f"{metric}:")), default=None)
     if last is None:
         return {}
