@@ -16,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -302,9 +303,10 @@ def _words_of(event: dict) -> tuple[str, bool]:
     text = text or _first_text(event, WORDS)
     if is_error and not text:
         text = str(event.get("subtype") or kind)
-    denied = {str(_at(denial, "tool_name")) for denial in event.get("permission_denials") or []}
-    if denied and not is_error:
-        return f"it was not allowed to use {', '.join(sorted(denied))}: {text}", True
+    denials = event.get("permission_denials")
+    if isinstance(denials, list) and denials and not is_error:
+        tools = ", ".join(sorted({str(_at(denial, "tool_name")) for denial in denials}))
+        return f"it was not allowed to use {tools}: {text}", True
     codes = [str(code) for code in (_at(event, *place) for place in CODES) if isinstance(code, int)]
     if is_error and codes and codes[0] not in text:
         text = f"{codes[0]}: {text}"
@@ -445,7 +447,6 @@ class Worktree:
         self._tag = tag
         self._repository = tag.repository
         self._mark = mark
-        self._pointer = ""  # what <folder>/.git says
         self._copied: dict[str, list[int]] = {}  # run -> times of its files
 
     def propose(
@@ -459,13 +460,14 @@ class Worktree:
         stop: threading.Event,
     ) -> Proposal | NoProposal:
         """Run the agent once, headless, on `start` in the champion's tree. Takes minutes."""
+        self.notes.mkdir(parents=True, exist_ok=True)
         self._lay_out(champion, start)
         # Some CLIs read nothing outside of their folder; in it, the prompt would be found by every search.
         takes_file = "{prompt_file}" in agent.command
         prompt_file = (self.folder if takes_file else self.notes) / "prompt.md"
         answers = self.notes / "answer"
         remove_folder(answers)
-        answers.mkdir(parents=True)
+        answers.mkdir()
         write_atomically(prompt_file, prompt)
         words = shlex.split(agent.command)
         words = [word.replace("{prompt_file}", str(prompt_file)).replace("{answer}", str(answers)) for word in words]
@@ -490,25 +492,17 @@ class Worktree:
     # Before
 
     def _lay_out(self, champion: str, start: bytes) -> None:
-        """Make the worktree ready: nothing of the last proposal is left in it."""
-        if self._is_whole():
-            try:
-                self._repository.reset(self.folder, champion)
-            except UserError:  # an agent broke it in a way that git cannot mend
-                self._pointer = ""
-        if not self._is_whole():
+        """Make the worktree anew, whatever the last proposal left in it; what takes time to make is carried over."""
+        with tempfile.TemporaryDirectory(dir=self.notes) as aside:
+            for name in (".venv", "runs"):  # `uv run` makes the first
+                with contextlib.suppress(OSError):
+                    os.rename(self.folder / name, Path(aside, name))
             self._repository.add_worktree(self.folder, champion)
-            self._pointer = read_text(self.folder / ".git")
-            self._copied = {}
-        # `uv run` makes a .venv here: making it anew would take its time for every proposal.
-        self._repository("clean", "-ffdxq", "-e", "/runs", "-e", "/.venv", cwd=self.folder, default="")
+            for name in os.listdir(aside):
+                os.rename(Path(aside, name), self.folder / name)
         write_atomically(self.folder / self._repository.editable, start)
         write_atomically(self.folder / "results.tsv", read_text(self._tag.home / "results.tsv"))
         self._copy_runs()
-
-    def _is_whole(self) -> bool:
-        """Whether git still finds this worktree here: without its pointer it would take the person's checkout."""
-        return self._pointer != "" and read_text(self.folder / ".git") == self._pointer
 
     def _copy_runs(self) -> None:
         """The newest runs in `runs/`, so that an agent need not leave its folder; only new ones are copied."""
@@ -566,9 +560,9 @@ class Worktree:
             return Proposal(source, description, answer.cost, self._touched(champion))
         if not ending.problem and not answer.error:
             return NoProposal(f"the agent left {name} as it was", "unchanged", answer.cost)
-        said = answer.error or (answer.words[-1] if answer.words else _last_words(self.log))
+        said = one_line(answer.error or (answer.words[-1] if answer.words else _last_words(self.log)), REASON_CHARS)
         how = f"ended with {ending.problem}" if ending.problem else "failed"
-        reason = f"the agent {how}: {one_line(said, REASON_CHARS)}".rstrip(": ")
+        reason = f"the agent {how}: {said}".rstrip(": ")
         kind = "failed"
         if answer.error or not answer.words:
             kind = _kind_of_failure(said)
@@ -577,23 +571,23 @@ class Worktree:
         return NoProposal(reason, kind, answer.cost)
 
     def _touched(self, champion: str) -> tuple[str, ...]:
-        with contextlib.suppress(UserError):
-            if self._is_whole():
+        changed: list[str] = []
+        if (self.folder / ".git").is_file():  # else git would look at the person's checkout
+            with contextlib.suppress(UserError):  # the agent broke it
                 changed = self._repository.changed_files(self.folder, champion)
-                return tuple(file for file in changed if file != self._repository.editable)
-        return ()
+        return tuple(file for file in changed if file != self._repository.editable)
 
 
 def _last_words(log: Path) -> str:
     """The last lines of plain text that say something: `}` and `[object Object]` do not."""
     lines = [one_line(line, REASON_CHARS) for line in read_end(log, 4000).splitlines()]
     lines = [line for line in lines if re.search(r"[^\W\d_]{3}", line) and line != "[object Object]"]
-    said = ""
-    for line in lines[::-1]:
+    said = lines[-1] if lines else ""
+    for line in lines[-2::-1]:
         if len(line) + len(said) >= REASON_CHARS:
             break
         said = f"{line} {said}"
-    return said or "".join(lines[-1:])
+    return said
 
 
 class BackOff:
