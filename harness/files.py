@@ -36,14 +36,18 @@ def read_head(path: Path, size: int) -> str:
     return ""
 
 
+def read_end(path: Path, size: int) -> str:
+    """The last bytes of a regular file as text; "" where there is none."""
+    with contextlib.suppress(OSError), open_regular(path) as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - size))
+        return file.read(size).decode(errors="replace")
+    return ""
+
+
 def read_tail(path: Path, lines: int, width: int = 300) -> str:
     """The last lines of a log, each cut to `width` characters; "" where there is none."""
-    with contextlib.suppress(OSError), open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        file.seek(max(0, size - 4 * width * lines))  # a character has up to four bytes
-        text = file.read().decode(errors="replace").strip()
-        return "\n".join(line[:width] for line in re.split(r"[\r\n]+", text)[-lines:])
-    return ""
+    text = read_end(path, 4 * width * lines).strip()  # a character has up to four bytes
+    return "\n".join(line[:width] for line in re.split(r"[\r\n]+", text)[-lines:])
 
 
 def new_file(path: Path, buffering: int = -1):

@@ -29,6 +29,14 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Call:
+    """Calls another of the CLI's own tools: claude's Edit, Write or Read."""
+
+    tool: str
+    arguments: dict
+
+
+@dataclass(frozen=True)
 class Say:
     """Answers with text, which ends the agent's work."""
 
@@ -48,7 +56,7 @@ class Hang:
     """Accepts the request and never answers."""
 
 
-Turn = Run | Say | Status | Hang
+Turn = Run | Call | Say | Status | Hang
 
 # -----------------------------------------------------------------------------
 # What a request says
@@ -67,6 +75,11 @@ class Request:
         return {tool["name"]: tool.get("parameters") or tool.get("input_schema") for tool in tools if "name" in tool}
 
     @property
+    def text(self) -> str:
+        """Everything that the request says, results of tools too."""
+        return json.dumps(self.body)
+
+    @property
     def user_text(self) -> str:
         """All that the user's side said, joined: a prompt must be in it whole."""
         messages = self.body.get("messages") or self.body.get("input") or []
@@ -79,26 +92,28 @@ def texts(content: str | list | None) -> list[str]:
     return [part["text"] for part in content or [] if "text" in part]
 
 
-def shell_call(request: Request, command: str) -> tuple[str, dict]:
-    """The name of the CLI's shell tool and the arguments that its schema wants for the command."""
+def tool_call(request: Request, turn: Run | Call) -> tuple[str, dict]:
+    """The name of the CLI's tool and its arguments: of its shell those that its schema wants for the command."""
+    if isinstance(turn, Call):
+        return turn.tool, turn.arguments
     name = next(name for name in SHELL_TOOLS if name in request.tools)
     schema = request.tools[name]
-    values = {field: command if field in ("command", "cmd") else "an edit" for field in schema["properties"]}
+    values = {field: turn.command if field in ("command", "cmd") else "an edit" for field in schema["properties"]}
     return name, {field: values[field] for field in schema.get("required", [])}
 
 
-SHELL_TOOLS = ("Bash", "bash", "exec_command")  # claude's; opencode's and vibe's; codex's
+SHELL_TOOLS = ("Bash", "bash", "exec_command", "run_shell_command")  # claude's; opencode's, vibe's, pi's; codex's; qwen's
 
 # -----------------------------------------------------------------------------
 # The three streams. Each takes the request, its number and a turn, and gives (event, data) pairs.
 
 
-def anthropic_messages(request: Request, number: int, turn: Run | Say):
+def anthropic_messages(request: Request, number: int, turn: Run | Call | Say):
     if isinstance(turn, Say):
         stop_reason, block = "end_turn", {"type": "text", "text": ""}
         delta = {"type": "text_delta", "text": turn.text}
     else:
-        name, arguments = shell_call(request, turn.command)
+        name, arguments = tool_call(request, turn)
         stop_reason, block = "tool_use", {"type": "tool_use", "id": f"toolu_{number}", "name": name, "input": {}}
         delta = {"type": "input_json_delta", "partial_json": json.dumps(arguments)}
     message = {"id": f"msg_{number}", "type": "message", "role": "assistant", "model": request.body["model"]}
@@ -115,11 +130,11 @@ def anthropic_messages(request: Request, number: int, turn: Run | Say):
         yield data["type"], data
 
 
-def openai_responses(request: Request, number: int, turn: Run | Say):
+def openai_responses(request: Request, number: int, turn: Run | Call | Say):
     if isinstance(turn, Say):
         item = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": turn.text}]}
     else:
-        name, arguments = shell_call(request, turn.command)
+        name, arguments = tool_call(request, turn)
         item = {"type": "function_call", "call_id": f"call_{number}", "name": name, "arguments": json.dumps(arguments)}
     item["id"] = f"item_{number}"
     usage = {"input_tokens": 1, "output_tokens": 1, "total_tokens": 2}
@@ -131,11 +146,11 @@ def openai_responses(request: Request, number: int, turn: Run | Say):
         yield data["type"], data
 
 
-def chat_completions(request: Request, number: int, turn: Run | Say):
+def chat_completions(request: Request, number: int, turn: Run | Call | Say):
     if isinstance(turn, Say):
         finish_reason, delta = "stop", {"role": "assistant", "content": turn.text}
     else:
-        name, arguments = shell_call(request, turn.command)
+        name, arguments = tool_call(request, turn)
         call = {"index": 0, "id": f"call_{number}", "type": "function"}
         call["function"] = {"name": name, "arguments": json.dumps(arguments)}
         finish_reason, delta = "tool_calls", {"role": "assistant", "content": "", "tool_calls": [call]}

@@ -1,0 +1,170 @@
+"""What an agent is told: the human's instructions, then what only the loop knows. Pure text from the ledger.
+
+Everything is cut to a number of lines, whatever the ledger's length.
+"""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from harness.agents import DESCRIPTION_FILE
+from harness.console import one_line
+from harness.domain import Domain
+from harness.ledger import Ledger, Run
+
+LAST_ROWS = 20
+KEPT = 30  # newest kept changes
+NEAR_MISSES = 10  # best discards
+DEAD_ENDS = 15  # newest of them
+DEAD_END_SIGMAS = 3  # a loss that two single runs tell from chance
+UNSETTLED = 5  # newest crashes, and discards on a busy machine
+BUSY = 0.1  # of the processors used by others: from here on a discard says little
+PLATEAU = 15  # experiments without a keep
+RUNNING = 50  # newest
+TASK_CHARS = 20_000  # of a crash's log, of a diff
+
+
+def write_prompt(
+    instructions: str, ledger: Ledger, running: list[str], verdicts: list[str], refusal: str, task: str
+) -> str:
+    """The whole prompt. `task` is what this proposal starts from beyond the champion, `refusal` why the last failed."""
+    domain = ledger.domain
+    rows = "".join([domain.columns, *[run.row(domain) for run in ledger.rows[-LAST_ROWS:]]]).rstrip()
+    parts = [
+        instructions.rstrip(),
+        "---",
+        "# This experiment",
+        f"loop.py calls you for one proposal. {ledger.standing()}",
+        f"The ledger's last rows (results.tsv has all, runs/ the newest logs and diffs):\n\n{rows}",
+        *memory(ledger),
+    ]
+    if verdicts:
+        tables = "\n\n".join(text[:TASK_CHARS] for text in verdicts)
+        parts.append(f"The latest verdicts, each run beside its base (why did it win or lose?):\n\n{tables}")
+    if running:
+        words = "".join(_bullets(one_line(description) for description in running[-RUNNING:])).rstrip()
+        parts.append(f"Running or waiting now, the verdict unknown (propose something else):\n\n{words}")
+    if refusal:
+        parts.append(f"The last proposal was refused: {one_line(refusal, 500)}")
+    if task:
+        parts.append(task)
+    parts.append(
+        f"Now: edit {domain.editable} once, one idea. Write one line that describes it to {DESCRIPTION_FILE}. "
+        "Do not train, do not commit, touch no other file, install nothing. Then stop."
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One commit, however often it ran."""
+
+    run: Run  # the first of those that decided its status
+    status: str  # keep if it ever was, else discard, else crash
+    score: float | None  # that is believed
+    is_busy: bool  # others used the machine during all of its runs
+
+    def row(self, domain: Domain) -> str:
+        return replace(self.run, score=self.score).row(domain)
+
+
+def memory(ledger: Ledger) -> list[str]:
+    """What was kept, what was nearly kept, what led nowhere, and whether the neighbourhood is exhausted."""
+    domain = ledger.domain
+    experiments = _experiments(ledger)
+    kept = [one for one in experiments if one.status == "keep"]
+    discarded = [one for one in experiments if one.status == "discard" and one.score is not None]
+    near = sorted(discarded, key=lambda one: one.score, reverse=not domain.lower_is_better)[:NEAR_MISSES]
+    near_commits = {one.run.commit for one in near}
+    dead = [line for one, line in _dead_ends(ledger, discarded) if one.run.commit not in near_commits]
+    unsettled = []
+    for one in experiments:
+        if one.status == "crash":
+            unsettled.append(f"it crashed: {': '.join(filter(None, (one.run.reason, one.run.description)))}")
+        elif one.status == "discard" and one.is_busy:
+            unsettled.append(f"the machine was busy: {one.run.description}")
+    sections = (
+        ("Kept so far:", [one.row(domain) for one in kept[-KEPT:]]),
+        ("Near misses, the best of what was discarded (two may go together):", [one.row(domain) for one in near]),
+        (
+            "Dead ends, clearly worse than the best of their time (try something else; a champion that has changed "
+            "since in what they depend on may reopen one):",
+            _bullets(dead[-DEAD_ENDS:]),
+        ),
+        ("Not settled, and no dead ends (a mended or changed form may work):", _bullets(unsettled[-UNSETTLED:])),
+    )
+    parts = [f"{title}\n\n{''.join(lines).rstrip()}" for title, lines in sections if lines]
+    since_keep = _settled_since_keep(ledger, experiments)
+    if since_keep >= PLATEAU:
+        parts.append(
+            f"Nothing was kept in the last {since_keep} experiments: leave this neighbourhood, try something else."
+        )
+    return parts
+
+
+def _experiments(ledger: Ledger) -> list[Experiment]:
+    """In the order of their first runs; without the baseline, and gains on a former champion, which ran again."""
+    by_commit: dict[str, list[Run]] = {}
+    for run in ledger.rows:
+        if run.commit != ledger.baseline and not run.is_stale:
+            by_commit.setdefault(run.commit, []).append(run)
+    found = []
+    for commit, runs in by_commit.items():
+        statuses = {run.status for run in runs}
+        status = next(status for status in ("keep", "discard", "crash") if status in statuses)
+        decisive = [run for run in runs if run.status == status]
+        is_busy = all((run.busy_others or 0.0) > BUSY for run in decisive)
+        found.append(Experiment(decisive[0], status, ledger.believed(commit), is_busy))
+    return found
+
+
+def _dead_ends(ledger: Ledger, discarded: list[Experiment]) -> list[tuple[Experiment, str]]:
+    """Discards that lost clearly to their base, each with a line that says to which. None while sigma is unknown."""
+    sigma = ledger.sigma
+    found = []
+    for one in discarded if sigma is not None else []:
+        base = ledger.first_run_of(one.run.base)
+        base_score = ledger.believed(one.run.base) if base else None
+        if base_score is None or one.is_busy:
+            continue
+        loss = ledger.domain.gain(one.score, base_score)
+        if loss > DEAD_END_SIGMAS * sigma:
+            than = f"{base.commit[:7]} ({one_line(base.description, 60)})"
+            words = ": ".join(filter(None, (one.run.reason, one.run.description)))
+            found.append((one, f"{words}: {ledger.domain.score_text(loss)} worse than {than}"))
+    return found
+
+
+def _settled_since_keep(ledger: Ledger, experiments: list[Experiment]) -> int:
+    """How many experiments the present champion has outlasted, crashes and those that say little aside."""
+    champion = ledger.first_run_of(ledger.champion)
+    since = champion.number if champion else 0
+    return sum(one.status == "discard" and one.run.number > since and not one.is_busy for one in experiments)
+
+
+def _bullets(lines: Iterable[str]) -> list[str]:
+    return [f"- {one_line(line, 400)}\n" for line in lines]
+
+
+# What a proposal starts from beyond the champion
+
+
+def crash_task(editable: str, log_end: str) -> str:
+    return (
+        f"{editable} now holds an experiment that crashed: mend it, or restore it and try another idea. "
+        f"The end of its log:\n\n{log_end[-TASK_CHARS:]}"
+    )
+
+
+def conflict_task(description: str, own_diff: str, champion_diff: str) -> str:
+    return (
+        f"The experiment '{description}' does not merge with the new champion. If it still makes sense, do it again "
+        f"on the file as it is now. Its diff:\n\n{own_diff[:TASK_CHARS]}\n\n"
+        f"What the champion changed meanwhile:\n\n{champion_diff[:TASK_CHARS]}"
+    )
+
+
+def unified(old: bytes, new: bytes) -> str:
+    """The difference of two sources."""
+    texts = [source.decode(errors="replace").splitlines() for source in (old, new)]
+    return "\n".join(difflib.unified_diff(*texts, "before", "after", lineterm=""))

@@ -1,0 +1,525 @@
+"""harness/agents.py without a real CLI: what an agent finds, what counts of what it leaves, its words and its cost.
+
+    uv run pytest tests/test_agents.py
+
+Every agent here is a real process in a real worktree.
+"""
+
+import json
+import os
+import sys
+import threading
+
+import pytest
+from agent_fixtures import TRAIN, Lab
+
+from harness import agents
+from harness.agents import AGENTS, Agent, BackOff, Cost, NoProposal, Proposal, agent_environment, choose_agent
+from harness.console import UserError
+from harness.processes import find_marked
+
+EDIT = 'knob("DEPTH", 8); say("raise depth")\n'
+EDITED = TRAIN.replace("DEPTH = 4", "DEPTH = 8").encode()
+
+
+@pytest.fixture
+def lab(tmp_path):
+    lab = Lab(tmp_path, dict(os.environ))
+    yield lab
+    assert find_marked(lab.tag.mark) == set()
+
+
+# -----------------------------------------------------------------------------
+# What an agent finds, and what it gives
+
+
+def test_proposal_is_the_edited_file_with_its_description_and_other_changes_are_told_and_gone(lab):
+    other = lab.propose('pathlib.Path("prepare.py").write_text("1"); git("commit -qam mine")\n' + EDIT)
+    assert other == Proposal(EDITED, "raise depth", agents.UNKNOWN, ("prepare.py",))
+    found = lab.propose('assert not pathlib.Path("experiment.txt").exists(); git("diff --quiet HEAD"); knob("LR", 0.2)')
+    assert isinstance(found, Proposal), found
+    assert (found.description, found.touched) == ("LR 0.1 -> 0.2", ())
+
+
+def test_agent_finds_ledger_and_newest_runs_inside_its_worktree(lab, monkeypatch):
+    monkeypatch.setattr(agents, "RUNS_COPIED", 3)
+    lab.add_run(log="x" * 100_000 + "the end\n", status="discard", description="wider", score=1.6)
+    look = """
+        assert "wider" in pathlib.Path("results.tsv").read_text()
+        log = pathlib.Path("runs/0002/run.log").read_text()
+        assert len(log) == 65536 and log.endswith("the end\\n")
+        assert not [path for path in pathlib.Path(".").rglob("*") if path.is_symlink()]
+        import shutil; shutil.rmtree("runs/0001")
+        knob("DEPTH", len(os.listdir("runs")))
+    """
+    assert b"DEPTH = 1" in lab.propose(look).source
+    for number in range(3, 6):
+        lab.add_run(log=f"log {number}")
+    untouched = lab.file("runs").stat().st_ino
+    lab.propose(EDIT)
+    assert sorted(os.listdir(lab.file("runs"))) == ["0003", "0004", "0005"]
+    assert lab.file("runs/0005/run.log").read_text() == "log 5"
+    assert lab.file("runs").stat().st_ino == untouched
+    written = lab.file("runs/0005/run.log").stat().st_mtime_ns
+    (lab.tag.folder(4) / "run.log").write_text("it went on")
+    lab.propose(EDIT)
+    assert lab.file("runs/0005/run.log").stat().st_mtime_ns == written  # copied once
+    assert lab.file("runs/0004/run.log").read_text() == "it went on"
+
+
+def test_agent_begins_from_the_crashed_file_where_there_is_one_and_leaving_it_is_no_edit(lab):
+    crashed = TRAIN + "1 / 0\n"
+    assert lab.propose("pass", start=crashed).kind == "unchanged"
+    assert lab.propose(EDIT, start=crashed).source == EDITED + b"1 / 0\n"
+    assert lab.propose(EDIT).source == EDITED
+
+
+PROMPT = 'Quote "it", $HOME, `ls`, \\n and ü.\n' * 3000  # 100 kB
+
+
+def test_prompt_comes_on_standard_input_or_as_a_file_inside_the_worktree(lab):
+    agent = lab.agent('(OUTSIDE / "seen").write_text("".join(map(str, sys.argv[1:])) + sys.stdin.read())\n' + EDIT)
+    lab.propose(agent, prompt=PROMPT)
+    assert (lab.outside / "seen").read_text() == PROMPT
+    lab.propose(Agent(f"{agent.command} 'Read {{prompt_file}}.'"), prompt=PROMPT)
+    path = lab.file("prompt.md")
+    assert (lab.outside / "seen").read_text() == f"Read {path}." and path.read_text() == PROMPT
+    lab.propose(agent)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("body", "description"),
+    [
+        ('knob("DEPTH", 8); say("a\\tline\\nor two \\u202e" + "x" * 300)', "a line or two " + "x" * 186),
+        ('knob("DEPTH", 8); pathlib.Path("experiment.txt").write_bytes(b"caf\\xff\\x00")', "caf\ufffd"),
+        ('knob("DEPTH", 8); say("\\n")', "DEPTH 4 -> 8"),
+        ('knob("DEPTH", 8); os.mkfifo("experiment.txt")', "DEPTH 4 -> 8"),
+        ('knob("DEPTH", 8); os.mkdir("experiment.txt")', "DEPTH 4 -> 8"),
+        ('open("train.py", "a").write("1\\n"); os.symlink("/etc/hostname", "experiment.txt")', "edit of train.py"),
+    ],
+)  # fmt: skip
+def test_description_is_one_clean_line_of_the_agents_or_the_changed_constants(lab, body, description):
+    assert lab.propose(body).description == description
+
+
+# -----------------------------------------------------------------------------
+# Harm
+
+HARM = {
+    "deletes everything": 'subprocess.run("rm -rf * .git .gitignore", shell=True); '
+    f'pathlib.Path("train.py").write_text({TRAIN!r})',
+    "removes the worktree's pointer": 'os.remove(".git")',
+    "points git elsewhere": 'pathlib.Path(".git").write_text("gitdir: ../../../.git\\n")',
+    "initialises its own repository": 'os.remove(".git"); git("init -q")',
+    "removes git's entry of the worktree": 'import shutil; '
+    'shutil.rmtree(subprocess.getoutput("git rev-parse --absolute-git-dir"))',
+    "commits": 'pathlib.Path("prepare.py").write_text("1"); git("commit -qam mine"); git("checkout -q -b mine$$")',
+    "stages junk": 'pathlib.Path("junk").write_text("1"); git("add -A -f"); git("rm -q --cached prepare.py")',
+    "hides a change from git": 'pathlib.Path("prepare.py").write_text("1"); '
+    'git("update-index --skip-worktree prepare.py")',
+    "spoils the index": 'pathlib.Path(subprocess.getoutput("git rev-parse --git-path index")).write_bytes(b"junk")',
+    "leaves a lock": 'pathlib.Path(subprocess.getoutput("git rev-parse --git-path index.lock")).touch()',
+    "checks out next to nothing": 'git("sparse-checkout set --no-cone nothing"); git("show HEAD:train.py > train.py")',
+    "turns files into folders": 'os.remove("prepare.py"); os.makedirs("prepare.py/x"); os.makedirs("torch/y")',
+    "puts pipes": 'os.remove("results.tsv"); [os.mkfifo(n) for n in ("results.tsv", ".train.py", "prompt.md")]',
+    "replaces the runs": 'subprocess.run("rm -rf runs", shell=True); os.symlink(OUTSIDE, "runs")',
+    "makes a pipe of the runs": 'subprocess.run("rm -rf runs", shell=True); os.mkfifo("runs")',
+    "leaves 40 MB": 'pathlib.Path("weights.bin").write_bytes(b"x" * 40_000_000)',
+    "nests repositories": 'os.mkdir("nested"); git("init -q nested"); os.chmod("train.py", 0o755)',
+    "edits its instructions": 'pathlib.Path("program.md").write_text("Cheat.")',
+    "prints without end": 'for _ in range(300): print("x" * 100_000)',
+}  # fmt: skip
+LOOK = """
+import json
+left = sorted(set(os.listdir(".")) - {".git", "program.md"})
+(OUTSIDE / "left").write_text(json.dumps([left, pathlib.Path("prepare.py").read_text()]))
+"""
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_whatever_an_agent_does_its_edit_counts_and_the_next_begins_clean(lab, harm, monkeypatch):
+    monkeypatch.setattr("harness.repository.LOCK_PATIENCE", 0.2)
+    before = lab.persons_state()
+    for _ in range(2):
+        proposal = lab.propose(f"{HARM[harm]}\n{EDIT}")
+        assert isinstance(proposal, Proposal), proposal
+        assert (proposal.source, proposal.description) == (EDITED, "raise depth")
+        assert lab.persons_state() == before
+    assert lab.propose(LOOK + EDIT).source == EDITED
+    left, prepare = json.loads((lab.outside / "left").read_text())
+    assert left == [".gitignore", "prepare.py", "results.tsv", "runs", "train.py"]
+    assert prepare == "print('the evaluator')\n"
+    assert lab.persons_state() == before
+    assert lab.worktree.log.stat().st_size < 10**7
+    assert not list(lab.outside.glob("0*"))  # no run was copied through a link
+
+
+DAMAGE = {
+    'os.remove("train.py"); os.symlink("/etc/hostname", "train.py")': "train.py is not a regular file",
+    'os.remove("train.py"); os.symlink("prepare.py", "train.py")': "train.py is not a regular file",
+    'os.remove("train.py")': "train.py is not a regular file",
+    'os.remove("train.py"); os.makedirs("train.py/deep")': "train.py is not a regular file",
+    'os.remove("train.py"); os.mkfifo("train.py")': "train.py is not a regular file",
+    'pathlib.Path("train.py").write_bytes(b"#" * 40_000_000)': "train.py is over 4 MiB",
+}
+
+
+def test_train_that_is_no_regular_file_or_too_large_is_a_refused_edit(lab):
+    for damage, reason in DAMAGE.items():
+        assert lab.propose(damage) == NoProposal(reason, "refused edit", agents.UNKNOWN)
+    assert lab.propose(EDIT).source == EDITED
+
+
+def test_processes_that_an_agent_leaves_behind_are_ended(lab):
+    leave = """
+        ignoring = "import signal as s, time; s.signal(s.SIGTERM, s.SIG_IGN); print(1, flush=True); time.sleep(600)"
+        for session in (False, True):
+            subprocess.Popen([sys.executable, "-c", ignoring], start_new_session=session, stdout=-1).stdout.readline()
+    """
+    assert isinstance(lab.propose(leave + "        " + EDIT), Proposal)
+    assert find_marked(lab.tag.mark) == set()
+
+
+# -----------------------------------------------------------------------------
+# Time
+
+SILENT = "print('thinking', flush=True); time.sleep(600)\n"
+
+
+def test_silent_agent_is_ended_and_an_edit_made_before_is_taken(lab, monkeypatch):
+    monkeypatch.setattr(agents, "QUIET_LIMIT", 1)
+    assert lab.propose(lab.agent(EDIT + SILENT, streams=True)).source == EDITED
+    assert lab.propose(lab.agent(SILENT, streams=True)).reason == "the agent ended with no output for 1 s: thinking"
+    lively = 'for _ in range(30):\n    print("x", flush=True); time.sleep(0.1)\n'
+    assert lab.propose(lab.agent(lively + EDIT, streams=True)).source == EDITED
+    assert lab.propose(lab.agent("time.sleep(2)\n" + EDIT)).source == EDITED  # a CLI that prints at its end
+
+
+def test_agent_over_its_time_fails_and_one_that_is_stopped_gives_no_half_an_edit(lab):
+    answer = lab.propose("time.sleep(600)", limit=0.5)
+    assert answer.kind == "failed" and answer.reason.startswith("the agent ended with timeout after")
+    assert not answer.reason.endswith(":")
+    agent = lab.agent(EDIT + '(OUTSIDE / "ready").touch(); time.sleep(600)')
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(lab.propose(agent)))
+    thread.start()
+    while not (lab.outside / "ready").exists():
+        assert thread.is_alive()
+        thread.join(0.01)
+    lab.stop.set()
+    thread.join()
+    assert isinstance(answers[0], NoProposal)
+
+
+def test_agent_that_does_not_start_is_a_failure(lab):
+    assert lab.propose(Agent("/nonexistent/agent")).kind == "failed"
+
+
+def test_back_off_doubles_to_a_limit_is_longer_for_rate_limits_and_ends_with_a_success():
+    back_off = BackOff()
+    failed, limited = (NoProposal("", kind) for kind in ("failed", "rate limit"))
+    assert [back_off.after(failed) for _ in range(9)] == [5, 10, 20, 40, 80, 160, 320, 600, 600]
+    assert back_off.failures == 9
+    back_off.succeeded()
+    assert [back_off.after(limited) for _ in range(6)] == [60, 120, 240, 480, 960, 1800]
+
+
+# -----------------------------------------------------------------------------
+# Environment and choice
+
+
+def test_environment_hides_that_one_cli_starts_another_and_starts_clean_unless_a_person_says_otherwise():
+    env = agent_environment({"CLAUDECODE": "1", "CLAUDE_CODE_SESSION_ID": "x", "ANTHROPIC_API_KEY": "k"})
+    assert {"CLAUDECODE", "CLAUDE_CODE_SESSION_ID"}.isdisjoint(env)
+    assert (env["ANTHROPIC_API_KEY"], env["CLAUDE_CODE_SAFE_MODE"]) == ("k", "1")
+    assert json.loads(env["OPENCODE_CONFIG_CONTENT"]) == {"formatter": False}
+    config = '{"formatter": {}, "model": "m"}'
+    env = agent_environment({"CLAUDE_CODE_SAFE_MODE": "0", "OPENCODE_CONFIG_CONTENT": config})
+    assert (env["CLAUDE_CODE_SAFE_MODE"], env["OPENCODE_CONFIG_CONTENT"]) == ("0", config)
+    assert agent_environment({"OPENCODE_CONFIG_CONTENT": "{ // a comment\n}"})["OPENCODE_CONFIG_CONTENT"][0] == "{"
+
+
+CHECKS = {  # name: what its check says (answer, exit code) to who is logged out, and in; measured
+    "claude": (('{"loggedIn": false}', 1), ('{"loggedIn": true, "authMethod": "api_key"}', 0)),
+    "codex": (("Not logged in", 1), ("Logged in using ChatGPT", 0)),
+    "vibe": (
+        ("Error: Missing MISTRAL_API_KEY environment variable for mistral provider", 1),
+        ("Error: Session not found: no-such-session", 1),
+    ),
+    "gemini": (("Please set an Auth method in your ~/.gemini/settings.json", 41), ("No previous sessions found.", 0)),
+}
+
+
+@pytest.fixture
+def tools(tmp_path, monkeypatch):
+    """An empty PATH and HOME; what is called makes a stand-in for a CLI there."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("CODEX_API_KEY", "CODEX_ACCESS_TOKEN", "CODEX_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("IS_SANDBOX", "1")
+
+    def install(name: str, answer: str = "", code: int = 0) -> None:
+        (folder / name).write_text(f"#!{sys.executable}\nprint({answer!r})\nraise SystemExit({code})\n")
+        (folder / name).chmod(0o755)
+
+    return install
+
+
+def refusal(name: str | None, command: str | None = None) -> str:
+    with pytest.raises(UserError) as error:
+        choose_agent(name, command)
+    assert error.value.code == 2
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_cli_is_refused_where_nobody_is_logged_in_and_chosen_where_somebody_is(tools, name):
+    tools(name, *CHECKS[name][0])
+    line = refusal(name)
+    assert line.startswith(f"{name} is not logged in: ") and "export" in line
+    tools(name, *CHECKS[name][1])
+    assert choose_agent(name, None) is AGENTS[name]
+
+
+def test_missing_and_unknown_agents_are_refused_with_the_remedy(tools):
+    for name, agent in AGENTS.items():
+        if agent.has_model:
+            assert refusal(name).startswith(f"{name} is not installed: {agent.install}")
+    tools("pi")
+    assert refusal("clod").endswith('use --agent NAME (installed here: pi, random) or --agent-cmd "COMMAND"')
+    assert refusal(None).startswith("no agent given: ")
+    assert choose_agent("random", None).has_model is False
+    for command in ("", "'open", "nowhere --flag"):
+        assert "starts no program that is installed" in refusal(None, command)
+    assert choose_agent(None, "pi -p 'x y'").command == "pi -p 'x y'"
+
+
+def test_claude_as_root_is_refused_with_what_to_do(tools, monkeypatch):
+    tools("claude", *CHECKS["claude"][1])
+    monkeypatch.delenv("IS_SANDBOX")
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert "IS_SANDBOX=1" in refusal("claude")
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert choose_agent("claude", None)
+
+
+def test_codex_with_a_key_or_a_provider_of_its_own_needs_no_log_in(tools, monkeypatch, tmp_path):
+    tools("codex", *CHECKS["codex"][0])
+    refusal("codex")
+    (tmp_path / ".codex").mkdir()
+    (tmp_path / ".codex/config.toml").write_text('model_provider = "lab"\n')
+    assert choose_agent("codex", None)
+    (tmp_path / ".codex/config.toml").unlink()
+    monkeypatch.setenv("CODEX_API_KEY", "dummy")
+    assert choose_agent("codex", None)
+
+
+def test_check_that_hangs_or_is_unknown_refuses_nobody(tools, monkeypatch):
+    tools("claude", "error: unknown command 'auth'", 1)
+    assert choose_agent("claude", None)
+    monkeypatch.setattr(agents, "CHECK_SECONDS", 0.1)
+    monkeypatch.setitem(agents.AGENTS, "slow", Agent("/bin/sleep", check="60", refused="exit code"))
+    assert choose_agent("slow", None)
+
+
+# -----------------------------------------------------------------------------
+# Failures: outputs of the real CLIs, shortened by what is not read
+
+FAILURES = {  # name: (output, exit code, kind, what the reason ends with)
+    "claude 401": (
+        '{"type":"result","subtype":"success","is_error":true,"api_error_status":401,"result":"Failed to authenticate. '
+        'API Error: 401 scripted 401"}',
+        1, "refused", "exit code 1: Failed to authenticate. API Error: 401 scripted 401",
+    ),
+    "claude 404": (
+        '{"type":"result","subtype":"success","is_error":true,"api_error_status":404,"result":"There\'s an issue with '
+        'the selected model (x)."}',
+        1, "refused", "404: There's an issue with the selected model (x).",
+    ),
+    "claude's limit": (
+        '{"type":"result","subtype":"success","is_error":true,"result":"You\'ve hit your session limit · resets 3pm"}',
+        1, "rate limit", "You've hit your session limit · resets 3pm",
+    ),
+    "claude without credit": (
+        '{"type":"result","is_error":true,"result":"Credit balance is too low"}', 1, "refused",
+        "Credit balance is too low",
+    ),
+    "claude after its turns": (
+        '{"type":"result","subtype":"error_max_turns","errors":["Reached maximum number of turns (3)"]}',
+        1, "failed", "Reached maximum number of turns (3)",
+    ),
+    "claude denied": (
+        '{"type":"result","subtype":"success","is_error":false,"result":"I could not.","permission_denials":'
+        '[{"tool_name":"Edit"},{"tool_name":"Write"},{"tool_name":"Edit"}]}',
+        0, "failed", "the agent failed: it was not allowed to use Edit, Write: I could not.",
+    ),
+    "codex 401": (
+        '{"type":"item.completed","item":{"type":"error","message":"Model metadata for `lab` not found."}}\n'
+        '{"type":"error","message":"unexpected status 401 Unauthorized: scripted 401"}\n'
+        '{"type":"turn.failed","error":{"message":"unexpected status 401 Unauthorized: scripted 401"}}',
+        1, "refused", "exit code 1: unexpected status 401 Unauthorized: scripted 401",
+    ),
+    "codex's limit": (
+        '{"type":"turn.failed","error":{"message":"You\'ve hit your usage limit. Upgrade to Pro, visit the settings to '
+        'purchase more credits or wait: try again at 9:43 PM."}}',
+        1, "rate limit", "try again at 9:43 PM.",
+    ),
+    "codex 500": (
+        '{"type":"error","message":"We’re currently experiencing high demand"}', 1, "failed",
+        "We’re currently experiencing high demand",
+    ),
+    "opencode 403": (
+        '{"type":"error","error":{"name":"APIError","data":{"message":"no","statusCode":403}}}', 0, "refused",
+        "the agent failed: 403: no",
+    ),
+    "pi 401": (
+        '{"type":"message_end","message":{"role":"user","content":[{"type":"text","text":"Do it."}]}}\n'
+        '{"type":"message_end","message":{"role":"assistant","content":[],"errorMessage":"401: scripted 401"}}',
+        0, "refused", "the agent failed: 401: scripted 401",
+    ),
+    "droid 429": (
+        '{"type":"error","source":"agent_loop","message":"429 scripted 429"}\n'
+        '{"type":"error","source":"cli","message":"Exec failed"}', 1, "rate limit", "429 scripted 429; Exec failed",
+    ),
+    "copilot 401": (
+        '{"type":"user.message","data":{"content":"Do it."}}\n{"type":"session.error","data":{"errorType":'
+        '"authentication","message":"Authentication failed (HTTP 401).","statusCode":401}}\n'
+        '{"type":"result","exitCode":1,"usage":{"premiumRequests":0}}',
+        1, "refused", "Authentication failed (HTTP 401).",
+    ),
+    "an error that was overcome": (
+        '{"type":"error","message":"Reconnecting... 429"}\n{"type":"item.completed","item":{"text":"I would not."}}',
+        0, "unchanged", "the agent left train.py as it was",
+    ),
+    "plain words": ("Starting\nError: 429 Too many requests\n[object Object]\n}\n", 1, "rate limit",
+                    "Starting Error: 429 Too many requests"),
+    "plain words, long": ("x" * 400 + "\n" + "the reason " * 20 + "stands here\n", 1, "failed", "stands here"),
+    "nothing": ("", 7, "failed", "the agent ended with exit code 7"),
+    "a traceback": ('Traceback\nKeyError: "depth"\n', 1, "failed", 'KeyError: "depth"'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_failure_is_told_in_the_clis_own_words_and_sorted(lab, name):
+    output, code, kind, end = FAILURES[name]
+    answer = lab.propose(f"print({output!r}); sys.exit({code})")
+    assert (answer.kind, answer.reason[-len(end) :]) == (kind, end)
+    assert len(answer.reason) < 300 and "\n" not in answer.reason
+    assert lab.propose(f"print({output!r}); knob('DEPTH', 8); sys.exit({code})").source == EDITED  # the edit counts
+
+
+def test_log_tells_json_in_plain_words_too_and_json_left_in_the_answer_folder_is_read(lab):
+    export = json.dumps({"error": {"message": "Invalid API key", "code": "x"}, "usage": {}, "cost_usd": None}, indent=1)
+    agent = lab.agent(f'pathlib.Path(sys.argv[1], "export.json").write_text({export!r}); sys.exit(1)')
+    answer = lab.propose(Agent(f"{agent.command} {{answer}}"))
+    assert (answer.kind, answer.reason) == ("refused", "the agent ended with exit code 1: Invalid API key")
+    assert lab.worktree.log.read_text().endswith("(cost unknown, tokens unknown):\n\nInvalid API key\n")
+    assert lab.propose("pass").kind == "unchanged"  # the export of the call before is gone
+
+
+# -----------------------------------------------------------------------------
+# Costs: outputs of the real CLIs, shortened by what is not read
+
+CLAUDE = (
+    '{"type":"result","is_error":false,"result":"Done.","total_cost_usd":0.3125,"usage":{"input_tokens":2,'
+    '"output_tokens":2},"modelUsage":{"opus":{"inputTokens":20,"outputTokens":200,"cacheReadInputTokens":3000,'
+    '"cacheCreationInputTokens":40,"costUSD":0.3},"haiku":{"inputTokens":5,"outputTokens":6,"cacheReadInputTokens":0,'
+    '"cacheCreationInputTokens":0}}}'
+)
+CODEX = '{"type":"turn.completed","usage":{"input_tokens":1200,"cached_input_tokens":800,"output_tokens":34}}'
+OPENCODE = """\
+{"type":"step_finish","part":{"tokens":{"total":14,"input":1,"output":2,"reasoning":4,"cache":{"write":3,"read":4}},\
+"cost":0.25}}
+{"type":"text","part":{"type":"text","text":"Done."}}
+{"type":"step_finish","part":{"tokens":{"input":1,"output":1,"reasoning":0,"cache":{"write":0,"read":0}},"cost":0.5}}"""
+PI = (
+    '{"type":"message_end","message":{"role":"assistant","content":[{"type":"text","text":"Done."}],"usage":{"input":5,'
+    '"output":3,"cacheRead":7,"cacheWrite":2,"totalTokens":17,"cost":{"input":1,"total":0.125}}}}'
+)
+QWEN = '{"type":"result","usage":{"input_tokens":20,"output_tokens":3,"cache_read_input_tokens":8,"total_tokens":23}}'
+DROID = (
+    '{"type":"completion","finalText":"Done.","usage":{"input_tokens":20,"output_tokens":3,"cache_read_input_tokens":8,'
+    '"cache_creation_input_tokens":1}}'
+)
+GEMINI = '{"type":"result","stats":{"total_tokens":24,"input_tokens":20,"output_tokens":3,"cached":8}}'
+VIBE = '{"error":null,"usage":{"input_tokens":9,"output_tokens":2,"total_tokens":11},"cost_usd":0.5}'
+COPILOT = (
+    '{"type":"result","exitCode":0,"usage":{"premiumRequests":1}}\n{"modelMetrics":{"a":{"usage":{"inputTokens":9,'
+    '"outputTokens":2,"cacheReadTokens":4,"cacheWriteTokens":0}},"b":{"usage":{"inputTokens":1,"outputTokens":1}}}}'
+)
+COSTS = {
+    "claude": (CLAUDE, Cost(1, 3065, 206, 0.3125)),
+    "claude, a list": (f"warning: old\n[{{}}, {CLAUDE}]\n", Cost(1, 3065, 206, 0.3125)),
+    "claude without modelUsage": (
+        '{"type":"result","total_cost_usd":0.5,"usage":{"input_tokens":2,"output_tokens":3,"cache_read_input_tokens":4}}',
+        Cost(1, 6, 3, 0.5),
+    ),
+    "claude refused": (
+        '{"type":"result","total_cost_usd":0,"usage":{"input_tokens":0,"output_tokens":0},"modelUsage":{}}',
+        Cost(1, 0, 0, 0),
+    ),
+    "claude without a price": (CLAUDE.replace("0.3125", "0"), Cost(1, 3065, 206, None)),
+    "codex": (CODEX, Cost(1, 1200, 34, None)),
+    "codex of two turns": (f"{CODEX}\n{CODEX.replace('1200', '2500')}", Cost(1, 2500, 34, None)),
+    "opencode": (OPENCODE, Cost(1, 9, 7, 0.75)),
+    "opencode killed": (OPENCODE.splitlines()[0], Cost(1, 8, 6, 0.25)),
+    "pi": (f"{PI}\n{PI}", Cost(1, 28, 6, 0.25)),
+    "qwen": (QWEN, Cost(1, 20, 3, None)),
+    "droid": (DROID, Cost(1, 29, 3, None)),
+    "gemini": (GEMINI, Cost(1, 20, 3, None)),
+    "vibe": (VIBE, Cost(1, 9, 2, 0.5)),
+    "copilot": (COPILOT, Cost(1, 10, 3, None)),
+    "plain text": ("I raised DEPTH; it cost $3.\n", agents.UNKNOWN),
+    "one unknown part": (CLAUDE.replace("3000", "-3000"), Cost(1, None, 206, 0.3125)),
+    "no such price": (CLAUDE.replace("0.3125", "-1"), Cost(1, 3065, 206, None)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_cost_is_read_from_what_a_cli_prints(name):
+    output, cost = COSTS[name]
+    assert agents.read_answer(output).cost == cost
+
+
+RUBBISH = [
+    "", "{", "[]", "[1]", "null", "\x00\ufffd", "[" * 100_000, '{"type": []}', '{"type": "result"}', '{"error": [7]}',
+    '{"type":"result","total_cost_usd":"3","modelUsage":[],"result":7}', '{"message": {"content": [], "role": {}}}',
+    '{"type":"result","total_cost_usd":-1,"modelUsage":{"m":{"inputTokens":-1}}}', '{"permission_denials": [3]}',
+    '{"type":"result","total_cost_usd":1e300,"modelUsage":{"m":null}}', '{"errors": [], "is_error": true}',
+    '{"type":"result","total_cost_usd":NaN}', '{"type":"result","total_cost_usd":Infinity}',
+    '{"type":"result","total_cost_usd":true}', '{"type":"result","total_cost_usd":1' + "0" * 5000 + "}",
+    '{"type":"turn.completed","usage":{"input_tokens":1e30,"output_tokens":99999999999999}}',
+    '{"type":"turn.completed","usage":3}', '{"type":"step_finish","part":[]}',
+    '{"type":"step_finish","part":{"tokens":{"input":1.5,"output":"2","cache":4},"cost":"free"}}',
+    '{"type":"step_finish","part":{"tokens":{"input":"x","o":1,"cache":{}},"cost":-1}}', '{"permission_denials": 3}',
+    '{"type":"item.completed","item":"x"}', '{"type":"message_end","message":{"role":"assistant","usage":{"cost":1}}}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("output", RUBBISH, ids=range(len(RUBBISH)))
+def test_what_cannot_be_is_unknown(output):
+    assert agents.read_answer(output).cost == agents.UNKNOWN
+
+
+def test_costs_add_up_and_one_that_is_unknown_leaves_the_sum_unknown():
+    total = Cost() + Cost(1, 10, 2, 0.5) + Cost(1, 5, 1, 0.25)
+    assert total.as_dict() == {"calls": 2, "tokens_in": 15, "tokens_out": 3, "usd": 0.75}
+    assert (total + Cost(1, 5, 1, None)).as_dict() == {"calls": 3, "tokens_in": 20, "tokens_out": 4, "usd": None}
+    assert Cost().as_dict() == {}
+
+
+def test_agent_without_a_model_costs_nothing_and_says_so_where_it_has_nothing_to_turn(lab):
+    random = AGENTS["random"]
+    lab.env["AUTORESEARCH_PROFILE"] = "pocket"
+    proposal = lab.propose(random)
+    assert isinstance(proposal, Proposal) and proposal.cost.as_dict() == {}
+    assert " -> " in proposal.description
+    (lab.checkout / "train.py").write_text("print('no numbers')\n")
+    lab.git("commit", "-qam", "a fork")
+    lab.champion = lab.tag.repository.head()
+    answer = lab.propose(random, start="print('no numbers')\n")
+    assert answer.kind == "refused" and "train.py has no hyperparameter to turn" in answer.reason
