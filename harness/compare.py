@@ -127,9 +127,8 @@ def _number(text: str) -> float | None:
 def headline(ledger: Ledger, run: Run) -> str:
     """What the loop says when a run is decided."""
     name = f"run {run.number:04d} {'stale' if run.is_stale else run.status}"
-    words = f": {run.reason}" if run.reason else ""
     if run.score is None:
-        return f"{name}{words}: {run.description}"
+        return f"{name}: {run.reason} ({run.description})"
     parts = [f"{ledger.domain.metric} {ledger.domain.score_text(run.score)}"]
     others = _beside(ledger, run)
     if others:
@@ -138,7 +137,8 @@ def headline(ledger: Ledger, run: Run) -> str:
         steps = mean_of_known(other.steps for other in others)
         change = f" ({run.steps / steps - 1:+.0%})" if steps else ""
         parts.append(f"{run.steps:,.0f} steps{change}")
-    return f"{name}: {', '.join(parts)}, {duration(run.seconds)}{words}: {run.description}"
+    reason = f"; {run.reason}" if run.reason else ""
+    return f"{name}: {', '.join(parts)}, {duration(run.seconds)}{reason} ({run.description})"
 
 
 def _difference_words(ledger: Ledger, run: Run) -> str:
@@ -180,7 +180,7 @@ def verdict(ledger: Ledger, run: Run) -> str:
     lines += _table(ledger, run, others)
     if others:
         lines += _difference_lines(ledger, run)
-        lines += [_speed_line(ledger, run, others), _learning_line(ledger, run, others)]
+        lines += [_speed_line(ledger, run, others), _learning_line(ledger, run, others) if run.base else ""]
     else:
         lines += _baseline_lines(ledger, run)
     lines += [_busy_line(ledger, run), _former_line(ledger, run)]
@@ -202,17 +202,19 @@ def _difference_lines(ledger: Ledger, run: Run) -> list[str]:
     domain = ledger.domain
     gain, error = _gain(ledger, run)
     noise = ledger.noise()
-    if error is None:
-        lines = [f"{_difference_words(ledger, run)}: sigma, the standard deviation between seeds, is {noise.source}"]
-    else:
-        word = "more than the noise" if abs(gain) > 2 * error else "within the noise"
-        sigma = f"sigma {noise.sigma:.2g}, {noise.source}"
-        lines = [f"{_difference_words(ledger, run)} (2 standard errors): {word} ({sigma})"]
+    lines = []
     scores = ledger.scores(run.commit)
+    words = _difference_words(ledger, run)
     if len(scores) > 1 and run.status != "pending":
         selected = "" if len(ledger.believed_scores(run.commit)) == len(scores) else " but the first, which selected it"
         believed = domain.score_text(ledger.believed(run.commit))
         lines.append(f"{run.commit[:7]} ran {len(scores)} times: believed {believed}, the mean of all{selected}")
+        words = f"by what is believed: {words}" if run.base else words
+    if error is None:
+        lines.append(f"{words}: sigma, the standard deviation between seeds, is {noise.source}")
+    else:
+        word = "more than the noise" if abs(gain) > 2 * error else "within the noise"
+        lines.append(f"{words} (2 standard errors): {word} (sigma {noise.sigma:.2g}, {noise.source})")
     if run.is_stale:
         again = next((other for other in ledger.runs if other.again_of == run.number), None)
         lines.append(f"{STALE}{f': run {again.number:04d}' if again else ''}")
@@ -241,10 +243,11 @@ def _speed_line(ledger: Ledger, run: Run, others: list[Run]) -> str:
     if sigma is None:
         return f"{words}, by the edit or the machine: no commit ran twice to tell"
     drift = f"the same code differs by {sigma:.1%} (standard deviation)"
-    if abs(change) <= 2 * sigma:
+    if abs(change) <= 2 * sigma * math.sqrt(1 + 1 / len(others)):
         return f"{words}, no more than the machine does by itself: {drift}"
     if not run.base:
-        return f"{words} than earlier runs of the same code: the machine was {'fast' if change > 0 else 'slow'}; {drift}"
+        word = "fast" if change > 0 else "slow"
+        return f"{words} than earlier runs of the same code: the machine was {word}; {drift}"
     if any(is_busy(one) for one in (run, *others)):
         return f"{words}, by the edit or the busy machine"
     return f"{words}, by the edit: {drift}"
@@ -267,7 +270,7 @@ def _learning_line(ledger: Ledger, run: Run, others: list[Run]) -> str:
         losses.append(end + (1 - fraction) / 0.5 * (half - end))
     change = losses[0] - losses[1]
     words = f"{abs(change):.4f} {'higher' if change > 0 else 'lower'}"
-    return f"learning: at {_amount(total)} {unit}, equal for both, training loss {words} ({change / losses[1]:+.1%})"
+    return f"learning: at {total:,.0f} {unit}, equal for both, training loss {words} ({change / losses[1]:+.1%})"
 
 
 def _training(runs: list[Run]) -> tuple[float | None, float | None, float | None]:
@@ -345,39 +348,40 @@ def _table(ledger: Ledger, run: Run, others: list[Run]) -> list[str]:
         name = f"base {run.base[:7]}" if run.base else "same code before"
         heading[2:] = [name if len(others) == 1 else f"{name}, mean of {len(others)}", "change"]
     unit = unit_of(domain)
+    steps = mean_of_known(other.steps for other in others)
     speed = mean_of_known(other.tokens_per_second for other in others)
+    memory = mean_of_known(other.memory_mb / 1024 for other in others)
+    digits = domain.score_digits
     rows = [
-        _row(domain.metric, run.score, before, domain.score_text, lambda new, old: _signed(new - old, domain)),
-        _row("steps", run.steps, mean_of_known(other.steps for other in others), _count, _percent),
-        _row(f"{unit} a second", run.tokens_per_second, speed, _count, _percent),
-        _row("peak memory, GB", run.memory_mb / 1024, mean_of_known(other.memory_mb / 1024 for other in others), _gb),
+        _row(domain.metric, run.score, before, f"{{:.{digits}f}}", lambda new, old: f"{new - old:+.{digits}f}"),
+        _row("steps", run.steps, steps, "{:,.0f}", _percent),
+        _row(f"{unit} a second", run.tokens_per_second, speed, "{:,.0f}", _percent),
+        _row("peak memory, GB", run.memory_mb / 1024, memory, "{:.1f}", lambda new, old: f"{new - old:+.1f}"),
         _loss_row("at half", run, others, "loss_half"),
         _loss_row("at the end", run, others, "loss_end"),
     ]
     return align([heading, *(row for row in rows if row)], right=(1, 2, 3))
 
 
-def _row(name: str, new: float | None, old: float | None, text: Callable, change: Callable | None = None) -> list[str]:
+def _row(name: str, new: float | None, old: float | None, layout: str, change: Callable) -> list[str]:
     """Name, run, base, change; empty where neither is known."""
     if new is None and old is None:
         return []
-    cells = ["" if value is None else text(value) for value in (new, old)]
-    is_both = new is not None and old is not None
-    change = change or (lambda new, old: f"{new - old:+.1f}")
-    return [name, *cells, change(new, old) if is_both else ""]
+    cells = ["" if value is None else layout.format(value) for value in (new, old)]
+    return [name, *cells, "" if None in (new, old) else change(new, old)]
 
 
 def _loss_row(when: str, run: Run, others: list[Run], name: str) -> list[str]:
     """Nats per token and, where the evaluator counted tokens and bytes, bits per byte, to hold against the score."""
     new = getattr(run, name)
     old = mean_of_known(getattr(other, name) for other in others)
+    row = _row(f"training loss {when}, nats", new, old, "{:.4f}", lambda new, old: f"{new - old:+.4f}")
     per_nat = _bits_per_nat(run)
-
-    def text(loss: float, sign: str = "") -> str:
-        return f"{loss:{sign}.4f}" + (f" ({loss * per_nat:{sign}.4f})" if per_nat else "")
-
-    unit = "nats (bits a byte)" if per_nat else "nats"
-    return _row(f"training loss {when}, {unit}", new, old, text, lambda new, old: text(new - old, "+"))
+    if not row or not per_nat:
+        return row
+    scaled = [None if loss is None else loss * per_nat for loss in (new, old)]
+    bits = _row(" (bits a byte)", *scaled, " ({:.4f})", lambda new, old: f" ({new - old:+.4f})")
+    return [nats + cell for nats, cell in zip(row, bits, strict=True)]
 
 
 def _bits_per_nat(run: Run) -> float | None:
@@ -404,24 +408,5 @@ def mean_of_known(values: Iterable[float | None]) -> float | None:
     return statistics.fmean(known) if known else None
 
 
-def _signed(value: float, domain: Domain) -> str:
-    return f"{value:+.{domain.score_digits}f}"
-
-
 def _percent(new: float, old: float) -> str:
     return f"{new / old - 1:+.1%}" if old else ""
-
-
-def _count(value: float) -> str:
-    return f"{value:,.0f}"
-
-
-def _gb(value: float) -> str:
-    return f"{value:.1f}"
-
-
-def _amount(value: float) -> str:
-    """1,234,567 as 1.2M."""
-    if value >= 1e9:
-        return f"{value / 1e9:.1f}B"
-    return f"{value / 1e6:.1f}M" if value >= 1e6 else f"{value:,.0f}"

@@ -22,7 +22,6 @@ from harness.files import open_to_append, read_head, read_tail, read_text, write
 from harness.ledger import Change, Ledger, Run
 from harness.report import (
     audit_text,
-    best_text,
     better_elsewhere,
     busy_text,
     changes_table,
@@ -91,17 +90,15 @@ def _draw(ledger: Ledger, has_table: bool):
             name = f"± sigma ({sigma:.2g})"
             axes.fill_between(xs, *band, step="post", color=GREEN, alpha=0.15, linewidth=0, label=name, zorder=0)
     in_branch = sum(change.is_in_branch for change in changes)
-    words = f"{len(rows):,} run{'' if len(rows) == 1 else 's'}, {in_branch:,} change{'' if in_branch == 1 else 's'} kept"
+    title = f"runs: {len(rows):,}, kept changes: {in_branch:,}"
     if steps:
-        words += f": {domain.score_text(steps[0][1])} to {domain.score_text(steps[-1][1])} {domain.unit}"
-    axes.set_title(words, color=INK)
+        title += f", {domain.metric} {domain.score_text(steps[0][1])} to {domain.score_text(steps[-1][1])}"
+    axes.set_title(title, color=INK)
     axes.set_xlabel("run", color=INK, loc="left")
     axes.set_ylabel(f"{domain.score_name} ({'lower' if domain.lower_is_better else 'higher'} is better)", color=INK)
-    axes.tick_params(colors=INK)
     axes.ticklabel_format(axis="y", useOffset=False)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(color=INK, alpha=0.1)
-    axes.spines[:].set_color(INK)
+    _colour(axes)
     # Below the axes, so that it covers no point.
     style = {"frameon": False, "labelcolor": INK, "fontsize": 8, "columnspacing": 1.2, "handletextpad": 0.3}
     figure.legend(loc="lower right", ncols=8, borderaxespad=0.1, **style)
@@ -115,6 +112,12 @@ def _draw(ledger: Ledger, has_table: bool):
     if has_table:
         _write_table(figure, numbered, len(changes), domain)
     return figure
+
+
+def _colour(axes) -> None:
+    axes.tick_params(colors=INK)
+    axes.grid(color=INK, alpha=0.1)
+    axes.spines[:].set_color(INK)
 
 
 def _champions(ledger: Ledger, rows: list[Run]) -> list[tuple[int, float]]:
@@ -131,7 +134,8 @@ def _champions(ledger: Ledger, rows: list[Run]) -> list[tuple[int, float]]:
 def _limits(ledger: Ledger, steps: list[tuple[int, float]]) -> tuple[float, float]:
     """The range of the scores that is shown: far failures would flatten the rest. Room for numbers is on the better
     side."""
-    ranked = sorted((run.score for run in ledger.rows if run.score is not None), reverse=not ledger.domain.lower_is_better)
+    ranked = [run.score for run in ledger.rows if run.score is not None]
+    ranked.sort(reverse=not ledger.domain.lower_is_better)
     usual = ranked[len(ranked) // 50 : 1 + 3 * len(ranked) // 4]  # a few lucky ones and the worst quarter left out
     scores = usual + [score for _, score in steps]
     if not scores:
@@ -183,15 +187,15 @@ def _write_numbers(axes, spots: list[tuple[str, int, float]], points: list[tuple
         at = axes.transData.transform((x, y))
         size = np.array([7.0 * len(text), 11.0])
         for level in range(1, LABEL_LEVELS):
-            middle = at + (0, side * 13.0 * level)
+            middle = at + np.array([0.0, side * 13.0 * level])
             is_free = (np.abs(taken - middle) > size / 2 + LABEL_GAP).any(axis=1).all()
             if is_free:
                 break
         else:
             continue
         # The number's own place is taken for later ones, at as many points as it is wide.
-        own = middle + np.stack([np.linspace(-size[0] / 2, size[0] / 2, 2 + len(text)), np.zeros(2 + len(text))], axis=1)
-        taken = np.concatenate([taken, own])
+        along = np.linspace(-0.5, 0.5, 2 + len(text))
+        taken = np.concatenate([taken, middle + np.outer(along, (size[0], 0.0))])
         style = {"arrowstyle": "-", "color": GREEN, "alpha": 0.5, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
         axes.annotate(
             text, (x, y), axes.transData.inverted().transform(middle), ha="center", va="center", fontsize=8, color=INK,
@@ -257,16 +261,15 @@ def curves_svg(curves: dict[str, list[Point]]) -> str:
     axes = figure.add_axes((0.06, 0.13, 0.93, 0.84))
     for (name, points), colour in zip(known.items(), (BLUE, GREEN), strict=False):
         points = points[:: math.ceil(len(points) / 300)]
-        axes.plot([100 * point.fraction for point in points], [point.loss for point in points], color=colour, label=name)
+        fractions = [100 * point.fraction for point in points]
+        axes.plot(fractions, [point.loss for point in points], color=colour, label=name)
     later = [point.loss for points in known.values() for point in points if point.fraction >= EARLY]
     if later:
         room = max(later) - min(later) or 1.0
         axes.set_ylim(min(later) - 0.05 * room, max(later) + 0.05 * room)
     axes.set_xlabel("% of the budget", color=INK)
     axes.set_ylabel("training loss, nats", color=INK)
-    axes.tick_params(colors=INK)
-    axes.grid(color=INK, alpha=0.1)
-    axes.spines[:].set_color(INK)
+    _colour(axes)
     axes.legend(facecolor="none", edgecolor="none", labelcolor=INK)
     return _as_svg(figure, "training loss of baseline and champion")
 
@@ -317,7 +320,7 @@ def compose(ledger: Ledger, tag=None) -> str:
         "written": time.strftime("%Y-%m-%d %H:%M"),
         "refresh": PAGE_SECONDS if tag is not None and tag.is_busy() else 0,
         "standing": ledger.standing(),
-        "overview": [best_text(ledger), *better_elsewhere(ledger), kept_text(changes)] if is_known else [],
+        "overview": [*better_elsewhere(ledger), kept_text(changes)] if is_known else [],
         "progress": Markup(progress_svg(ledger)) if ledger.rows else "",
         "kept": _show_table(changes_table(ledger, choose_changes(changes, MOST_KEPT))) if is_known else [],
         "kept_left_out": max(0, len(changes) - MOST_KEPT),
@@ -438,16 +441,19 @@ class PageWriter:
         self._child: subprocess.Popen | None = None
         self._began_at = -math.inf
         self._pause = float(PAGE_SECONDS)
+        self._runs = len(tag.ledger.runs)  # when the last rewrite began
+        self._ledger = tag.ledger
         self._has_failed = False
 
     def refresh(self) -> None:
-        """Begin a rewrite if none is going on and the last one is long enough ago. Never waits."""
+        """Begin a rewrite if runs came, none is going on and the last one is long enough ago. Never waits."""
         if self._child is not None and self._child.poll() is not None:
             self._pause = max(PAGE_SECONDS, REST * (time.monotonic() - self._began_at))
             if self._child.returncode:
                 self._complain(read_tail(self._log, 1, ERROR_CHARS))
             self._child = None
-        if self._child is None and time.monotonic() - self._began_at >= self._pause:
+        is_due = len(self._ledger.runs) != self._runs and time.monotonic() - self._began_at >= self._pause
+        if self._child is None and is_due:
             self._begin()
 
     def close(self) -> None:
@@ -460,6 +466,7 @@ class PageWriter:
 
     def _begin(self) -> None:
         self._began_at = time.monotonic()
+        self._runs = len(self._ledger.runs)
         try:
             self._log.unlink(missing_ok=True)
             with open_to_append(self._log) as log:

@@ -8,7 +8,7 @@ import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from harness.compare import BUSY, align, is_busy, mean_of_known, unit_of
 from harness.console import duration, one_line
@@ -101,13 +101,17 @@ def best_text(ledger: Ledger) -> str:
     baseline = ledger.believed(ledger.baseline)
     first = ledger.first_run_of(ledger.champion)
     count = len(ledger.believed_scores(ledger.champion))
-    runs = "1 run" if count == 1 else f"the mean of {count} runs"
+    total = len(ledger.scores(ledger.champion))
+    runs = f"{count} run{'' if count == 1 else 's'}"
+    if count < total:
+        runs = f"{count} of its {total} runs: the first selected it"
+    name = f"best: {domain.metric} {domain.score_text(best)} (run {first.number:04d}, {ledger.champion[:7]}"
+    if ledger.champion == ledger.baseline:
+        return f"{name}), the baseline, believed from {runs}"
     gain = domain.gain(baseline, best)
     amount = f"{domain.score_text(abs(gain))} {domain.unit} ({abs(gain) / (abs(baseline) or 1):.2%})"
-    return (
-        f"best: {domain.metric} {domain.score_text(best)} (run {first.number:04d}, {ledger.champion[:7]}), {runs}; "
-        f"baseline {domain.score_text(baseline)}, {amount} {'worse' if gain < 0 else 'better'}"
-    )
+    against = f"baseline {domain.score_text(baseline)}, {amount} {'worse' if gain < 0 else 'better'}"
+    return f"{name}), believed from {runs}; {against}"
 
 
 def better_elsewhere(ledger: Ledger) -> list[str]:
@@ -236,26 +240,28 @@ def cost_text(ledger: Ledger) -> str:
     if not calls:
         return ""
     kept = len(ledger.lineage()) - 1
-    dollars = _cost_part([(cost.get("usd"), cost.get("calls") or 0) for cost in costs], kept, "dollars", _usd)
-    counts = []
+    dollars = [(cost.get("usd"), cost.get("calls") or 0) for cost in costs]
+    tokens = []
     for cost in costs:
         both = (cost.get("tokens_in"), cost.get("tokens_out"))
-        counts.append((None if None in both else sum(both), cost.get("calls") or 0))
-    tokens = _cost_part(counts, kept, "tokens", lambda count: f"{count:,.0f} tokens")
-    return f"cost: {calls:,} agent call{'' if calls == 1 else 's'}, {dollars}; {tokens}"
+        tokens.append((None if None in both else sum(both), cost.get("calls") or 0))
+    parts = [_cost_part(dollars, kept, "dollars", _usd), _cost_part(tokens, kept, "tokens", "{:,.0f}".format)]
+    return f"cost: {calls:,} agent call{'' if calls == 1 else 's'}; {'; '.join(parts)}"
 
 
-def _cost_part(amounts: list[tuple[float | None, int]], kept: int, name: str, text) -> str:
-    """`$3.42 ($0.28 a call, $1.14 a kept change), 2 calls unknown`. `amounts`: with the calls that each is of."""
+def _cost_part(amounts: list[tuple[float | None, int]], kept: int, unit: str, text: Callable[[float], str]) -> str:
+    """`dollars $3.42 (0.28 a call, 1.14 a kept change; 2 calls unknown)`. `amounts`: each with the calls it is of."""
     known = [(amount, calls) for amount, calls in amounts if amount is not None]
     if not known:
-        return f"{name} unknown"
+        return f"{unit} unknown"
     total = sum(amount for amount, _ in known)
-    parts = [f"{text(total / max(1, sum(calls for _, calls in known)))} a call"]
+    shares = f"{text(total / max(1, sum(calls for _, calls in known)))} a call"
     if kept:
-        parts.append(f"{text(total / kept)} a kept change")
+        shares += f", {text(total / kept)} a kept change"
     unknown = sum(calls for amount, calls in amounts if amount is None)
-    return f"{text(total)} ({', '.join(parts)})" + (f", {unknown} calls unknown" if unknown else "")
+    if unknown:
+        shares += f"; {unknown} calls unknown"
+    return f"{unit} {text(total)} ({shares})"
 
 
 def _usd(dollars: float) -> str:
@@ -305,7 +311,6 @@ def audit_text(ledger: Ledger, group: str) -> tuple[str, list[str]]:
         name, _, role = run.group.partition("/")
         if run.purpose == "audit" and name == group and run.score is not None:
             by_role.setdefault(role, []).append(run)
-    is_clean = all(run.clean_score is not None for runs in by_role.values() for run in runs)
     held_out = f"held-out test, {domain.unit}" if domain.test_metric else ""
     rows = [[group, f"validation, {domain.unit}", held_out, "steps", f"{unit_of(domain)}/s"]]
     doubts = []
@@ -323,13 +328,16 @@ def audit_text(ledger: Ledger, group: str) -> tuple[str, list[str]]:
             doubts += _doubts_of_run(ledger, run, role)
         doubts += _doubts_of_belief(ledger, runs, role)
     notes = []
+    is_clean = all(run.clean_score is not None for runs in by_role.values() for run in runs)
     if set(by_role) == {"baseline", "champion"}:
-        gains = _gains(by_role, ledger, is_clean)
-        error = _gain_error(by_role, ledger)
+        names = ("clean_score", "clean_test_score") if is_clean else ("score", "test_score")
+        gains = [_gain(by_role, name, ledger) for name in names]
+        sigma = ledger.sigma
+        error = None if sigma is None else sigma * math.sqrt(sum(1 / len(runs) for runs in by_role.values()))
         error_text = "" if error is None else f" ± {domain.score_text(2 * error)}"
         texts = ["" if gain is None else f"{domain.score_text(gain)}{error_text}" for gain in gains]
         rows.append(["gain ± 2 standard errors", *texts, "", ""])
-        doubts += _doubts_of_gains(by_role, ledger, gains)
+        doubts += _doubts_of_gains(gains, error or 0.0, ledger)
     else:
         notes.append("no change is in the branch: the baseline is the champion")
     if not is_clean:
@@ -347,20 +355,15 @@ def _spread(scores: list[float | None], ledger: Ledger) -> str:
     return text
 
 
-def _gains(by_role: dict[str, list[Run]], ledger: Ledger, is_clean: bool) -> list[float | None]:
-    """On validation and on the held-out split, of the clean scores where every run has them."""
-    gains = []
-    for name in ("clean_score", "clean_test_score") if is_clean else ("score", "test_score"):
-        scores = {role: [getattr(run, name) for run in runs] for role, runs in by_role.items()}
-        is_known = not any(None in values for values in scores.values())
-        means = [statistics.fmean(scores[role]) for role in ("baseline", "champion")] if is_known else None
-        gains.append(ledger.domain.gain(*means) if means else None)
-    return gains
-
-
-def _gain_error(by_role: dict[str, list[Run]], ledger: Ledger) -> float | None:
-    sigma = ledger.sigma
-    return None if sigma is None else sigma * math.sqrt(sum(1 / len(runs) for runs in by_role.values()))
+def _gain(by_role: dict[str, list[Run]], name: str, ledger: Ledger) -> float | None:
+    """Of the champion on the baseline, by one of the four scores of their runs."""
+    means = []
+    for role in ("baseline", "champion"):
+        scores = [getattr(run, name) for run in by_role[role]]
+        if None in scores:
+            return None
+        means.append(statistics.fmean(scores))
+    return ledger.domain.gain(*means)
 
 
 def _doubts_of_run(ledger: Ledger, run: Run, role: str) -> list[str]:
@@ -398,17 +401,16 @@ def _doubts_of_belief(ledger: Ledger, runs: list[Run], role: str) -> list[str]:
     return [f"{role}: believed {scores}, {far} away: do not believe the ledger's score"]
 
 
-def _doubts_of_gains(by_role: dict[str, list[Run]], ledger: Ledger, gains: list[float | None]) -> list[str]:
+def _doubts_of_gains(gains: list[float | None], error: float, ledger: Ledger) -> list[str]:
     """Gains on the two splits that disagree: what gained may have seen the validation text.
 
-    Seeds move both scores of a run together, so that sigma on either split is more than the error of the difference.
+    `error`: the standard error of either; the difference has at most both.
     """
     domain = ledger.domain
     gain, test_gain = gains
     if gain is None or test_gain is None:
         return []
-    error = math.sqrt(2) * (_gain_error(by_role, ledger) or 0.0)
-    allowed = 2 * error + SPLITS_DIFFER * max(abs(gain), abs(test_gain))
+    allowed = 2 * math.sqrt(2) * error + SPLITS_DIFFER * max(abs(gain), abs(test_gain))
     if abs(gain - test_gain) <= allowed:
         return []
     words = f"{domain.score_text(gain)} on validation and {domain.score_text(test_gain)} on the held-out split"
