@@ -69,20 +69,17 @@ def read_curve(log: str, domain: Domain) -> list[Point]:
 
 def loss_at(curve: list[Point], fraction: float) -> float | None:
     """The loss at a fraction of the budget, on the line between two points; None where the curve has none near it."""
-    before = None
-    for point in curve:
-        if point.fraction >= fraction:
-            break
-        before = point
-    else:
-        is_near = before is not None and fraction - before.fraction <= TOO_FAR
-        return before.loss if is_near else None
-    if before is None:
-        return point.loss if point.fraction - fraction <= TOO_FAR else None
-    gap = point.fraction - before.fraction
-    if gap > LONGEST_GAP:
-        return None
-    return before.loss + (fraction - before.fraction) / gap * (point.loss - before.loss)
+    before = max((point for point in curve if point.fraction <= fraction), key=_fraction, default=None)
+    after = min((point for point in curve if point.fraction >= fraction), key=_fraction, default=None)
+    if before and after and after.fraction - before.fraction <= LONGEST_GAP:
+        part = (fraction - before.fraction) / (after.fraction - before.fraction or 1)
+        return before.loss + part * (after.loss - before.loss)
+    ends = [point for point in (before, after) if point and abs(point.fraction - fraction) <= TOO_FAR]
+    return ends[0].loss if ends else None
+
+
+def _fraction(point: Point) -> float:
+    return point.fraction
 
 
 def unit_of(domain: Domain) -> str:
@@ -392,13 +389,15 @@ def _bits_per_nat(run: Run) -> float | None:
 
 
 def align(rows: list[list[str]], right: Iterable[int] = ()) -> list[str]:
-    """Rows of cells as lines, every column as wide as its widest cell; those named in `right` end in line."""
+    """Rows of cells as lines, every column as wide as its widest cell, empty ones left out; those named in `right` end
+    in line."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:
         cells = []
         for column, (cell, width) in enumerate(zip(row, widths, strict=True)):
-            cells.append(cell.rjust(width) if column in right else cell.ljust(width))
+            if width:
+                cells.append(cell.rjust(width) if column in right else cell.ljust(width))
         lines.append("  ".join(cells).rstrip())
     return lines
 

@@ -58,7 +58,10 @@ LABEL_LEVELS = 14  # rows below the line in which a number looks for room
 def draw_progress(ledger: Ledger, path: Path) -> None:
     """Draw every run, the best so far, and the kept changes by their numbers, which a table beside it explains."""
     picture = BytesIO()
-    _draw(ledger, has_table=True).savefig(picture, format="png")
+    figure = _draw(ledger, has_table=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a character that the font lacks is drawn as a box
+        figure.savefig(picture, format="png")
     write_atomically(path, picture.getvalue(), has_other_writers=True)
 
 
@@ -109,7 +112,7 @@ def _draw(ledger: Ledger, has_table: bool):
     for (_, before), (x, after) in itertools.pairwise(steps):
         risers += [(x, before + part / 10 * (after - before)) for part in range(11)]
     _write_numbers(axes, spots, dots + steps + risers, -1 if domain.lower_is_better else 1)
-    if has_table:
+    if has_table:  # after the numbers, which draw the figure to know where they are
         _write_table(figure, numbered, len(changes), domain)
     return figure
 
@@ -220,12 +223,9 @@ def _write_table(figure, numbered: list[tuple[int, Change]], total: int, domain:
         lines.append((f"{number:>4} {gain}  {words}", colour))
     if any(colour == GREY for _, colour in lines):
         lines.append(("grey: within the noise, or no longer in the branch", GREY))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a character that the font lacks is drawn as a box
-        for place, (text, colour) in enumerate(lines):
-            position = (0.672, 0.93 - 0.0295 * place)
-            figure.text(*position, text, fontsize=7.5, family="monospace", color=colour, parse_math=False)
-        figure.canvas.draw()
+    for place, (text, colour) in enumerate(lines):
+        position = (0.672, 0.93 - 0.0295 * place)
+        figure.text(*position, text, fontsize=7.5, family="monospace", color=colour, parse_math=False)
 
 
 def _as_svg(figure, title: str) -> str:

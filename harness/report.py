@@ -120,20 +120,22 @@ def better_elsewhere(ledger: Ledger) -> list[str]:
     lines = []
     former = ledger.better_former()
     if former:
-        number = ledger.first_run_of(former).number
-        score = domain.score_text(ledger.believed(former))
-        remedy = f"'uv run loop.py try --again {number}' goes back to it if it stays so"
-        lines.append(f"a former champion is believed better: {score} (run {number:04d}, {former[:7]}): {remedy}")
-    counting = [run for run in ledger.rows if run.counts]
+        first = ledger.first_run_of(former)
+        score = ledger.believed(former)
+        is_given_away = domain.gain(ledger.best, score) <= ledger.given_away()
+        words = f"'uv run loop.py try --again {first.number}' goes back to it if it stays so"
+        words = "given away for less code" if is_given_away else words
+        lines.append(f"believed better is run {first.number:04d} ({former[:7]}, {domain.score_text(score)}): {words}")
     choose = min if domain.lower_is_better else max
-    luckiest = choose(counting, key=lambda run: run.score)
-    if domain.gain(ledger.best, luckiest.score) <= 0:
-        return lines
+    luckiest = choose((run for run in ledger.rows if run.counts), key=lambda run: run.score)
     scores = ledger.scores(luckiest.commit)
+    is_told = luckiest.commit == former and len(scores) == 1
+    if is_told or domain.gain(ledger.best, luckiest.score) <= 0:
+        return lines
     why = luckiest.reason or f"a {luckiest.status} beside the champion of its time"
     if len(scores) > 1:
-        why = f"one of {len(scores)} runs of {luckiest.commit[:7]}, believed "
-        why += domain.score_text(ledger.believed(luckiest.commit))
+        believed = domain.score_text(ledger.believed(luckiest.commit))
+        why = f"one of {len(scores)} runs of {luckiest.commit[:7]}, believed {believed}"
     score = domain.score_text(luckiest.score)
     return [*lines, f"best score of a single run: {score}, run {luckiest.number:04d}, {why}"]
 
@@ -306,6 +308,7 @@ def audit_text(ledger: Ledger, group: str) -> tuple[str, list[str]]:
     """Baseline and champion on fresh seeds, in the run's own process and in a clean one; and what is to be doubted,
     a line each."""
     domain = ledger.domain
+    sigma = _sigma_before(ledger, group)
     by_role: dict[str, list[Run]] = {}
     for run in ledger.runs:
         name, _, role = run.group.partition("/")
@@ -326,13 +329,12 @@ def audit_text(ledger: Ledger, group: str) -> tuple[str, list[str]]:
             rows.append(["  believed before", domain.score_text(believed), "", "", ""])
         for run in runs:
             doubts += _doubts_of_run(ledger, run, role)
-        doubts += _doubts_of_belief(ledger, runs, role)
+        doubts += _doubts_of_belief(ledger, runs, role, sigma)
     notes = []
     is_clean = all(run.clean_score is not None for runs in by_role.values() for run in runs)
     if set(by_role) == {"baseline", "champion"}:
         names = ("clean_score", "clean_test_score") if is_clean else ("score", "test_score")
         gains = [_gain(by_role, name, ledger) for name in names]
-        sigma = ledger.sigma
         error = None if sigma is None else sigma * math.sqrt(sum(1 / len(runs) for runs in by_role.values()))
         error_text = "" if error is None else f" ± {domain.score_text(2 * error)}"
         texts = ["" if gain is None else f"{domain.score_text(gain)}{error_text}" for gain in gains]
@@ -343,6 +345,13 @@ def audit_text(ledger: Ledger, group: str) -> tuple[str, list[str]]:
     if not is_clean:
         notes.append("not every run was scored in a clean process: the gain is of the runs' own scores")
     return "\n".join(align(rows, right=(1, 2, 3, 4)) + notes), doubts
+
+
+def _sigma_before(ledger: Ledger, group: str) -> float | None:
+    """Without this audit's own runs, as far as that is known: a belief that was far off would hide in them."""
+    earlier = [run for run in ledger.runs if run.group.partition("/")[0] != group]
+    sigma = Ledger(ledger.domain, earlier, ledger.profile).sigma
+    return ledger.sigma if sigma is None else sigma
 
 
 def _spread(scores: list[float | None], ledger: Ledger) -> str:
@@ -385,15 +394,15 @@ def _doubts_of_run(ledger: Ledger, run: Run, role: str) -> list[str]:
     return doubts
 
 
-def _doubts_of_belief(ledger: Ledger, runs: list[Run], role: str) -> list[str]:
+def _doubts_of_belief(ledger: Ledger, runs: list[Run], role: str, sigma: float | None) -> list[str]:
     """A belief that its commit's fresh scores do not bear out."""
     domain = ledger.domain
     commit = runs[0].commit
     believed = ledger.believed(commit)
-    if believed is None or ledger.sigma is None:
+    if believed is None or sigma is None:
         return []
     fresh = statistics.fmean(run.score for run in runs)
-    error = ledger.sigma * math.sqrt(1 / len(ledger.believed_scores(commit)) + 1 / len(runs))
+    error = sigma * math.sqrt(1 / len(ledger.believed_scores(commit)) + 1 / len(runs))
     if abs(fresh - believed) <= FAR_ERRORS * error:
         return []
     far = f"{abs(fresh - believed) / error:.1f} standard errors"
