@@ -111,11 +111,12 @@ class Ledger:
     def _forget(self) -> None:
         self._by_number: dict[int, int] = {}  # number -> index in runs
         self._first: dict[str, Run] = {}  # commit -> its first run that counts, or crashed
-        self._scores: dict[str, list[float]] = {}  # commit -> scores that count, in order
+        self._counting: dict[str, list[Run]] = {}  # commit -> its runs whose scores count, in order
         self._all_scores: dict[str, list[float]] = {}  # audits' and ablations' too
         self._speeds: dict[str, list[float]] = {}
         self._fingerprints: dict[str, Run] = {}
         self._kept: list[Run] = []
+        self._noise: Noise | None = None  # once it was asked for
 
     def add(self, run: Run) -> None:
         """Take in a run; one whose number is known already (it waited for approval) takes the earlier line's place."""
@@ -130,6 +131,7 @@ class Ledger:
 
     def _index(self, place: int) -> None:
         run = self.runs[place]
+        self._noise = None
         self._by_number[run.number] = place
         if run.fingerprint:
             self._fingerprints.setdefault(run.fingerprint, run)
@@ -141,7 +143,7 @@ class Ledger:
             return
         self._first.setdefault(run.commit, run)
         if run.counts:
-            self._scores.setdefault(run.commit, []).append(run.score)
+            self._counting.setdefault(run.commit, []).append(run)
         if run.status == "keep":
             self._kept.append(run)
 
@@ -180,7 +182,7 @@ class Ledger:
 
     def runs_of(self, commit: str) -> list[Run]:
         """The runs of a commit whose scores count."""
-        return [run for run in self.runs if run.commit == commit and run.counts]
+        return self._counting.get(commit, [])
 
     def first_run_of(self, commit: str) -> Run | None:
         """The experiment that made a commit."""
@@ -203,7 +205,7 @@ class Ledger:
 
     def scores(self, commit: str) -> list[float]:
         """Every score of a commit that counts, in order."""
-        return self._scores.get(commit, [])
+        return [run.score for run in self.runs_of(commit)]
 
     def believed_scores(self, commit: str) -> list[float]:
         """The scores by which a commit is compared: all of the baseline's; of another all but the first, if it ran
@@ -228,6 +230,11 @@ class Ledger:
 
     def noise(self) -> Noise:
         """sigma from all commits that ran more than once, pooled with what is assumed of the profile."""
+        if self._noise is None:
+            self._noise = self._find_noise()
+        return self._noise
+
+    def _find_noise(self) -> Noise:
         squares, degrees = _squares_within(self._all_scores.values())
         assumed = self.domain.assumed_sigma.get(self.profile)
         if assumed is None and degrees == 0:

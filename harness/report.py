@@ -1,0 +1,426 @@
+"""What a person reads as text: `status` on one screen, the `report` of a ledger, the table of an audit.
+
+All of it follows from a Ledger; only `status` asks a tag what its loop does now. "In the branch" is what the champion
+stands on: a later verdict may have gone back to a champion before a kept change.
+"""
+
+import math
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+from harness.compare import BUSY, align, is_busy, mean_of_known, unit_of
+from harness.console import duration, one_line
+from harness.ledger import STATUSES, Change, Ledger, Run, wants_simpler
+
+LAST_ROWS = 10
+MOST_WORKERS = 12  # of which `status` tells one by one
+MOST_CHANGES = 60  # in the table, the largest gains of more
+BREAK_SECONDS = 3600  # nothing ended for so long: no loop ran, and the pace does not count it
+FAR_ERRORS = 3  # standard errors: a believed score so far from the fresh ones is no longer believed
+SPLITS_DIFFER = 0.1  # of a gain: two splits hold different text, so that gains on both differ by something
+
+# ---------------------------------------------------------------------------------------------------------------------
+# status
+
+
+def status_text(tag) -> str:
+    """What runs where, since when, of how long; what the loop waits for; where it stands."""
+    ledger = tag.ledger
+    live = tag.read_live()
+    now = time.time()
+    lines = []
+    if not tag.is_busy():
+        lines.append(f"{tag.branch}: no loop is running")
+    elif not live:
+        lines.append(f"{tag.branch}: a loop is starting")
+    else:
+        devices = live["devices"]
+        of_devices = "1 device" if devices == 1 else f"{devices} devices"
+        lines.append(f"{tag.branch}: a loop has been running for {duration(now - live['since'])} on {of_devices}")
+        lines += _worker_lines(live, now)
+        if live["waiting"]:
+            lines.append(f"waiting: {live['waiting']}")
+        if live["others"] is not None:
+            lines.append(f"others use {live['others']:.0%} of the machine now")
+    lines.append(ledger.standing())
+    rows = ledger.rows
+    if rows:
+        lines += ["", *(run.row(ledger.domain).rstrip() for run in rows[-LAST_ROWS:]), ""]
+    lines += [text for text in (pace_text(ledger), cost_text(ledger)) if text]
+    return "\n".join(lines).rstrip()
+
+
+def _worker_lines(live: dict, now: float) -> list[str]:
+    """A line for each worker, those that train first; many are summed up."""
+    workers = sorted(live["workers"], key=lambda worker: worker["doing"] != "training")
+    rows = []
+    for worker in workers[:MOST_WORKERS]:
+        time_words = duration(now - worker["since"])
+        if worker["doing"] == "training" and live["usual_seconds"]:
+            time_words += f" of about {duration(live['usual_seconds'])}"
+        number = f"{worker['run']:04d}" if worker["run"] else ""
+        rows.append([worker["doing"], number, time_words, worker["node"], one_line(worker["description"], 60)])
+    lines = [f"  {line}" for line in align(rows)] if rows else []
+    if more := Counter(worker["doing"] for worker in workers[MOST_WORKERS:]):
+        lines.append("  and " + ", ".join(f"{count} {doing}" for doing, count in more.items()))
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# report
+
+
+def report_text(ledger: Ledger) -> str:
+    """Where it stands, what was kept, how sure that is, what it took, and what to run next."""
+    rows = ledger.rows
+    if not any(run.score is not None for run in rows):
+        return "no scored run yet: 'uv run loop.py status' tells what is running"
+    counts = Counter(run.status for run in rows)
+    shares = ", ".join(f"{counts[status]:,} {status} ({counts[status] / len(rows):.0%})" for status in STATUSES)
+    lines = [f"{len(rows):,} runs: {shares}"]
+    if not ledger.champion:
+        return "\n".join([*lines, "nothing was kept, no baseline either"])
+    changes = ledger.changes()
+    lines += [best_text(ledger), *better_elsewhere(ledger), kept_text(changes), ""]
+    lines += align(changes_table(ledger, choose_changes(changes)), right=(0, 3, 4, 5, 7, 8))
+    if len(changes) > MOST_CHANGES:
+        lines.append(f"the {len(changes) - MOST_CHANGES:,} smallest gains are left out: results.tsv has them")
+    lines += ["", *noise_lines(ledger, changes)]
+    lines += [text for text in (pace_text(ledger), cost_text(ledger), busy_text(ledger.runs)) if text]
+    if any(run.started_at for run in rows):  # of a tag, where more can be run
+        lines += ["", *next_lines(ledger, changes)]
+    return "\n".join(lines)
+
+
+def best_text(ledger: Ledger) -> str:
+    """The champion and its believed score."""
+    domain = ledger.domain
+    best = ledger.best
+    baseline = ledger.believed(ledger.baseline)
+    first = ledger.first_run_of(ledger.champion)
+    count = len(ledger.believed_scores(ledger.champion))
+    total = len(ledger.scores(ledger.champion))
+    runs = f"{count} run{'' if count == 1 else 's'}"
+    if count < total:
+        runs = f"{count} of its {total} runs: the first selected it"
+    name = f"best: {domain.metric} {domain.score_text(best)} (run {first.number:04d}, {ledger.champion[:7]}"
+    if ledger.champion == ledger.baseline:
+        return f"{name}), the baseline, believed from {runs}"
+    gain = domain.gain(baseline, best)
+    amount = f"{domain.score_text(abs(gain))} {domain.unit} ({abs(gain) / (abs(baseline) or 1):.2%})"
+    against = f"baseline {domain.score_text(baseline)}, {amount} {'worse' if gain < 0 else 'better'}"
+    return f"{name}), believed from {runs}; {against}"
+
+
+def better_elsewhere(ledger: Ledger) -> list[str]:
+    """Why a score that is better than the best is not the best."""
+    domain = ledger.domain
+    lines = []
+    former = ledger.better_former()
+    if former:
+        first = ledger.first_run_of(former)
+        score = ledger.believed(former)
+        is_given_away = domain.gain(ledger.best, score) <= ledger.given_away()
+        words = f"'uv run loop.py try --again {first.number}' goes back to it if it stays so"
+        words = "given away for less code" if is_given_away else words
+        lines.append(f"believed better is run {first.number:04d} ({former[:7]}, {domain.score_text(score)}): {words}")
+    choose = min if domain.lower_is_better else max
+    luckiest = choose((run for run in ledger.rows if run.counts), key=lambda run: run.score)
+    scores = ledger.scores(luckiest.commit)
+    is_told = luckiest.commit == former and len(scores) == 1
+    if is_told or domain.gain(ledger.best, luckiest.score) <= 0:
+        return lines
+    why = luckiest.reason or f"a {luckiest.status} beside the champion of its time"
+    if len(scores) > 1:
+        believed = domain.score_text(ledger.believed(luckiest.commit))
+        why = f"one of {len(scores)} runs of {luckiest.commit[:7]}, believed {believed}"
+    score = domain.score_text(luckiest.score)
+    return [*lines, f"best score of a single run: {score}, run {luckiest.number:04d}, {why}"]
+
+
+def kept_text(changes: list[Change]) -> str:
+    """How many changes are in the branch, and how many of these a person may believe."""
+    in_branch = [change for change in changes if change.is_in_branch]
+    if not changes:
+        return "no change was kept yet"
+    words = "1 change is" if len(in_branch) == 1 else f"{len(in_branch):,} changes are"
+    significant = sum(change.is_significant for change in in_branch)
+    text = f"{words} in the branch, {significant:,} of them significant (a gain over 2 standard errors)"
+    if left := len(changes) - len(in_branch):
+        text += f"; {left:,} more {'was' if left == 1 else 'were'} kept and left the branch"
+    return text
+
+
+def choose_changes(changes: list[Change], most: int = MOST_CHANGES) -> list[tuple[int, Change]]:
+    """Numbered from 1; of many the largest gains, in their order."""
+    numbered = list(enumerate(changes, 1))
+    largest = sorted(numbered, key=lambda pair: pair[1].gain, reverse=True)[:most]
+    return sorted(largest, key=lambda pair: pair[0])
+
+
+def changes_table(ledger: Ledger, numbered: list[tuple[int, Change]]) -> list[list[str]]:
+    """The kept changes below the baseline, with a heading; columns that nobody knows stay empty."""
+    domain = ledger.domain
+    speed = f"{unit_of(domain)}/s"
+    table = [["", "run", "commit", domain.metric, "gain", "± 2 errors", "", "steps", speed, "description"]]
+    first = ledger.first_run
+    score = domain.score_text(ledger.believed(first.commit))
+    table.append(["", f"{first.number:04d}", first.commit[:8], score, "", "", "", *_speeds(ledger, first.commit)])
+    table[-1].append(one_line(first.description))
+    for number, change in numbered:
+        run = change.run
+        error = "" if change.standard_error is None else domain.score_text(2 * change.standard_error)
+        cells = [str(number), f"{run.number:04d}", run.commit[:8], domain.score_text(change.score)]
+        cells += [domain.score_text(change.gain), error, change_word(ledger, change)]
+        table.append([*cells, *_speeds(ledger, run.commit), one_line(run.description)])
+    if not any(row[7] or row[8] for row in table[1:]):
+        table[0][7:9] = ["", ""]
+    return table
+
+
+def change_word(ledger: Ledger, change: Change) -> str:
+    """What a person must know of a kept change before believing its gain."""
+    word = "within the noise"
+    if change.gain < 0:
+        has_repeats = len(ledger.scores(change.run.commit)) > 1 or len(ledger.scores(change.run.base)) > 1
+        word = "worse by its repeats" if has_repeats else "worse"
+        if wants_simpler(change.run.description):
+            word = "worse, but simpler"
+    elif change.standard_error is None:
+        word = "noise unknown"
+    elif change.is_significant:
+        word = "significant"
+    return word if change.is_in_branch else f"{word}, left the branch"
+
+
+def _speeds(ledger: Ledger, commit: str) -> list[str]:
+    """Steps and tokens a second of a commit, the means of its runs."""
+    runs = ledger.runs_of(commit)
+    means = (mean_of_known(run.steps for run in runs), mean_of_known(run.tokens_per_second for run in runs))
+    return ["" if mean is None else f"{mean:,.0f}" for mean in means]
+
+
+def noise_lines(ledger: Ledger, changes: list[Change]) -> list[str]:
+    domain = ledger.domain
+    noise = ledger.noise()
+    size = "" if noise.sigma is None else f"{domain.score_text(noise.sigma)} {domain.unit}, "
+    lines = [f"sigma, the standard deviation between seeds: {size}{noise.source}"]
+    drift = ledger.speed_sigma()
+    if drift is not None:
+        lines.append(f"speed of one and the same code: standard deviation {drift:.1%}")
+    if noise.sigma is not None and any(wants_simpler(change.run.description) for change in changes):
+        given = domain.score_text(ledger.given_away())
+        lines.append(f"given away for less code: {given} of at most {domain.score_text(2 * noise.sigma)} (two sigma)")
+    return lines
+
+
+def pace_text(ledger: Ledger) -> str:
+    """Runs an hour and how many ran at a time, while a loop ran; "" where no times are known."""
+    spans = sorted((run.started_at, run.started_at + run.seconds) for run in ledger.runs if run.started_at)
+    if not spans:
+        return ""
+    wall = 0.0
+    reached = -math.inf
+    for start, end in spans:
+        if start - reached > BREAK_SECONDS:
+            wall += end - start
+        else:
+            wall += max(0.0, end - reached)
+        reached = max(reached, end)
+    busy = sum(end - start for start, end in spans)
+    wall = wall or 1e-9
+    usual = duration(statistics.median(end - start for start, end in spans))
+    return f"pace: {len(spans) / wall * 3600:.1f} runs an hour, {busy / wall:.2f} at a time, {usual} each"
+
+
+def cost_text(ledger: Ledger) -> str:
+    """What the agents' calls cost, each and for a kept change; "" where no agent was called that costs anything."""
+    costs = [run.cost for run in ledger.runs if run.cost]
+    calls = sum(cost.get("calls") or 0 for cost in costs)
+    if not calls:
+        return ""
+    kept = len(ledger.lineage()) - 1
+    dollars = [(cost.get("usd"), cost.get("calls") or 0) for cost in costs]
+    tokens = []
+    for cost in costs:
+        both = (cost.get("tokens_in"), cost.get("tokens_out"))
+        tokens.append((None if None in both else sum(both), cost.get("calls") or 0))
+    parts = [_cost_part(dollars, kept, "dollars", _usd), _cost_part(tokens, kept, "tokens", "{:,.0f}".format)]
+    return f"cost: {calls:,} agent call{'' if calls == 1 else 's'}; {'; '.join(parts)}"
+
+
+def _cost_part(amounts: list[tuple[float | None, int]], kept: int, unit: str, text: Callable[[float], str]) -> str:
+    """`dollars $3.42 (0.28 a call, 1.14 a kept change; 2 calls unknown)`. `amounts`: each with the calls it is of."""
+    known = [(amount, calls) for amount, calls in amounts if amount is not None]
+    if not known:
+        return f"{unit} unknown"
+    total = sum(amount for amount, _ in known)
+    shares = f"{text(total / max(1, sum(calls for _, calls in known)))} a call"
+    if kept:
+        shares += f", {text(total / kept)} a kept change"
+    unknown = sum(calls for amount, calls in amounts if amount is None)
+    if unknown:
+        shares += f"; {unknown} calls unknown"
+    return f"{unit} {text(total)} ({shares})"
+
+
+def _usd(dollars: float) -> str:
+    return f"${dollars:.2f}" if dollars >= 0.1 else f"${dollars:.4f}"
+
+
+def busy_text(runs: Iterable[Run]) -> str:
+    """How busy others kept the machine; "" where nobody measured it."""
+    known = [run for run in runs if run.busy_others is not None]
+    if not known:
+        return ""
+    median = statistics.median(run.busy_others for run in known)
+    weak = sum(map(is_busy, known))
+    end = f"in {weak:,} of {len(known):,}: those scores are weak" if weak else f"in none of {len(known):,}"
+    return f"others used {median:.0%} of the machine during the median run, over {BUSY:.0%} {end}"
+
+
+def next_lines(ledger: Ledger, changes: list[Change]) -> list[str]:
+    """The commands that say how much of all this to believe."""
+    lines = ["next:"]
+    in_branch = [change for change in changes if change.is_in_branch]
+    if ledger.sigma is None:
+        lines.append("  uv run loop.py try --base    the best once more: how much seeds differ is not known yet")
+    if in_branch and not any(run.purpose == "audit" and run.commit == ledger.champion for run in ledger.runs):
+        lines.append("  uv run loop.py audit         baseline and champion on fresh seeds and on the held-out split")
+    if len(in_branch) > 1:
+        lines.append("  uv run loop.py ablate        which of the kept changes carry the gain")
+    return lines if len(lines) > 1 else ["next: uv run loop.py --agent NAME goes on"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# audit
+
+
+def last_audit(ledger: Ledger) -> str:
+    """The group of the newest audit, "" before there is one."""
+    groups = [run.group.partition("/")[0] for run in ledger.runs if run.purpose == "audit"]
+    return groups[-1] if groups else ""
+
+
+def audit_text(ledger: Ledger, group: str) -> tuple[str, list[str]]:
+    """Baseline and champion on fresh seeds, in the run's own process and in a clean one; and what is to be doubted,
+    a line each."""
+    domain = ledger.domain
+    sigma = _sigma_before(ledger, group)
+    by_role: dict[str, list[Run]] = {}
+    for run in ledger.runs:
+        name, _, role = run.group.partition("/")
+        if run.purpose == "audit" and name == group and run.score is not None:
+            by_role.setdefault(role, []).append(run)
+    held_out = f"held-out test, {domain.unit}" if domain.test_metric else ""
+    rows = [[group, f"validation, {domain.unit}", held_out, "steps", f"{unit_of(domain)}/s"]]
+    doubts = []
+    for role, runs in by_role.items():
+        speeds = [mean_of_known(getattr(run, name) for run in runs) for name in ("steps", "tokens_per_second")]
+        cells = ["" if speed is None else f"{speed:,.0f}" for speed in speeds]
+        own = [_spread([getattr(run, name) for run in runs], ledger) for name in ("score", "test_score")]
+        rows.append([f"{role} {runs[0].commit[:7]}, {len(runs)} seed{'s' if len(runs) > 1 else ''}", *own, *cells])
+        clean = [_spread([getattr(run, name) for run in runs], ledger) for name in ("clean_score", "clean_test_score")]
+        rows.append(["  in a clean process", *clean, "", ""])
+        believed = ledger.believed(runs[0].commit)
+        if believed is not None:
+            rows.append(["  believed before", domain.score_text(believed), "", "", ""])
+        for run in runs:
+            doubts += _doubts_of_run(ledger, run, role)
+        doubts += _doubts_of_belief(ledger, runs, role, sigma)
+    notes = []
+    is_clean = all(run.clean_score is not None for runs in by_role.values() for run in runs)
+    if set(by_role) == {"baseline", "champion"}:
+        names = ("clean_score", "clean_test_score") if is_clean else ("score", "test_score")
+        gains = [_gain(by_role, name, ledger) for name in names]
+        error = None if sigma is None else sigma * math.sqrt(sum(1 / len(runs) for runs in by_role.values()))
+        error_text = "" if error is None else f" ± {domain.score_text(2 * error)}"
+        texts = ["" if gain is None else f"{domain.score_text(gain)}{error_text}" for gain in gains]
+        rows.append(["gain ± 2 standard errors", *texts, "", ""])
+        doubts += _doubts_of_gains(gains, error or 0.0, ledger)
+    else:
+        notes.append("no change is in the branch: the baseline is the champion")
+    if not is_clean:
+        notes.append("not every run was scored in a clean process: the gain is of the runs' own scores")
+    return "\n".join(align(rows, right=(1, 2, 3, 4)) + notes), doubts
+
+
+def _sigma_before(ledger: Ledger, group: str) -> float | None:
+    """Without this audit's own runs, as far as that is known: a belief that was far off would hide in them."""
+    earlier = [run for run in ledger.runs if run.group.partition("/")[0] != group]
+    sigma = Ledger(ledger.domain, earlier, ledger.profile).sigma
+    return ledger.sigma if sigma is None else sigma
+
+
+def _spread(scores: list[float | None], ledger: Ledger) -> str:
+    """Mean and standard deviation; "-" where a score is missing."""
+    if None in scores:
+        return "-"
+    text = ledger.domain.score_text(statistics.fmean(scores))
+    if len(scores) > 1 and all(map(math.isfinite, scores)):
+        text += f" ± {ledger.domain.score_text(statistics.stdev(scores))}"
+    return text
+
+
+def _gain(by_role: dict[str, list[Run]], name: str, ledger: Ledger) -> float | None:
+    """Of the champion on the baseline, by one of the four scores of their runs."""
+    means = []
+    for role in ("baseline", "champion"):
+        scores = [getattr(run, name) for run in by_role[role]]
+        if None in scores:
+            return None
+        means.append(statistics.fmean(scores))
+    return ledger.domain.gain(*means)
+
+
+def _doubts_of_run(ledger: Ledger, run: Run, role: str) -> list[str]:
+    domain = ledger.domain
+    name = f"{role}, run {run.number:04d}"
+    doubts = []
+    for key, least in domain.floors.items():
+        value = run.record.get("floors", {}).get(key)
+        if not isinstance(value, int | float) or not value >= least:  # NaN too
+            doubts.append(f"{name}: {key} {value} is below its floor {least:g}")
+    if run.clean_score is None:
+        return [*doubts, f"{name} was not scored in a clean process: {run.problem or 'no network was exported'}"]
+    pairs = [("validation", run.score, run.clean_score), ("held-out", run.test_score, run.clean_test_score)]
+    for split, own, clean in pairs:
+        if own is not None and not (clean is not None and abs(own - clean) <= domain.rescore_tolerance):  # NaN too
+            clean_text = "nothing" if clean is None else domain.score_text(clean)
+            scores = f"{domain.score_text(own)} in its own process and {clean_text} in a clean one"
+            doubts.append(f"{name} scored {scores} ({split}): believe neither")
+    return doubts
+
+
+def _doubts_of_belief(ledger: Ledger, runs: list[Run], role: str, sigma: float | None) -> list[str]:
+    """A belief that its commit's fresh scores do not bear out."""
+    domain = ledger.domain
+    commit = runs[0].commit
+    believed = ledger.believed(commit)
+    if believed is None or sigma is None:
+        return []
+    fresh = statistics.fmean(run.score for run in runs)
+    error = sigma * math.sqrt(1 / len(ledger.believed_scores(commit)) + 1 / len(runs))
+    if abs(fresh - believed) <= FAR_ERRORS * error:
+        return []
+    far = f"{abs(fresh - believed) / error:.1f} standard errors"
+    scores = f"{domain.score_text(believed)}, its fresh runs give {domain.score_text(fresh)}"
+    return [f"{role}: believed {scores}, {far} away: do not believe the ledger's score"]
+
+
+def _doubts_of_gains(gains: list[float | None], error: float, ledger: Ledger) -> list[str]:
+    """Gains on the two splits that disagree: what gained may have seen the validation text.
+
+    `error`: the standard error of either; the difference has at most both.
+    """
+    domain = ledger.domain
+    gain, test_gain = gains
+    if gain is None or test_gain is None:
+        return []
+    allowed = 2 * math.sqrt(2) * error + SPLITS_DIFFER * max(abs(gain), abs(test_gain))
+    if abs(gain - test_gain) <= allowed:
+        return []
+    words = f"{domain.score_text(gain)} on validation and {domain.score_text(test_gain)} on the held-out split"
+    return [f"the gains disagree: {words}, beyond their errors: what gained may have seen the validation text"]

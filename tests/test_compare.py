@@ -1,0 +1,196 @@
+"""harness/compare.py: what a log tells, and a run beside its base as an agent and a person read it.
+
+uv run pytest tests/test_compare.py
+"""
+
+import dataclasses
+
+import pytest
+from reading_fixtures import BASELINE, DOMAIN, SLOWER, WARMER, WIDER, made, small_ledger
+
+from harness.compare import headline, loss_at, read_curve, training_facts, verdict
+from harness.ledger import STALE, Ledger
+
+BAR = "  5%|##        | 10/200 [00:01<00:19]"
+
+
+def log_of(*points: tuple[int, float, float], batch: str = "16,384", steps: str = "100") -> str:
+    lines = [f"batch {batch} tokens = 64 rows x 256 x 1 micro-steps"]
+    lines += [f"step {step:05d} | {percent:.1f}% | loss {loss:.4f} | lr x1.00" for step, percent, loss in points]
+    return "\n".join([*lines, "---", "val_bpb:          1.700000", f"num_steps:        {steps}", ""])
+
+
+# ---- What a log tells -----------------------------------------------------------------------------------------------
+
+
+def test_log_tells_steps_speed_and_the_loss_at_half_and_at_the_end():
+    facts = training_facts(log_of((1, 1, 9.0), (40, 40, 5.0), (60, 60, 4.0), (100, 99.8, 3.0)), DOMAIN, 32.0)
+    assert facts["steps"] == 100
+    assert facts["tokens_per_second"] == 100 * 16384 / 32
+    assert facts["loss_half"] == pytest.approx(4.5)  # on the line between 40 and 60 %
+    assert facts["loss_end"] == 3.0
+    assert read_curve(log_of((1, 1, 9.0), (40, 40, 5.0)), DOMAIN)[-1].loss == 5.0
+
+
+def test_loss_is_unknown_where_the_curve_has_no_point_near():
+    curve = read_curve(log_of((10, 10, 6.0), (50, 50, 5.0), (60, 60, 4.5)), DOMAIN)
+    assert loss_at(curve, 0.0) is None and loss_at(curve, 1.0) is None
+    assert loss_at(curve, 0.3) is None  # in a gap of 40 % of the budget
+    assert loss_at(curve, 0.07) == 6.0 and loss_at(curve, 0.64) == 4.5
+    assert loss_at([], 0.5) is None
+
+
+NONSENSE = {
+    "nothing": "",
+    "progress bars": f"\r{BAR}" * 1000,
+    "binary": bytes(range(256)).decode("latin-1") * 1000,
+    "no numbers": "step 1 | 1.2.3% | loss nan | \nstep 2 | ...% | loss 1e999 | \nnum_steps: many\n",
+    "too many": log_of((1, 50, 2.0), batch="9" * 20, steps="9" * 25).replace("loss 2", "loss x"),
+    "backwards": log_of((9, 90, 1.0), (8, 80, 1.0), (10, 70, 1.0), steps="-5"),
+}
+
+
+@pytest.mark.parametrize("text", NONSENSE.values(), ids=NONSENSE)
+def test_log_that_says_nothing_of_use_leaves_facts_unknown(text):
+    assert set(training_facts(text, DOMAIN, 30.0).values()) == {None}
+
+
+def test_huge_log_is_read_at_both_ends():
+    start = "batch 1,000 tokens = 1 row\nstep 1 | 50.0% | loss 4.0 | \n"
+    text = start + "x" * 100_000_000 + "\nstep 9 | 100.0% | loss 3.0 | \n---\nnum_steps: 9\n"
+    assert training_facts(text, DOMAIN, 10.0) == {
+        "steps": 9, "tokens_per_second": 900, "loss_half": 4.0, "loss_end": 3.0,
+    }  # fmt: skip
+
+
+def test_domain_without_curves_counts_steps():
+    fork = dataclasses.replace(DOMAIN, curve_pattern="", batch_pattern="")
+    facts = training_facts("num_steps: 50\n", fork, 10.0)
+    assert facts == {"steps": 50, "tokens_per_second": 5.0, "loss_half": None, "loss_end": None}
+    assert not any(training_facts("num_steps: 50\n", dataclasses.replace(fork, steps=""), 10.0).values())
+    ledger = Ledger(fork, [made(1, BASELINE, 1.7, "keep", "baseline", loss_half=None, loss_end=None)])
+    assert "steps a second" in verdict(ledger, ledger[1]) and "loss" not in verdict(ledger, ledger[1])
+
+
+# ---- The verdict ----------------------------------------------------------------------------------------------------
+
+NOISE = "sigma 0.015, from 2 repeats of commits here, pooled with 0.014 as measured before for pocket"
+
+
+def test_verdict_of_a_discard_needs_no_log():
+    ledger = small_ledger()
+    assert verdict(ledger, ledger[4]) == f"""\
+run 0004 discard: value embeddings
+                                                     run 0004  base bbbbbbb, mean of 2             change
+val_bpb                                              1.690000                 1.680000          +0.010000
+steps                                                     480                      540             -11.1%
+tokens a second                                        19,200                   21,600             -11.1%
+peak memory, GB                                           2.0                      2.0               +0.0
+training loss at half, nats (bits a byte)     4.2000 (2.0198)          3.9000 (1.8755)  +0.3000 (+0.1443)
+training loss at the end, nats (bits a byte)  3.6000 (1.7312)          3.3000 (1.5870)  +0.3000 (+0.1443)
+0.010000 worse ± 0.043726 (2 standard errors): within the noise ({NOISE})
+speed: 11.1% fewer tokens a second, by the edit or the busy machine
+learning: not comparable, 11% fewer tokens mean another stage of the schedule
+others used 30% of the machine during this run: its score is weak \
+('uv run loop.py try --again 4' measures it once more)"""
+
+
+def test_verdict_of_the_baseline_has_the_same_rows_and_where_its_time_went():
+    ledger = small_ledger()
+    assert verdict(ledger, ledger[1]) == """\
+run 0001 keep: baseline
+                                                     run 0001
+val_bpb                                              1.720000
+steps                                                     500
+tokens a second                                        20,000
+peak memory, GB                                           2.0
+training loss at half, nats (bits a byte)     4.0000 (1.9236)
+training loss at the end, nats (bits a byte)  3.5000 (1.6831)
+start-up 5.0 s, training 30.0 s (the budget), evaluation 4.0 s
+it says: num_params_M 11.5, depth 4
+sigma, the standard deviation between seeds, is 0.015, from 2 repeats of commits here, \
+pooled with 0.014 as measured before for pocket"""
+
+
+def test_verdict_of_a_gain_that_was_measured_again_splits_it_into_speed_and_learning():
+    ledger = small_ledger()
+    lines = verdict(ledger, ledger[3]).splitlines()
+    assert lines[-4:] == [
+        "bbbbbbb ran 2 times: believed 1.680000, the mean of all but the first, which selected it",
+        f"by what is believed: 0.050000 better ± 0.037868 (2 standard errors): more than the noise ({NOISE})",
+        "speed: 6.9% more tokens a second, by the edit: the same code differs by 1.0% (standard deviation)",
+        # The longer run at 606,000 of 648,000 tokens: 3.3 + 2 (3.9 - 3.3) (1 - 606 / 648) = 3.3778 against 3.5.
+        "learning: at 606,000 tokens, equal for both, training loss 0.1222 lower (-3.5%)",
+    ]
+
+
+def test_verdict_of_a_crash_says_why_and_how_to_mend_it():
+    ledger = small_ledger()
+    assert verdict(ledger, ledger[5]) == """\
+run 0005 crash: warm up longer
+NameError: name 'WARM' is not defined
+'tail -n 50 runs/0005/run.log' tells more
+'git apply runs/0005/change.diff' brings the edit back, to mend it"""
+
+
+def test_sigma_is_said_to_be_unknown_where_nothing_ran_twice():
+    first = made(1, BASELINE, 1.7, "keep", "baseline", record={"profile": "mine"})
+    second = made(2, WIDER, 1.6, "keep", "wider", base=BASELINE, tokens_per_second=22_000.0, record={})
+    ledger = Ledger(DOMAIN, [first, second])
+    lines = verdict(ledger, second).splitlines()
+    assert lines[-3].startswith("0.100000 better ± unknown: sigma, the standard deviation between seeds, is unknown: ")
+    assert lines[-2] == "speed: 10.0% more tokens a second, by the edit or the machine: no commit ran twice to tell"
+    assert "nats  " in lines[-4] and "bits" not in lines[-4]  # the evaluator counted no bytes
+    assert "better ± unknown" in headline(ledger, second)
+
+
+@pytest.mark.parametrize(
+    ("run", "said"),
+    [
+        (made(7, SLOWER, 1.6, "discard", "x", base=BASELINE, is_stale=True, reason=STALE), f"{STALE}: run 0008"),
+        (made(7, SLOWER, 1.6, "pending", "x", base=WIDER), "a gain that waits for approval"),
+        (made(7, WARMER, 1.675, "keep", "x", base=WIDER), "kept: the plain rule keeps what scored better"),
+        (made(7, WARMER, 1.685, "keep", "simplify: x", base=WIDER), "kept as a simplification"),
+        (made(7, WARMER, 1.685, "discard", "simplify: x", base=WIDER), "not kept as a simplification: "),
+        (made(7, WARMER, 1.5, "discard", "x", base=WIDER, reason="f1 0.2 is low"), "discard because: f1 0.2 is low"),
+        (made(7, WARMER, 1.5, "discard", "x", base=WIDER, touched=("prepare.py",)), "as before: prepare.py"),
+        (made(7, WIDER, 1.68, "keep", "x", purpose="replicate"), "fewer tokens a second, no more than the machine does by itself"),
+        (made(7, WIDER, 1.9, "keep", "x", purpose="replicate"), "'uv run loop.py try --again 1' measures it"),
+    ],
+)
+def test_verdict_says_the_rule_by_which_it_fell(run, said):
+    ledger = small_ledger(run, made(8, "e" * 40, 1.7, "discard", "x", base=WIDER, again_of=7))
+    text = verdict(ledger, run)
+    assert said in text
+
+
+def test_slow_machine_is_named_where_the_same_code_ran_slower():
+    runs = [made(n, BASELINE, 1.7, "keep", "again", purpose="replicate") for n in range(7, 17)]
+    slow = made(17, BASELINE, 1.7, "keep", "again", purpose="replicate", tokens_per_second=18_000.0)
+    text = verdict(small_ledger(*runs, slow), slow)
+    assert "speed: 10.1% fewer tokens a second than earlier runs of the same code: the machine was slow" in text
+
+
+def test_busy_machine_of_the_base_makes_the_difference_weak():
+    first = made(1, BASELINE, 1.7, "keep", "baseline", busy_others=0.5)
+    second = made(2, WIDER, 1.6, "keep", "wider", base=BASELINE)
+    assert "busy when the base was measured" in verdict(Ledger(DOMAIN, [first, second]), second)
+
+
+def test_verdict_that_moves_the_champion_back_says_so():
+    bad = made(7, WIDER, 1.9, "keep", "again", purpose="replicate")
+    back = made(8, BASELINE, 1.7, "keep", "again", purpose="replicate")
+    text = verdict(small_ledger(bad, back), back)
+    assert "the champion goes back from bbbbbbb to aaaaaaa, believed 1.720000 against 1.790000" in text
+
+
+def test_headline_is_one_line_of_what_was_decided():
+    ledger = small_ledger()
+    assert [headline(ledger, ledger[number]) for number in (1, 3, 4, 5)] == [
+        "run 0001 keep: val_bpb 1.720000, 500 steps, 40 s (baseline)",
+        "run 0003 keep: val_bpb 1.650000, 0.050000 better ± 0.037868, 540 steps (+8%), 40 s (raise width to 384)",
+        "run 0004 discard: val_bpb 1.690000, 0.010000 worse ± 0.043726, 480 steps (-11%), 40 s (value embeddings)",
+        "run 0005 crash: NameError: name 'WARM' is not defined (warm up longer)",
+    ]
+    audit = made(7, WIDER, 1.69, "measured", "champion, seed 3", purpose="audit", group="audit 1/champion")
+    assert headline(ledger, audit).startswith("run 0007 measured: val_bpb 1.690000, 0.025000 worse ± ")

@@ -1,0 +1,266 @@
+"""harness/report.py: what a person reads as text, and what an audit makes doubtful.
+
+uv run pytest tests/test_report.py
+"""
+
+import dataclasses
+import time
+
+import pytest
+from reading_fixtures import BASELINE, DOMAIN, SLOWER, WARMER, WIDER, StandInTag, live_status, made, small_ledger
+
+from harness.ledger import STALE, Ledger, Run, parse_tsv
+from harness.report import audit_text, cost_text, last_audit, pace_text, report_text, status_text
+
+NOISE = "from 2 repeats of commits here, pooled with 0.014 as measured before for pocket"
+COST = (
+    "cost: 3 agent calls; dollars $0.25 ($0.25 a call, $0.25 a kept change; 2 calls unknown); "
+    "tokens 10,000 (10,000 a call, 10,000 a kept change; 2 calls unknown)"
+)
+
+# ---- report ---------------------------------------------------------------------------------------------------------
+
+
+def test_report_of_a_small_night():
+    assert report_text(small_ledger()) == f"""\
+6 runs: 4 keep (67%), 1 discard (17%), 1 crash (17%)
+best: val_bpb 1.680000 (run 0003, bbbbbbb), believed from 1 of its 2 runs: the first selected it; \
+baseline 1.730000, 0.050000 bpb (2.89%) better
+best score of a single run: 1.650000, run 0003, one of 2 runs of bbbbbbb, believed 1.680000
+1 change is in the branch, 1 of them significant (a gain over 2 standard errors)
+
+   run   commit     val_bpb      gain  ± 2 errors               steps  tokens/s  description
+   0001  aaaaaaaa  1.730000                                       500    20,200  baseline
+1  0003  bbbbbbbb  1.680000  0.050000    0.037868  significant    540    21,600  raise width to 384
+
+sigma, the standard deviation between seeds: 0.015460 bpb, {NOISE}
+speed of one and the same code: standard deviation 1.0%
+pace: 63.5 runs an hour, 0.62 at a time, 40 s each
+{COST}
+others used 2% of the machine during the median run, over 10% in 1 of 5: those scores are weak
+
+next:
+  uv run loop.py audit         baseline and champion on fresh seeds and on the held-out split"""
+
+
+def test_report_of_any_ledger_file():
+    text = """commit\tval_bpb\tmemory_gb\tstatus\tdescription
+baseline\t1.000\t44.0\tkeep\tbaseline
+1111111\t0.990\t44.0\tkeep\twider
+2222222\t0.000\t0.0\tcrash\tboom
+3333333\t0.992\t44.0\tkeep\tsimplify: fewer lines
+4444444\t0.991\t44.0\tdiscard\tdeeper
+"""
+    ledger, bad = parse_tsv(text, DOMAIN, "pocket")
+    assert bad == 0
+    assert report_text(ledger) == """\
+5 runs: 3 keep (60%), 1 discard (20%), 1 crash (20%)
+best: val_bpb 0.992000 (run 0004, 3333333), believed from 1 run; baseline 1.000000, 0.008000 bpb (0.80%) better
+believed better is run 0002 (1111111, 0.990000): given away for less code
+2 changes are in the branch, 0 of them significant (a gain over 2 standard errors)
+
+   run   commit     val_bpb       gain  ± 2 errors                      description
+   0001  baseline  1.000000                                             baseline
+1  0002  1111111   0.990000   0.010000    0.039598  within the noise    wider
+2  0004  3333333   0.992000  -0.002000    0.039598  worse, but simpler  simplify: fewer lines
+
+sigma, the standard deviation between seeds: 0.014000 bpb, as measured before for pocket; nothing ran twice here
+given away for less code: 0.002000 of at most 0.028000 (two sigma)"""
+
+
+def words_of(ledger: Ledger) -> list[str]:
+    """What the table of kept changes says of each."""
+    table = report_text(ledger).split("\n\n")[1].splitlines()
+    place = table[0].index("± 2 errors") + len("± 2 errors  ")
+    return [line[place : line.index("  ", place)] for line in table[2:]]
+
+
+def test_no_kept_change_is_worse_without_a_word():
+    repeats = [made(number, WIDER, 1.9, "keep", "again", purpose="replicate") for number in (7, 8)]
+    back = made(9, BASELINE, 1.7, "keep", "again", purpose="replicate")
+    assert words_of(small_ledger(*repeats)) == ["worse by its repeats"]
+    ledger = small_ledger(*repeats, back)
+    assert words_of(ledger) == ["worse by its repeats, left the branch"]
+    assert "believed better is run 0001 (aaaaaaa, 1.730000): 'uv run" in report_text(small_ledger(*repeats))
+    assert "0 changes are in the branch" in report_text(ledger)
+    assert "1 more was kept and left the branch" in report_text(ledger)
+    unknown = [made(1, BASELINE, 1.7, "keep", "b", record={}), made(2, WIDER, 1.6, "keep", "w", base=BASELINE)]
+    assert words_of(Ledger(DOMAIN, unknown)) == ["noise unknown"]
+    assert "uv run loop.py try --base" in report_text(Ledger(DOMAIN, unknown))
+    by_hand, _ = parse_tsv("a 1.0 1 keep x\nb 1.1 1 keep y\n", DOMAIN, "")
+    assert words_of(by_hand) == ["worse"]
+
+
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [(STALE, STALE), ("f1 0.2 is below its floor 0.9", "below its floor"), ("", "a discard beside the champion")],
+)
+def test_better_score_than_the_best_is_explained(reason, said):
+    lucky = made(7, WARMER, 1.6, "discard", "lucky", base=WIDER, reason=reason)
+    line = next(line for line in report_text(small_ledger(lucky)).splitlines() if "single run" in line)
+    assert line.startswith("best score of a single run: 1.600000, run 0007, ") and said in line
+
+
+def test_report_where_higher_is_better():
+    domain = dataclasses.replace(DOMAIN, metric="acc", unit="points", lower_is_better=False)
+    runs = [made(1, BASELINE, 0.5, "keep", "baseline"), made(2, WIDER, 0.6, "keep", "wider", base=BASELINE)]
+    assert "best: acc 0.600000" in report_text(Ledger(domain, runs))
+    assert "0.100000 points (20.00%) better" in report_text(Ledger(domain, runs))
+
+
+def test_report_before_there_is_a_baseline():
+    assert report_text(Ledger(DOMAIN)).startswith("no scored run yet")
+    only = made(1, BASELINE, 1.7, "discard", "an odd ledger", purpose="baseline")
+    assert "nothing was kept" in report_text(Ledger(DOMAIN, [only]))
+    alone = made(1, BASELINE, 1.7, "keep", "baseline", purpose="baseline")
+    assert "(run 0001, aaaaaaa), the baseline, believed from 1 run" in report_text(Ledger(DOMAIN, [alone]))
+
+
+def test_report_of_a_long_night_shows_the_largest_gains():
+    runs = [made(1, f"{1:040x}", 9.0, "keep", "baseline")]
+    for number in range(2, 82):
+        gain = 0.1 if number == 40 else 0.01
+        score = runs[-1].score - gain
+        runs.append(made(number, f"{number:040x}", score, "keep", f"idea {number}", base=runs[-1].commit))
+    text = report_text(Ledger(DOMAIN, runs))
+    assert "39  0040  " in text  # numbered as in the picture
+    assert "the 20 smallest gains are left out" in text
+    assert "  uv run loop.py ablate " in text
+
+
+def test_agent_without_a_model_says_nothing_of_dollars():
+    assert cost_text(Ledger(DOMAIN, [made(1, BASELINE, 1.7, "keep", "baseline")])) == ""
+    unknown = {"calls": 2, "tokens_in": None, "tokens_out": 7, "usd": None}
+    ledger = Ledger(DOMAIN, [made(1, BASELINE, 1.7, "keep", "baseline", cost=unknown)])
+    assert cost_text(ledger) == "cost: 2 agent calls; dollars unknown; tokens unknown"
+    assert cost_text(small_ledger()) == COST
+
+
+def test_pace_leaves_out_the_hours_in_which_no_loop_ran():
+    day = 86_400
+    runs = [made(n, f"{n}", 1.7, "keep", "x", started_at=day + 60.0 * n, seconds=50.0) for n in range(1, 11)]
+    runs += [made(n, f"{n}", 1.7, "keep", "x", started_at=2 * day + 60.0 * n, seconds=50.0) for n in range(11, 21)]
+    assert pace_text(Ledger(DOMAIN, runs)) == "pace: 61.0 runs an hour, 0.85 at a time, 50 s each"
+    two = [made(n, f"{n}", 1.7, "keep", "x", started_at=day + 30.0 * (n // 2), seconds=30.0) for n in range(2, 12)]
+    assert ", 2.00 at a time, " in pace_text(Ledger(DOMAIN, two))
+
+
+# ---- status ---------------------------------------------------------------------------------------------------------
+
+
+def worker(doing: str, seconds: float, run: int = 0, description: str = "", node: str = "") -> dict:
+    return {"doing": doing, "run": run, "description": description, "since": time.time() - seconds, "node": node}
+
+
+def test_status_says_on_one_screen_what_runs_where_and_where_it_stands(tmp_path):
+    workers = [worker("proposing", 200), worker("training", 12, 7, "deeper", "n1"), worker("training", 25, 8, "wider")]
+    live = live_status(*workers, waiting="the disk has 0.1 GB free", others=0.07)
+    assert status_text(StandInTag(tmp_path, small_ledger(), live)) == f"""\
+autoresearch/t: a loop has been running for 2.0 h on 2 devices
+  training   0007  12 s of about 40 s  n1  deeper
+  training   0008  25 s of about 40 s      wider
+  proposing        3 min
+waiting: the disk has 0.1 GB free
+others use 7% of the machine now
+Best val_bpb 1.680000 (bbbbbbb), 0.050000 better than the baseline; 6 runs, 1 change in the branch, 1 crashed.
+
+aaaaaaa\t1.720000\t2.0\tkeep\tbaseline
+aaaaaaa\t1.740000\t2.0\tkeep\tbaseline (seed 7)
+bbbbbbb\t1.650000\t2.0\tkeep\traise width to 384
+ddddddd\t1.690000\t2.0\tdiscard\tvalue embeddings
+ccccccc\t0.000000\t0.0\tcrash\tNameError: name 'WARM' is not defined: warm up longer
+bbbbbbb\t1.680000\t2.0\tkeep\traise width to 384 (again, seed 9)
+
+pace: 63.5 runs an hour, 0.62 at a time, 40 s each
+{COST}"""
+
+
+def test_status_of_a_hundred_workers_stays_on_one_screen(tmp_path):
+    workers = [worker("training", 5, number) for number in range(64)] + [worker("proposing", 9)] * 36
+    text = status_text(StandInTag(tmp_path, small_ledger(), live_status(*workers, devices=64)))
+    assert "  and 52 training, 36 proposing\n" in text
+    assert len(text.splitlines()) < 30
+
+
+def test_status_where_no_loop_runs(tmp_path):
+    text = status_text(StandInTag(tmp_path, Ledger(DOMAIN)))
+    assert text == "autoresearch/t: no loop is running\nNo run yet: the baseline comes first."
+
+
+# ---- audit ----------------------------------------------------------------------------------------------------------
+
+
+def audited(gain: float = 0.05, test_gain: float | None = None, seeds: int = 2, **changes) -> list[Run]:
+    """The runs of an audit; `changes` are the champion's."""
+    test_gain = gain if test_gain is None else test_gain
+    runs = []
+    for seed in range(seeds):
+        for role, commit in (("baseline", BASELINE), ("champion", WIDER)):
+            is_champion = role == "champion"
+            score = 1.73 - gain * is_champion + 0.01 * seed
+            test = 1.60 - test_gain * is_champion + 0.01 * seed
+            facts = {"test_score": test, "clean_score": score + 0.0001, "clean_test_score": test}
+            facts |= {"purpose": "audit", "group": f"audit 1/{role}"} | (changes if is_champion else {})
+            runs.append(made(10 + len(runs), commit, score, "measured", f"{role}, seed {seed}", **facts))
+    return runs
+
+
+def test_audit_of_an_honest_night_gives_the_table_and_no_doubt():
+    ledger = small_ledger(*audited())
+    assert last_audit(ledger) == "audit 1" and last_audit(small_ledger()) == ""
+    text, doubts = audit_text(ledger, "audit 1")
+    assert doubts == []
+    assert text == """\
+audit 1                        validation, bpb   held-out test, bpb  steps  tokens/s
+baseline aaaaaaa, 2 seeds  1.735000 ± 0.007071  1.605000 ± 0.007071    500    20,000
+  in a clean process       1.735100 ± 0.007071  1.605000 ± 0.007071
+  believed before                     1.730000
+champion bbbbbbb, 2 seeds  1.685000 ± 0.007071  1.555000 ± 0.007071    500    20,000
+  in a clean process       1.685100 ± 0.007071  1.555000 ± 0.007071
+  believed before                     1.680000
+gain ± 2 standard errors   0.050000 ± 0.030919  0.050000 ± 0.030919"""
+
+
+DOUBTS = {
+    "trained on the validation text": (audited(0.05, -0.4), "the gains disagree: 0.050000 on validation and -0.400000"),
+    "gains nothing held-out": (audited(0.05, -0.02), "what gained may have seen the validation text"),
+    "lucky belief": (audited(-0.02), "champion: believed 1.680000, its fresh runs give 1.755000"),
+    "not exported": (audited(clean_score=None, problem="a list in forward"), "in a clean process: a list in forward"),
+    "other clean scores": (audited(clean_score=1.7), "1.680000 in its own process and 1.700000 in a clean one (valid"),
+    "clean score is NaN": (audited(clean_test_score=float("nan")), "and nan in a clean one (held-out): believe neither"),
+    "clean test score is missing": (audited(clean_test_score=None), "nothing in a clean one"),
+    "floor": (audited(record={"floors": {"f1": 0.2}}), "champion, run 0011: f1 0.2 is below its floor 0.9"),
+    "floor is NaN": (audited(record={"floors": {"f1": float("nan")}}), "f1 nan is below its floor 0.9"),
+}
+
+
+@pytest.mark.parametrize(("runs", "said"), DOUBTS.values(), ids=DOUBTS)
+def test_audit_doubts_in_one_line_each(runs, said):
+    domain = dataclasses.replace(DOMAIN, floors={"f1": 0.9})
+    fine = {"floors": {"f1": 0.95}, "profile": "pocket"}
+    runs = [run if "floors" in run.record else dataclasses.replace(run, record=fine) for run in runs]
+    text, doubts = audit_text(Ledger(domain, [*small_ledger().runs, *runs]), "audit 1")
+    assert any(said in doubt for doubt in doubts), doubts
+    assert not any("\n" in doubt for doubt in doubts)
+    assert len(text.splitlines()) >= 8
+
+
+def test_gains_on_two_splits_may_differ_by_their_errors_and_a_tenth():
+    big = dict(gain=0.4, test_gain=0.37)
+    ledger = small_ledger(*audited(**big))
+    assert not [doubt for doubt in audit_text(ledger, "audit 1")[1] if "disagree" in doubt]
+
+
+def test_audit_without_a_kept_change_or_a_held_out_split():
+    baseline_only = [run for run in audited() if run.commit == BASELINE]
+    text, doubts = audit_text(small_ledger(*baseline_only), "audit 1")
+    assert text.endswith("no change is in the branch: the baseline is the champion") and not doubts
+    domain = dataclasses.replace(DOMAIN, test_metric="")
+    runs = [dataclasses.replace(run, test_score=None, clean_test_score=None) for run in audited()]
+    text, doubts = audit_text(Ledger(domain, [*small_ledger().runs, *runs]), "audit 1")
+    assert doubts == [] and "held-out" not in text and "gain ± 2 standard errors   0.050000 ± " in text
+
+
+def test_stale_and_crashed_runs_keep_their_place_in_the_counts():
+    stale = made(7, SLOWER, 1.6, "discard", "x", base=BASELINE, is_stale=True, reason=STALE)
+    assert report_text(small_ledger(stale)).startswith("7 runs: 4 keep (57%), 2 discard (29%), 1 crash (14%)")
