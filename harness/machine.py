@@ -33,10 +33,11 @@ def variables_for_agent(profile: str) -> dict[str, str]:
 
 
 def variables_for_training(profile: str = "") -> dict[str, str]:
-    """The environment of the evaluator and of a run: no keys, tokens or secrets, and nothing that changes Python."""
+    """The environment of the evaluator and of a run: no keys, tokens or secrets, and nothing that changes Python, or
+    that Ray gave its worker."""
     kept = {}
     for key, value in os.environ.items():
-        if key not in OF_A_RUN and not key.startswith("PYTHON") and not SECRET.search(key):
+        if key not in OF_A_RUN and not key.startswith(("PYTHON", "RAY_")) and not SECRET.search(key):
             kept[key] = value
     if profile:
         kept["AUTORESEARCH_PROFILE"] = profile

@@ -35,7 +35,7 @@ from harness.domain import (
 )
 from harness.files import open_regular, read_tail, read_text, remove_folder
 from harness.ledger import Run
-from harness.processes import Ending, run_child
+from harness.processes import Ending, run_child, sweep
 
 CLOCK_TOLERANCE = 2.0  # seconds by which the loop's clock around the training may exceed the evaluator's
 MAX_MEMORY_MB = 1e7  # MiB, ten terabytes: more cannot be
@@ -100,6 +100,7 @@ def measure(job: Job, place: Place, stop: threading.Event) -> Run:
 
     Raises MachineFault where there is no run to speak of, Stopped where `stop` was set.
     """
+    sweep(f"{place.mark}:run:{place.device}")  # what an earlier run left on this device, the killed loop's last one say
     for problem in (machine.lacking_disk(place.output), machine.busy_device(job.facts, place.device)):
         if problem:
             raise MachineFault(problem)
@@ -209,7 +210,7 @@ def _run_command(
         command,
         cwd=cwd,
         env=variables,
-        mark=f"{place.mark}:run:{job.run.number}",
+        mark=f"{place.mark}:run:{place.device}:{job.run.number}",
         log=log,
         limit=2 * job.facts.time_budget + job.domain.startup_allowance,
         stop=stop,
