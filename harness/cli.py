@@ -350,7 +350,7 @@ def command_report(domain: Domain, checkout: Path, ratchet: type, args: argparse
         raise UserError(f"{tag.branch} has no rows yet: 'uv run loop.py --agent random' starts a run")
     print(report.report_text(tag.ledger))
     page.draw_progress(tag.ledger, checkout / "progress.png")
-    page.write_page(tag, checkout / "report.html")
+    page.write_page(tag.ledger, checkout / "report.html", tag)
     return 0
 
 
@@ -404,8 +404,7 @@ def command_check(domain: Domain, checkout: Path, ratchet: type, args: argparse.
 def _check_run(session: Session, tag: Tag) -> None:
     run = session.ratchet.check_run()
     if run.status == "crash":
-        log_end = read_tail(tag.folder(run.number) / "run.log", 20)
-        raise UserError(f"the run crashed: {run.reason}\n{log_end}")
+        raise UserError(f"the run crashed: {run.reason}: 'uv run {tag.domain.editable}' shows all of it")
     scored = f"{tag.domain.metric} {tag.domain.score_text(run.score)}"
     print(f"run: {scored} in {run.seconds:.0f} s ({run.startup_seconds:.0f} s to start), {run.memory_mb / 1024:.1f} GB")
 

@@ -148,8 +148,8 @@ def template() -> Path:
     for source in (ROOT / "loop.py", *(ROOT / "harness").glob("*.py"), ROOT / "harness" / "page.html"):
         (checkout.path / source.relative_to(ROOT)).write_text(source.read_text())
     checkout.set_constant("harness/processes.py", "KILL_GRACE", "0.5")
-    checkout.set_constant("harness/agents.py", "FIRST_BACKOFF", "0.05")
-    checkout.set_constant("harness/agents.py", "LAST_BACKOFF", "0.2")
+    checkout.set_constant("harness/agents.py", "FIRST_REST", "0.05")
+    checkout.set_constant("harness/agents.py", "LAST_REST", "0.2")
     checkout.set_constant("harness/runner.py", "RETRY_SECONDS", "0.1")
     checkout.replace("loop.py", "startup_allowance=300", "startup_allowance=8")
     checkout.replace("loop.py", '"pocket": 0.014}', '"pocket": 0.014, "fake": 0.0004}')

@@ -213,7 +213,7 @@ class Night:
         assert [path for path in (checkout.path / ".git").rglob("*.lock") if path.is_file()] == [], how
         assert not is_locked(checkout.home() / "lock"), how
         assert list((checkout.home() / "scratch").glob("*")) == [], how
-        assert list((checkout.path / ".autoresearch" / "t").glob("*")) == [], how
+        assert list((checkout.path / ".autoresearch" / "t").glob("[0-9]")) == [], how
         self.rows = rows
         self.refs = refs
         self.folders = folders

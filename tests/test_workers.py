@@ -199,14 +199,14 @@ def test_workers_that_propose_ahead_keep_every_device_busy(checkout: Checkout):
 def test_failure_of_one_worker_rests_no_other(checkout: Checkout):
     agent = checkout.agent("""
         if os.getcwd().endswith("/1"):
-            sys.exit("worker one has no log-in today")
+            sys.exit("worker one fell over")
         knob("LR", 0.2 + count() / 100)
     """)
-    checkout.set_constant("harness/agents.py", "FIRST_BACKOFF", "60")
-    checkout.set_constant("harness/agents.py", "LAST_BACKOFF", "60")
+    checkout.set_constant("harness/agents.py", "FIRST_REST", "60")
+    checkout.set_constant("harness/agents.py", "LAST_REST", "60")
     checkout.commit("long rests")
     process = checkout.popen("--tag", "t", "--agent-cmd", agent, "--workers", "2")
-    hear(process, "worker one has no log-in today")
+    hear(process, "worker one fell over")
     wait_for(lambda: len(checkout.rows()) >= 4, seconds=60)
     process.send_signal(signal.SIGINT)
     ended(process)
