@@ -92,16 +92,11 @@ def remove_folder(path: Path) -> None:
     subprocess.run(["rm", "-rf", STAY_ON_THIS_DISK, "--", str(path)], stdin=subprocess.DEVNULL, capture_output=True)
 
 
-def take_lock(file) -> bool:
-    """Take the flock on an open file if nobody else has it."""
-    with contextlib.suppress(BlockingIOError):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    return False
-
-
 def is_locked(path: Path) -> bool:
     """Whether somebody holds the flock on a file; never waits."""
     with contextlib.suppress(OSError), open_regular(path) as file:
-        return not take_lock(file)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
     return False

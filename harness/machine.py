@@ -1,7 +1,6 @@
 """The machine: what a child's environment holds, and what must be there before a run. Its faults are never an idea's."""
 
 import contextlib
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from harness.console import UserError, listed, one_line, say
 from harness.domain import ContractError, Description, Domain, read_description
-from harness.files import open_regular
+from harness.files import is_locked
 from harness.processes import find_marked
 
 MIN_FREE_GB = 1.0  # GB that the disk must have free before a run
@@ -83,12 +82,7 @@ def lacking_disk(folder: Path) -> str:
 def busy_device(facts: Description, device: str) -> str:
     """Who holds a device, "" if nobody does."""
     lock = facts.devices.get(device, {}).get("lock", "")
-    with contextlib.suppress(OSError), open_regular(Path(lock)) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return f"another run holds the device {facts.device_name} ({lock})"
-    return ""
+    return f"another run holds the device {facts.device_name} ({lock})" if is_locked(Path(lock)) else ""
 
 
 def installed_packages() -> dict[str, str]:
