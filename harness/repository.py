@@ -200,15 +200,16 @@ class Repository:
 
     def add_worktree(self, place: Path, commit: str) -> None:
         """A worktree with a detached HEAD, made anew."""
-        self.remove_worktree(place)
+        remove_folder(place)
         place.parent.mkdir(parents=True, exist_ok=True)
         # Twice --force: though the folder of that name is missing, and though its entry is locked.
         self("worktree", "add", "--force", "--force", "--detach", "--quiet", str(place), commit)
 
     def remove_worktree(self, place: Path) -> None:
         """Remove a worktree with all that an agent left in it; one that is not there is no error."""
+        # Not `git worktree prune`: it takes away what another worker's `add` has only half made.
+        self("worktree", "remove", "--force", "--force", str(place), default="")
         remove_folder(place)
-        self("worktree", "prune", default="")
 
     def check_clean(self, commit: str) -> None:
         """Raises UserError where a person has uncommitted changes."""

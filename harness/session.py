@@ -6,7 +6,6 @@ with a worktree of its own: it asks its agent for an edit and takes that through
 
 import json
 import math
-import shutil
 import tempfile
 import threading
 import time
@@ -505,8 +504,6 @@ class Session:
 
 
 def clean_worktrees(tag: Tag) -> None:
-    """Agents' worktrees of a loop that was killed."""
-    shutil.rmtree(tag.worktrees, ignore_errors=True)
-    tag.repository("worktree", "prune", default="")
-
-
+    """Remove agents' worktrees of a loop that was killed."""
+    for place in tag.worktrees.glob("*"):
+        tag.repository.remove_worktree(place)
