@@ -51,7 +51,7 @@ COLOURS_ON_PAGE = {
 }
 NUMBERED = 28  # kept changes that the picture names, the largest gains of more
 MANY_RUNS = 1000  # more are drawn smaller, in an SVG as an image
-LABEL_GAP = 4  # pixels around a number
+LABEL_GAP = (5, 7)  # pixels around a number
 LABEL_LEVELS = 14  # rows below the line in which a number looks for room
 
 
@@ -104,7 +104,8 @@ def _draw(ledger: Ledger, has_table: bool):
     _colour(axes)
     # Below the axes, so that it covers no point.
     style = {"frameon": False, "labelcolor": INK, "fontsize": 8, "columnspacing": 1.2, "handletextpad": 0.3}
-    figure.legend(loc="lower right", ncols=8, borderaxespad=0.1, **style)
+    if rows:
+        figure.legend(loc="lower right", ncols=8, borderaxespad=0.1, **style)
     numbered = choose_changes(changes, NUMBERED)
     places = {run.commit: place for place, run in reversed(list(enumerate(rows, 1)))}
     spots = [(str(number), places[change.run.commit], change.score) for number, change in numbered]
@@ -188,9 +189,9 @@ def _write_numbers(axes, spots: list[tuple[str, int, float]], points: list[tuple
     taken = axes.transData.transform(points) if points else np.empty((0, 2))
     for text, x, y in spots:
         at = axes.transData.transform((x, y))
-        size = np.array([7.0 * len(text), 11.0])
+        size = np.array([8.0 * len(text), 13.0])
         for level in range(1, LABEL_LEVELS):
-            middle = at + np.array([0.0, side * 13.0 * level])
+            middle = at + np.array([0.0, side * 14.0 * level])
             is_free = (np.abs(taken - middle) > size / 2 + LABEL_GAP).any(axis=1).all()
             if is_free:
                 break
@@ -286,6 +287,7 @@ MOST_KEPT = 100  # and the largest gains
 DIFF_CHARS = 8000  # of a run's diff
 LOG_LINES = 25
 SAMPLE_CHARS = 2000
+LONGEST_TEXT = 20_000  # characters of any other text
 EARLY = 0.05  # of the budget: the steep fall of the loss before it is cut off
 TERMINAL_CODES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?")
 UNSHOWABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
@@ -337,7 +339,7 @@ def compose(ledger: Ledger, tag=None) -> str:
         "newest": NEWEST,
     }
     environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        autoescape=True, finalize=_show, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     return environment.from_string(TEMPLATE.read_text()).render(**values)
 
@@ -351,9 +353,15 @@ def choose_runs(ledger: Ledger, changes: list[Change]) -> list[Run]:
     return [run for run in reversed(ledger.runs) if run.number in chosen]
 
 
-def show(text: str) -> str:
-    """Text without what a browser would not show as it is: terminal codes, control and direction characters."""
-    return UNSHOWABLE.sub("", re.sub(r"\r\n?", "\n", TERMINAL_CODES.sub("", text)))
+def _show(value: object) -> object:
+    """Every value of the page that is no markup: without what a browser would not show as it is (terminal codes,
+    control and direction characters), and not longer than a page can hold."""
+    from markupsafe import Markup
+
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    text = TERMINAL_CODES.sub("", value[:LONGEST_TEXT])
+    return UNSHOWABLE.sub("", re.sub(r"\r\n?", "\n", text))
 
 
 def _show_table(table: list[list[str]]) -> list[list[str]]:
@@ -366,7 +374,7 @@ def _samples(sides: dict[str, Run], domain: Domain) -> list[tuple[str, str]]:
     """What the models wrote."""
     samples = []
     for name, run in sides.items():
-        text = show(str(run.summary.get(domain.sample, ""))) if domain.sample else ""
+        text = run.summary.get(domain.sample, "")
         if text.strip():
             samples.append((f"{name}, {domain.metric} {domain.score_text(run.score)}", text[:SAMPLE_CHARS]))
     return samples
@@ -400,10 +408,10 @@ def _run_values(ledger: Ledger, run: Run, tag) -> dict:
     if tag is not None:
         folder = tag.folder(run.number)
         text = read_head(folder / "change.diff", DIFF_CHARS + 1)
-        diff = [(_kind(line), line[:400]) for line in show(text[:DIFF_CHARS]).splitlines()]
+        diff = [(_kind(line), line[:400]) for line in text[:DIFF_CHARS].split("\n")]
         if len(text) > DIFF_CHARS:
             diff.append(("", f"… more in runs/{run.number:04d}/change.diff"))
-        log = show(read_tail(folder / "run.log", LOG_LINES))
+        log = read_tail(folder / "run.log", LOG_LINES)
     is_scored = run.score is not None
     return {
         "number": f"{run.number:04d}",
@@ -413,7 +421,7 @@ def _run_values(ledger: Ledger, run: Run, tag) -> dict:
         "description": one_line(run.description, 300),
         "facts": ", ".join(facts),
         "is_busy": is_busy(run),
-        "verdict": show(verdict(ledger, run)) if tag is not None else run.reason,
+        "verdict": verdict(ledger, run) if tag is not None else run.reason,
         "diff": diff,
         "log": log,
     }

@@ -5,7 +5,7 @@
     assert "the prompt" in server.requests[0].user_text
 
 It speaks as much of three streaming APIs as the CLIs need: Anthropic Messages (claude), OpenAI Responses (codex) and
-Chat Completions (opencode, vibe). A script is a list of turns; every request that offers tools takes one, and the last
+Chat Completions (the others). A script is a list of turns; every request that offers tools takes one, and the last
 turn answers for ever. Requests without tools (a CLI asks for a title, a count, a health check) take none.
 """
 
@@ -75,11 +75,6 @@ class Request:
         return {tool["name"]: tool.get("parameters") or tool.get("input_schema") for tool in tools if "name" in tool}
 
     @property
-    def text(self) -> str:
-        """Everything that the request says, results of tools too."""
-        return json.dumps(self.body)
-
-    @property
     def user_text(self) -> str:
         """All that the user's side said, joined: a prompt must be in it whole."""
         messages = self.body.get("messages") or self.body.get("input") or []
@@ -102,7 +97,7 @@ def tool_call(request: Request, turn: Run | Call) -> tuple[str, dict]:
     return name, {field: values[field] for field in schema.get("required", [])}
 
 
-SHELL_TOOLS = ("Bash", "bash", "exec_command", "run_shell_command")  # claude's; opencode's, vibe's, pi's; codex's; qwen's
+SHELL_TOOLS = ("Bash", "bash", "exec_command", "run_shell_command", "Execute")  # of claude; others; codex; qwen; droid
 
 # -----------------------------------------------------------------------------
 # The three streams. Each takes the request, its number and a turn, and gives (event, data) pairs.

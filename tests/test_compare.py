@@ -79,7 +79,9 @@ NOISE = "sigma 0.015, from 2 repeats of commits here, pooled with 0.014 as measu
 
 def test_verdict_of_a_discard_needs_no_log():
     ledger = small_ledger()
-    assert verdict(ledger, ledger[4]) == f"""\
+    assert (
+        verdict(ledger, ledger[4])
+        == f"""\
 run 0004 discard: value embeddings
                                                      run 0004  base bbbbbbb, mean of 2             change
 val_bpb                                              1.690000                 1.680000          +0.010000
@@ -93,11 +95,14 @@ speed: 11.1% fewer tokens a second, by the edit or the busy machine
 learning: not comparable, 11% fewer tokens mean another stage of the schedule
 others used 30% of the machine during this run: its score is weak \
 ('uv run loop.py try --again 4' measures it once more)"""
+    )
 
 
 def test_verdict_of_the_baseline_has_the_same_rows_and_where_its_time_went():
     ledger = small_ledger()
-    assert verdict(ledger, ledger[1]) == """\
+    assert (
+        verdict(ledger, ledger[1])
+        == """\
 run 0001 keep: baseline
                                                      run 0001
 val_bpb                                              1.720000
@@ -110,6 +115,7 @@ start-up 5.0 s, training 30.0 s (the budget), evaluation 4.0 s
 it says: num_params_M 11.5, depth 4
 sigma, the standard deviation between seeds, is 0.015, from 2 repeats of commits here, \
 pooled with 0.014 as measured before for pocket"""
+    )
 
 
 def test_verdict_of_a_gain_that_was_measured_again_splits_it_into_speed_and_learning():
@@ -126,11 +132,14 @@ def test_verdict_of_a_gain_that_was_measured_again_splits_it_into_speed_and_lear
 
 def test_verdict_of_a_crash_says_why_and_how_to_mend_it():
     ledger = small_ledger()
-    assert verdict(ledger, ledger[5]) == """\
+    assert (
+        verdict(ledger, ledger[5])
+        == """\
 run 0005 crash: warm up longer
 NameError: name 'WARM' is not defined
 'tail -n 50 runs/0005/run.log' tells more
 'git apply runs/0005/change.diff' brings the edit back, to mend it"""
+    )
 
 
 def test_sigma_is_said_to_be_unknown_where_nothing_ran_twice():
@@ -154,7 +163,10 @@ def test_sigma_is_said_to_be_unknown_where_nothing_ran_twice():
         (made(7, WARMER, 1.685, "discard", "simplify: x", base=WIDER), "not kept as a simplification: "),
         (made(7, WARMER, 1.5, "discard", "x", base=WIDER, reason="f1 0.2 is low"), "discard because: f1 0.2 is low"),
         (made(7, WARMER, 1.5, "discard", "x", base=WIDER, touched=("prepare.py",)), "as before: prepare.py"),
-        (made(7, WIDER, 1.68, "keep", "x", purpose="replicate"), "fewer tokens a second, no more than the machine does by itself"),
+        (
+            made(7, WIDER, 1.68, "keep", "x", purpose="replicate"),
+            "no more than the machine does by itself",
+        ),
         (made(7, WIDER, 1.9, "keep", "x", purpose="replicate"), "'uv run loop.py try --again 1' measures it"),
     ],
 )

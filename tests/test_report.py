@@ -22,7 +22,9 @@ COST = (
 
 
 def test_report_of_a_small_night():
-    assert report_text(small_ledger()) == f"""\
+    assert (
+        report_text(small_ledger())
+        == f"""\
 6 runs: 4 keep (67%), 1 discard (17%), 1 crash (17%)
 best: val_bpb 1.680000 (run 0003, bbbbbbb), believed from 1 of its 2 runs: the first selected it; \
 baseline 1.730000, 0.050000 bpb (2.89%) better
@@ -41,6 +43,7 @@ others used 2% of the machine during the median run, over 10% in 1 of 5: those s
 
 next:
   uv run loop.py audit         baseline and champion on fresh seeds and on the held-out split"""
+    )
 
 
 def test_report_of_any_ledger_file():
@@ -53,7 +56,9 @@ baseline\t1.000\t44.0\tkeep\tbaseline
 """
     ledger, bad = parse_tsv(text, DOMAIN, "pocket")
     assert bad == 0
-    assert report_text(ledger) == """\
+    assert (
+        report_text(ledger)
+        == """\
 5 runs: 3 keep (60%), 1 discard (20%), 1 crash (20%)
 best: val_bpb 0.992000 (run 0004, 3333333), believed from 1 run; baseline 1.000000, 0.008000 bpb (0.80%) better
 believed better is run 0002 (1111111, 0.990000): given away for less code
@@ -66,6 +71,7 @@ believed better is run 0002 (1111111, 0.990000): given away for less code
 
 sigma, the standard deviation between seeds: 0.014000 bpb, as measured before for pocket; nothing ran twice here
 given away for less code: 0.002000 of at most 0.028000 (two sigma)"""
+    )
 
 
 def words_of(ledger: Ledger) -> list[str]:
@@ -155,7 +161,9 @@ def worker(doing: str, seconds: float, run: int = 0, description: str = "", node
 def test_status_says_on_one_screen_what_runs_where_and_where_it_stands(tmp_path):
     workers = [worker("proposing", 200), worker("training", 12, 7, "deeper", "n1"), worker("training", 25, 8, "wider")]
     live = live_status(*workers, waiting="the disk has 0.1 GB free", others=0.07)
-    assert status_text(StandInTag(tmp_path, small_ledger(), live)) == f"""\
+    assert (
+        status_text(StandInTag(tmp_path, small_ledger(), live))
+        == f"""\
 autoresearch/t: a loop has been running for 2.0 h on 2 devices
   training   0007  12 s of about 40 s  n1  deeper
   training   0008  25 s of about 40 s      wider
@@ -173,6 +181,7 @@ bbbbbbb\t1.680000\t2.0\tkeep\traise width to 384 (again, seed 9)
 
 pace: 63.5 runs an hour, 0.62 at a time, 40 s each
 {COST}"""
+    )
 
 
 def test_status_of_a_hundred_workers_stays_on_one_screen(tmp_path):
@@ -210,7 +219,9 @@ def test_audit_of_an_honest_night_gives_the_table_and_no_doubt():
     assert last_audit(ledger) == "audit 1" and last_audit(small_ledger()) == ""
     text, doubts = audit_text(ledger, "audit 1")
     assert doubts == []
-    assert text == """\
+    assert (
+        text
+        == """\
 audit 1                        validation, bpb   held-out test, bpb  steps  tokens/s
 baseline aaaaaaa, 2 seeds  1.735000 ± 0.007071  1.605000 ± 0.007071    500    20,000
   in a clean process       1.735100 ± 0.007071  1.605000 ± 0.007071
@@ -219,6 +230,7 @@ champion bbbbbbb, 2 seeds  1.685000 ± 0.007071  1.555000 ± 0.007071    500    
   in a clean process       1.685100 ± 0.007071  1.555000 ± 0.007071
   believed before                     1.680000
 gain ± 2 standard errors   0.050000 ± 0.030919  0.050000 ± 0.030919"""
+    )
 
 
 DOUBTS = {
@@ -227,7 +239,10 @@ DOUBTS = {
     "lucky belief": (audited(-0.02), "champion: believed 1.680000, its fresh runs give 1.755000"),
     "not exported": (audited(clean_score=None, problem="a list in forward"), "in a clean process: a list in forward"),
     "other clean scores": (audited(clean_score=1.7), "1.680000 in its own process and 1.700000 in a clean one (valid"),
-    "clean score is NaN": (audited(clean_test_score=float("nan")), "and nan in a clean one (held-out): believe neither"),
+    "clean score is NaN": (
+        audited(clean_test_score=float("nan")),
+        "and nan in a clean one (held-out): believe n",
+    ),
     "clean test score is missing": (audited(clean_test_score=None), "nothing in a clean one"),
     "floor": (audited(record={"floors": {"f1": 0.2}}), "champion, run 0011: f1 0.2 is below its floor 0.9"),
     "floor is NaN": (audited(record={"floors": {"f1": float("nan")}}), "f1 nan is below its floor 0.9"),
@@ -246,8 +261,7 @@ def test_audit_doubts_in_one_line_each(runs, said):
 
 
 def test_gains_on_two_splits_may_differ_by_their_errors_and_a_tenth():
-    big = dict(gain=0.4, test_gain=0.37)
-    ledger = small_ledger(*audited(**big))
+    ledger = small_ledger(*audited(0.4, 0.37))
     assert not [doubt for doubt in audit_text(ledger, "audit 1")[1] if "disagree" in doubt]
 
 
