@@ -1,0 +1,229 @@
+"""The ledger and the edit, as functions of plain data: no git, no process."""
+
+import math
+import string
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harness.edit import compile_problem, describe_edit, fingerprint, syntax_size
+from harness.ledger import (
+    Ledger,
+    Run,
+    append_run,
+    cut_torn_line,
+    is_confirmed,
+    is_simpler_keep,
+    parse_tsv,
+    read_runs,
+    render,
+)
+from loop import DOMAIN
+
+PLAIN = replace(DOMAIN, assumed_sigma={"fake": 0.01})
+
+
+def run(number: int, commit: str, score: float | None, status: str = "discard", **more) -> Run:
+    more.setdefault("purpose", "experiment" if number > 1 else "baseline")
+    more.setdefault("record", {"profile": "fake"})
+    return Run(number, commit, status=status if score is not None else "crash", score=score, **more)
+
+
+def ledger_of(*runs: Run, domain=PLAIN) -> Ledger:
+    return Ledger(domain, list(runs))
+
+
+NIGHT = (
+    run(1, "base", 1.0, "keep"),
+    run(2, "up", 1.1, base="base"),
+    run(3, "down", 0.9, "keep", base="base"),
+    run(4, "bad", None, base="down", reason="boom"),
+    run(5, "more", 0.85, "keep", base="down"),
+)
+
+
+def test_champion_is_the_last_keep_and_the_branch_is_its_lineage():
+    ledger = ledger_of(*NIGHT)
+    assert (ledger.baseline, ledger.champion, ledger.best) == ("base", "more", 0.85)
+    assert ledger.lineage() == ["base", "down", "more"]
+    gains = [(change.run.commit, round(change.gain, 9)) for change in ledger.changes()]
+    assert gains == [("down", 0.1), ("more", 0.05)]
+    assert ledger.standing().startswith("Best val_bpb 0.850000 (more), 0.150000 better than the baseline; 5 runs, 2 ch")
+    assert ledger_of().standing() == "No run yet: the baseline comes first."
+
+
+def test_verdict_that_goes_back_takes_its_changes_out_of_the_branch():
+    back = (run(6, "more", 1.2, "keep", purpose="replicate"), run(7, "down", 0.91, "keep", purpose="replicate"))
+    ledger = ledger_of(*NIGHT, *back)
+    assert ledger.champion == "down" and ledger.lineage() == ["base", "down"]
+    assert [change.is_in_branch for change in ledger.changes()] == [True, False]
+    assert "1 change in the branch" in ledger.standing()
+
+
+def test_first_score_of_a_commit_that_ran_again_is_not_believed_but_the_baselines_is():
+    again = [run(6, "down", 1.0, "keep", purpose="replicate"), run(7, "base", 1.2, "keep", purpose="replicate")]
+    ledger = ledger_of(*NIGHT[:3], *again)
+    assert ledger.believed("down") == 1.0 and ledger.believed("base") == pytest.approx(1.1)
+    assert ledger.believed("bad") is None
+    assert ledger.better_former() == "down"
+    audit = run(8, "base", 5.0, "measured", purpose="audit", group="audit 1/baseline")
+    assert ledger_of(*NIGHT, audit).believed("base") == 1.0  # an audit stays apart from what the night believes
+
+
+def test_noise_is_pooled_over_repeats_and_unknown_where_nothing_is_known():
+    pairs = [run(1, "a", 1.0), run(2, "a", 1.2), run(3, "b", 2.0), run(4, "b", 2.0)]
+    unknown = replace(PLAIN, assumed_sigma={})
+    assert ledger_of(*pairs, domain=unknown).sigma == pytest.approx(math.sqrt(0.02 / 2))
+    assert ledger_of(*pairs).sigma == pytest.approx(math.sqrt((0.02 + 4 * 0.01**2) / 6))
+    nothing = ledger_of(pairs[0], domain=unknown).noise()
+    assert nothing.sigma is None and "nothing ran twice" in nothing.source
+    assert ledger_of(pairs[0]).sigma == 0.01
+    audits = [run(5, "c", 1.0, "measured", purpose="audit"), run(6, "c", 2.0, "measured", purpose="audit")]
+    assert ledger_of(*audits, domain=unknown).sigma == pytest.approx(math.sqrt(0.5))  # an audit's repeats tell it too
+
+
+def test_change_is_significant_above_two_standard_errors():
+    for gain, is_significant in ((0.0282, False), (0.0284, True)):
+        ledger = ledger_of(run(1, "base", 1.0, "keep"), run(2, "new", 1.0 - gain, "keep", base="base"))
+        (change,) = ledger.changes()
+        assert change.standard_error == pytest.approx(0.01 * math.sqrt(2))
+        assert change.is_significant is is_significant
+
+
+def test_simpler_keeps_give_away_one_sigma_each_and_two_in_all():
+    ledger = ledger_of(run(1, "base", 1.0, "keep"))
+    assert is_simpler_keep(ledger, -0.1) and is_simpler_keep(ledger, 0.009) and not is_simpler_keep(ledger, 0.011)
+    for number, score in ((2, 1.009), (3, 1.018)):
+        ledger.add(run(number, f"c{number}", score, "keep", base=ledger.champion, description="simplify: x"))
+    assert is_simpler_keep(ledger, 0.001) and not is_simpler_keep(ledger, 0.004)
+    unknown = ledger_of(run(1, "base", 1.0, "keep"), domain=replace(PLAIN, assumed_sigma={}))
+    assert is_simpler_keep(unknown, 0.0) and not is_simpler_keep(unknown, 1e-6)
+
+
+@pytest.mark.parametrize("lower_is_better", [True, False])
+def test_confirmation_wants_two_standard_errors_in_the_direction_of_the_domain(lower_is_better):
+    domain = replace(PLAIN, lower_is_better=lower_is_better)
+    better = -1 if lower_is_better else 1
+    assert is_confirmed(domain, [1.0], [1.0 + better * 0.03], 0.01)
+    assert not is_confirmed(domain, [1.0], [1.0 + better * 0.028], 0.01)
+    assert is_confirmed(domain, [1.0] * 4, [1.0 + better * 0.028] * 4, 0.01)
+    assert not is_confirmed(domain, [1.0], [1.0 - better * 0.03], 0.01)
+
+
+def test_runs_survive_the_file_and_a_torn_line_is_no_run(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    runs = [replace(one, touched=("prepare.py",), summary={"a": "b"}) for one in NIGHT]
+    for one in runs:
+        append_run(path, one)
+    assert read_runs(path) == runs
+    path.write_text(path.read_text() + '{"number": 9, "future": 1')
+    assert read_runs(path) == runs
+    cut_torn_line(path)
+    path.write_text(path.read_text() + '{"number": 9, "commit": "z", "future": 1}\n')
+    assert read_runs(path)[-1] == Run(9, "z")  # a later version's key is left out
+
+
+def test_later_line_of_a_number_takes_the_earlier_ones_place():
+    pending = run(2, "new", 0.9, "pending", base="base")
+    ledger = ledger_of(run(1, "base", 1.0, "keep"), pending)
+    assert ledger.champion == "base" and ledger.pending() == [pending] and len(ledger.rows) == 1
+    ledger.add(replace(pending, status="keep"))
+    assert ledger.champion == "new" and ledger.pending() == [] and len(ledger.rows) == 2
+
+
+def test_stale_gain_waits_until_it_has_run_again():
+    stale = run(3, "s", 0.8, base="base", is_stale=True)
+    ledger = ledger_of(*NIGHT[:2], stale)
+    assert ledger.stale_gains() == [stale]
+    ledger.add(run(4, "s2", 0.9, base="down", again_of=3))
+    assert ledger.stale_gains() == []
+
+
+def test_ledger_that_an_agent_wrote_by_hand_gives_its_rows():
+    text = (
+        "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
+        "a1b2c3d\t0.997900\t44.0\tkeep\tbaseline\n"
+        "\n"
+        "b2c3d4e 0.993200 44.2 KEEP increase LR to 0.04\n"
+        "c3d4e5f\t0.000000\t0.0\tcrash\tOOM\twith a tab\n"
+        "nonsense\nd4e5f6a\tnan\t1\tkeep\tx\ne5f6a7b\t1.0\t1\tmaybe\tx\n"
+    )
+    ledger, bad = parse_tsv(text, DOMAIN, "climbmix")
+    assert [one.status for one in ledger.rows] == ["keep", "keep", "crash"] and bad == 3
+    assert ledger.champion == "b2c3d4e" and ledger.runs[1].description == "increase LR to 0.04"
+    assert ledger.runs[2].score is None and ledger.sigma == DOMAIN.assumed_sigma["climbmix"]
+
+
+@given(st.text(max_size=400), st.floats(0.01, 100), st.sampled_from(["keep", "discard"]))
+def test_row_written_and_parsed_is_the_same_row_whatever_its_description(description, score, status):
+    ledger = ledger_of(run(1, "abcdef1234", round(score, 6), status, description=description, memory_mb=512.0))
+    text = render(ledger)
+    assert text.count("\n") == 2
+    parsed, bad = parse_tsv(text, DOMAIN, "")
+    assert bad == 0 and len(parsed.rows) == 1
+    (row,) = parsed.rows
+    assert (row.commit, row.score, row.status, row.memory_mb) == ("abcdef1", round(score, 6), status, 512.0)
+
+
+# Edits
+
+
+SOURCE = b'"""A file."""\nimport torch\nSEED = 1\ntorch.manual_seed(7)\n\ndef f(x):\n    return x + 1  # one\n'
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "is_same"),
+    [
+        (b"  # one", b"  # two\n\n", True),
+        (b'"""A file."""', b'"""Another."""', True),
+        (b"def f(x):\n", b'def f(x):\n    "words"\n', True),
+        (b"x + 1", b"(x  +\n 1)", True),
+        (b"manual_seed(7)", b"manual_seed(8)", True),
+        (b"SEED = 1", b"SEED = 2", True),
+        (b"x + 1", b"x + 2", False),
+        (b"torch.manual_seed(7)", b"torch.manual_seed(7); x = 8", False),
+    ],
+)
+def test_fingerprint_is_blind_to_layout_words_and_seeds_alone(old, new, is_same):
+    assert old in SOURCE
+    assert (fingerprint(SOURCE) == fingerprint(SOURCE.replace(old, new))) is is_same
+
+
+def test_fingerprint_of_what_is_not_python_is_its_lines():
+    assert fingerprint(b"a: 1\n  b: [") == fingerprint(b" a: 1\nb: [")
+    assert fingerprint(b"a: [1") != fingerprint(b"a: [2")
+
+
+@pytest.mark.parametrize(
+    ("new", "is_less"),
+    [
+        (SOURCE.replace(b"    return x + 1", b"    return x"), True),
+        (SOURCE.replace(b"\n\ndef", b"; 0\ndef"), False),  # lines are joined, nothing is gone
+        (SOURCE.replace(b"def f(x):\n    return x + 1", b"exec('def f(x):\\n    return x + 1')"), False),
+        (SOURCE.replace(b'"""A file."""\n', b""), False),  # a docstring is no code
+    ],
+)
+def test_source_is_simpler_only_if_it_says_less(new, is_less):
+    assert (syntax_size(new) < syntax_size(SOURCE)) is is_less
+
+
+def test_source_that_does_not_compile_says_why_and_never_fails():
+    assert compile_problem(b"x = (", "train.py").startswith("train.py does not compile: ")
+    assert compile_problem(b"x = (", "train.yaml") == "" == compile_problem(SOURCE, "train.py")
+    for source in (b"\x00", b"\xff", b"(" * 1000, b"x = " + b"-" * 100_000 + b"1"):
+        assert compile_problem(source, "train.py")
+        assert fingerprint(source) and syntax_size(source) >= 0
+
+
+@given(st.text(string.printable), st.text(string.printable))
+def test_description_of_any_edit_is_one_line(start, source):
+    assert "\n" not in describe_edit(start.encode(), source.encode(), "train.py")
+
+
+def test_description_names_old_and_new_values_of_each_block():
+    start = b"DEPTH = 8  # layers\nLR = 0.1\nif X:\n    DEPTH = 2\n"
+    assert describe_edit(start, start.replace(b"= 2", b"= 3"), "train.py") == "DEPTH 2 -> 3"
+    assert describe_edit(start, start.replace(b"= 8", b"= 9").replace(b"0.1", b"0.2"), "t") == "DEPTH 8 -> 9, LR 0.1 -> 0.2"
+    assert describe_edit(start, b"", "train.py") == "edit of train.py"

@@ -1,0 +1,304 @@
+"""Processes, files, screen and signals alone: real processes in sessions of their own, real signals, real locks."""
+
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from harness import processes
+from harness.files import open_regular, read_tail, read_text, write_atomically
+from harness.processes import Ending, find_processes, run_child, sweep
+from harness.console import Interrupts, StopNow, duration, one_line, say, show_live_line
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    monkeypatch.setattr(processes, "KILL_GRACE", 0.5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
+
+
+class Child:
+    """Python code run by run_child in a folder of its own."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.log = folder / "run.log"
+        self.mark = str(folder)
+        self.stop = threading.Event()
+
+    def run(self, code: str, limit: float = 30.0, log: Path | None = None, stdin: str = os.devnull) -> Ending:
+        return run_child(
+            [sys.executable, "-c", "import os, signal, subprocess, sys, time\n" + code],
+            cwd=self.folder,
+            env=dict(os.environ),
+            mark=self.mark,
+            log=log or self.log,
+            limit=limit,
+            stop=self.stop,
+            stdin=stdin,
+        )
+
+    def left(self) -> set[int]:
+        return find_processes("environ", re.escape(self.mark).encode())
+
+
+@pytest.fixture
+def child(tmp_path):
+    return Child(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("code", "ended"),
+    [
+        ("print('fine')", ""),
+        ("sys.exit(1)", "exit code 1"),
+        ("sys.exit(3)", "exit code 3"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "killed by SIGSEGV"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "killed by SIGKILL"),
+    ],
+)
+def test_run_child_tells_how_it_ended(child, code, ended):
+    assert child.run(code).problem == ended
+    assert child.left() == set()
+
+
+def test_run_child_merges_output_in_order(child):
+    code = "for i in range(3):\n    print(i, flush=True); print(i, file=sys.stderr, flush=True)"
+    assert child.run(code).problem == ""
+    assert child.log.read_text() == "0\n0\n1\n1\n2\n2\n"
+
+
+def test_run_child_gives_prompt_and_closes_it(child):
+    (child.folder / "prompt").write_text("p" * 400_000)
+    assert (
+        child.run("print(len(sys.stdin.read()), os.environ['PWD'])", stdin=str(child.folder / "prompt")).problem == ""
+    )
+    assert child.log.read_text() == f"400000 {child.folder}\n"
+
+
+@pytest.mark.parametrize(
+    ("on_term", "grace", "log"),
+    [("lambda *_: print('deaf', flush=True)", 0.5, "up\ndeaf\n"), ("lambda *_: sys.exit('saved')", 10, "up\nsaved\n")],
+)
+def test_timeout_ends_a_child_which_may_first_end_by_itself(child, monkeypatch, on_term, grace, log):
+    monkeypatch.setattr(processes, "KILL_GRACE", grace)
+    begin = time.monotonic()
+    code = f"signal.signal(signal.SIGTERM, {on_term})\nprint('up', flush=True)\nwhile True: time.sleep(60)"
+    ending = child.run(code, limit=1)
+    assert ending.problem == "timeout after 1 s"
+    assert 1 < ending.seconds <= time.monotonic() - begin < 9
+    assert child.log.read_text() == log and child.left() == set()
+
+
+def test_stop_ends_a_child_at_once(child):
+    threading.Timer(0.3, child.stop.set).start()
+    begin = time.monotonic()
+    assert child.run("time.sleep(60)").problem == "stopped"
+    assert time.monotonic() - begin < 5
+
+
+@pytest.mark.parametrize("ending", ["", "; os._exit(1)", "; time.sleep(60)"])
+def test_grandchild_in_its_own_session_dies(child, ending):
+    grandchild = "import time, signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True)"
+    code = f"""
+up = subprocess.Popen([sys.executable, "-c", {grandchild + "; time.sleep(60)"!r}],
+                      start_new_session=True, stdout=subprocess.PIPE)
+up.stdout.readline(); print("up", flush=True){ending}
+"""
+    child.run(code, limit=1)
+    assert child.left() == set() and child.log.read_text() == "up\n"
+
+
+def test_grandchild_that_holds_the_pipe_without_the_mark_delays_nothing(child):
+    escaped = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"]
+    code = f"p = subprocess.Popen({escaped!r}, env={{}}, start_new_session=True)\nprint(p.pid, flush=True)"
+    begin = time.monotonic()
+    assert child.run(code).problem == ""
+    assert time.monotonic() - begin < 5
+    found = re.search(r"\d+", child.log.read_text())
+    os.kill(int(found[0]), signal.SIGKILL)  # what no mark finds, the test ends
+
+
+def test_sweep_spares_processes_of_another_mark(child):
+    def start(mark: str) -> subprocess.Popen:
+        return subprocess.Popen(["sleep", "60"], env=os.environ | {processes.MARK: mark}, start_new_session=True)
+
+    ours = [start(child.mark), start(child.mark), start(child.mark + ":7")]  # a role's mark, and one of its runs'
+    others = [start(child.mark + "x"), start("x" + child.mark)]
+    assert os.getpid() not in find_processes("cmdline", b"")  # a loop that an agent started may carry a mark
+    sweep(child.mark)
+    try:
+        assert [process.wait(5) for process in ours] == [-signal.SIGTERM] * 3
+        assert [process.poll() for process in others] == [None, None]
+    finally:
+        for process in others:
+            process.kill()
+            process.wait()
+
+
+def flood(child: Child, megabytes: int) -> None:
+    code = f"""
+block = b"x" * 99 + b"\\n"
+sys.stdout.buffer.write(b"first line\\n")
+for _ in range({megabytes}):
+    sys.stdout.buffer.write(block * 10000)
+sys.stdout.buffer.write(b"last line\\n")
+"""
+    tracemalloc.start()
+    try:
+        assert child.run(code, limit=300).problem == ""
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 * 2**20
+    text = child.log.read_bytes()
+    assert len(text) < processes.LOG_CAP + processes.TAIL_CAP + 65536 + 100
+    assert text.startswith(b"first line\n") and text.endswith(b"\nlast line\n")
+    cut = int(re.search(rb"\[\.\.\. (\d+) bytes cut \.\.\.\]", text)[1])
+    note = len(f"\n[... {cut} bytes cut ...]\n")
+    assert len(text) - note + cut == megabytes * 10**6 + len("first line\nlast line\n")
+
+
+def test_output_of_50_megabytes_is_capped(child):
+    flood(child, 50)
+
+
+@pytest.mark.slow
+def test_output_of_a_gigabyte_is_capped(child):
+    flood(child, 1000)
+
+
+def test_output_up_to_the_cap_is_kept_whole(child):
+    size = processes.LOG_CAP + processes.TAIL_CAP // 2
+    assert child.run(f"sys.stdout.write('y' * {size})").problem == ""
+    assert child.log.read_bytes() == b"y" * size
+
+
+def test_log_on_a_full_disk_does_not_stop_the_child(child):
+    """A limit on the size of a file stands in for the disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        assert child.run("print('x' * 10**6, flush=True); open('done', 'w')", limit=10).problem == ""
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (child.folder / "done").exists() and child.log.stat().st_size == 1000
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Screen and files
+
+
+def test_say_and_show_survive_a_lost_stderr(monkeypatch):
+    with open(os.devnull) as closed:
+        pass
+    for stderr in (None, closed):
+        monkeypatch.setattr(sys, "stderr", stderr)
+        say("nobody hears this")
+        show_live_line("nor sees this")
+
+
+def test_write_atomically_replaces_and_leaves_nothing(tmp_path):
+    for text in ("one\n", "two\n"):
+        write_atomically(tmp_path / "file", text)
+        assert (tmp_path / "file").read_text() == text
+    (tmp_path / "folder").mkdir()
+    for has_other_writers in (False, True):
+        with pytest.raises(IsADirectoryError):
+            write_atomically(tmp_path / "folder", "text", has_other_writers)
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "folder"}
+
+
+def test_two_writers_of_one_file_leave_it_whole(tmp_path):
+    """A person's report and the page of a running loop draw the same picture."""
+    path = tmp_path / "progress.png"
+    contents = [b"a" * 100_000, b"b" * 200_000]
+    writer = """
+import pathlib, sys
+from harness.files import write_atomically
+for _ in range(50):
+    write_atomically(pathlib.Path(sys.argv[1]), sys.argv[2] * int(sys.argv[3]), has_other_writers=True)
+"""
+    writers = []
+    for content in contents:
+        command = [sys.executable, "-c", writer, str(path), chr(content[0]), str(len(content))]
+        writers.append(subprocess.Popen(command, cwd=ROOT))
+    while any(process.poll() is None for process in writers):
+        if path.exists():
+            assert path.read_bytes() in contents
+    assert [process.returncode for process in writers] == [0, 0]
+    assert [found.name for found in tmp_path.iterdir()] == ["progress.png"]
+
+
+def test_reading_is_forgiving_and_never_hangs(tmp_path):
+    (tmp_path / "log").write_bytes(b"a\nstep 1\rstep 2\r\n\xff last \n\n")
+    assert read_tail(tmp_path / "log", 2) == "step 2\n\ufffd last"
+    (tmp_path / "long").write_text("z" * 10**6)
+    assert read_tail(tmp_path / "long", 1) == "z" * 300
+    (tmp_path / "wide").write_text("𝕫" * 1000)
+    assert read_tail(tmp_path / "wide", 1) == "𝕫" * 300
+    os.mkfifo(tmp_path / "pipe")  # opened for reading it would wait for a writer for ever
+    (tmp_path / "link").symlink_to(tmp_path / "log")
+    for name in ("missing", "pipe", "link", "."):
+        assert read_tail(tmp_path / name, 2) == read_text(tmp_path / name) == ""
+        with pytest.raises(OSError):
+            open_regular(tmp_path / name)
+
+
+def test_one_line_is_fit_for_a_cell():
+    assert one_line(" a\tb\r\n\x00c\u2028d \ud800e ") == "a b c d e"
+    assert one_line("x" * 199 + " y") == "x" * 199
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (119, "119 s"), (120, "2 min"), (7199, "120 min"), (7200, "2.0 h"), (36000, "10.0 h")],
+)
+def test_duration_changes_its_unit_at_two_minutes_and_at_two_hours(seconds, text):
+    assert duration(seconds) == text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Interrupts
+
+
+@pytest.mark.parametrize("numbers", [[signal.SIGINT, signal.SIGINT], [signal.SIGTERM], ["STOP", signal.SIGINT]])
+def test_interrupts_are_noted_when_sent_and_heeded_when_asked(tmp_path, numbers):
+    stop_file = tmp_path / "STOP"
+    stop_file.write_text("an old one")
+    before = signal.getsignal(signal.SIGINT)
+    with Interrupts(stop_file) as interrupts:
+        interrupts.heed()
+        assert not stop_file.exists() and not interrupts.is_stopping
+        for number in numbers[:-1]:
+            stop_file.touch() if number == "STOP" else os.kill(os.getpid(), number)
+            interrupts.heed()
+            assert interrupts.is_stopping and not interrupts.stop.is_set() and not stop_file.exists()
+            interrupts.heed()  # the same one is not heeded twice
+        os.kill(os.getpid(), numbers[-1])
+        os.kill(os.getpid(), signal.SIGHUP)  # a closed terminal ends nothing
+        assert not interrupts.stop.is_set() and interrupts.were_sent()
+        with pytest.raises(StopNow):
+            interrupts.heed()
+        assert interrupts.stop.is_set()
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_two_ctrl_c_between_two_looks_stop_now(tmp_path):
+    with Interrupts(tmp_path / "STOP") as interrupts:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(StopNow):
+            interrupts.heed()

@@ -1,0 +1,236 @@
+"""Git alone: real repositories, real locks left behind by real crashes."""
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import threading
+
+import pytest
+from conftest import wait_for
+
+from harness import repository
+from harness.console import UserError
+from harness.ledger import Run
+from harness.repository import Repository
+from harness.runner import unpack
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    monkeypatch.setattr(repository, "LOCK_PATIENCE", 0.4)
+
+
+@pytest.fixture
+def git(checkout):
+    return Repository(checkout.path, "train.py", "program.md")
+
+
+def test_checkout_of_another_user_is_an_error_with_gits_own_remedy(checkout, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))  # no safe.directory of the person's
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    with pytest.raises(UserError) as caught:
+        Repository(checkout.path, "train.py", "program.md")
+    told, command = str(caught.value).split(", or run: ")
+    assert told == f"{checkout.path} belongs to another user, so git refuses it: make a clone of your own"
+    subprocess.run(command, shell=True, check=True)
+    Repository(checkout.path, "train.py", "program.md")
+
+
+@pytest.mark.parametrize("name", ["index.lock", "HEAD.lock", "refs/heads/autoresearch/t.lock"])
+def test_lock_left_by_a_crash_is_removed(checkout, git, name, capsys):
+    lock = checkout.path / ".git" / name
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    lock.write_text("")
+    commit = checkout.git("rev-parse", "HEAD")
+    git.reset(checkout.path, commit, "autoresearch/t")
+    assert capsys.readouterr().err == f"note: removed {lock}, left by a git that was killed\n"
+    assert not lock.exists() and checkout.git("rev-parse", "autoresearch/t") == commit
+
+
+@pytest.mark.parametrize("place", ["checkout", "outside"])
+def test_lock_of_a_living_git_is_waited_for_then_told(checkout, git, tmp_path, place):
+    """A git that runs elsewhere, `git log` in a pager say, holds no lock here."""
+    lock = checkout.path / ".git/index.lock"
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/git").symlink_to(sys.executable)  # a git that takes its time
+    holder = subprocess.Popen([tmp_path / "bin/git", "-c", "import time; time.sleep(60)"], cwd=tmp_path / place)
+    lock.write_text("")
+    try:
+        told = f"^{re.escape(str(lock))} is held: end the git that holds it, or remove"
+        with pytest.raises(UserError, match=told) if place == "checkout" else contextlib.nullcontext():
+            git.reset(checkout.path, checkout.git("rev-parse", "HEAD"), "autoresearch/t")
+        assert lock.exists() == (place == "checkout")
+    finally:
+        holder.kill()
+        holder.wait()
+    git.reset(checkout.path, checkout.git("rev-parse", "HEAD"), "autoresearch/t")
+
+
+def test_lock_released_in_time_is_no_matter(checkout, git, monkeypatch, capsys):
+    monkeypatch.setattr(repository, "LOCK_PATIENCE", 30)
+    lock = checkout.path / ".git/index.lock"
+    lock.write_text("")
+    threading.Timer(0.5, lock.unlink).start()
+    git.reset(checkout.path, checkout.git("rev-parse", "HEAD"), "autoresearch/t")
+    assert capsys.readouterr().err == ""
+
+
+def test_failure_of_git_is_one_line_for_a_person(git):
+    with pytest.raises(UserError, match=r"^git cat-file failed: fatal: .*nonsense.*$") as caught:
+        git.read("nonsense", "train.py")
+    assert "\n" not in str(caught.value)
+    assert git("rev-parse", "--verify", "--quiet", "nonsense", default="none") == "none"
+
+
+def test_ctrl_c_does_not_reach_git(checkout, git):
+    """The terminal signals the whole foreground group; a git that dies of it would look like a failure."""
+    (checkout.outside / "slow").write_text("#!/bin/sh\necho $$ > pid\nexec sleep 1\n")
+    (checkout.outside / "slow").chmod(0o755)
+    thread = threading.Thread(target=lambda: git("-c", f"alias.slow=!{checkout.outside}/slow", "slow"))
+    thread.start()
+    pid = int(wait_for(lambda: (checkout.path / "pid").exists() and (checkout.path / "pid").read_text()))
+    group = os.getpgid(pid)
+    thread.join()
+    assert group != os.getpgrp()
+
+
+def test_difference_is_whole_though_settings_and_attributes_would_hide_it(checkout, git):
+    old = git.head()
+    new = git.commit(old, b"DEPTH = 5\n", "deeper", "refs/autoresearch/t/1")
+    checkout.git("config", "diff.hide.textconv", "echo")
+    attributes = checkout.path / ".git" / "info" / "attributes"
+    attributes.parent.mkdir(exist_ok=True)
+    for attribute in ("-diff", "diff=hide"):
+        attributes.write_text(f"train.py {attribute}\n")
+        assert b"\n+DEPTH = 5\n" in git.diff(old, new)
+    checkout.git("config", "diff.external", "true")
+    assert b"\n+DEPTH = 5\n" in git.diff(old, new)
+
+
+def test_merge_joins_edits_apart_and_refuses_edits_of_one_line(git):
+    lines = [f"line {i}\n" for i in range(9)]
+
+    def edited(**changes: str) -> bytes:
+        return "".join(changes.get(f"l{i}", line) for i, line in enumerate(lines)).encode()
+
+    base = edited()
+    assert git.merge(edited(l1="one\n"), base, edited(l7="seven\n")) == edited(l1="one\n", l7="seven\n")
+    assert git.merge(edited(l1="one\n"), base, edited(l1="other\n")) is None
+    assert git.merge(edited(l1="one\n"), base, edited(l1="one\n")) == edited(l1="one\n")
+
+
+@pytest.mark.parametrize("state", ["none", "initializing", "index lock", "half a folder", "no files"])
+def test_worktree_is_made_anew_after_a_crash_in_the_middle(checkout, git, state):
+    place = checkout.path / ".autoresearch" / "t" / "1"
+    commit = checkout.git("rev-parse", "HEAD")
+    git.add_worktree(place, commit)
+    admin = checkout.path / ".git/worktrees/1"
+    if state == "initializing":  # git locks a worktree while it makes it
+        (admin / "locked").write_text("initializing")
+    elif state == "index lock":
+        (admin / "index.lock").write_text("")
+    elif state == "half a folder":
+        (place / ".git").unlink()
+    elif state == "no files":
+        for path in [path for path in place.iterdir() if path.is_file()]:
+            path.unlink()
+    (place / "checkpoint.pt").write_text("of an earlier session")
+    for _ in range(2):
+        git.add_worktree(place, commit)
+        assert checkout.git("-C", str(place), "status", "--porcelain") == ""
+        assert checkout.git("-C", str(place), "rev-parse", "HEAD") == commit
+        assert {path.name for path in place.iterdir()} - {".git"} == set(
+            checkout.git("ls-tree", "--name-only", "HEAD").split()
+        )
+    assert checkout.git("symbolic-ref", "HEAD") == "refs/heads/main"
+
+
+def test_reset_spares_program_and_untracked_files(checkout, git):
+    commit = checkout.git("rev-parse", "HEAD")
+    for name in ("train.py", "prepare.py", "program.md", "untracked.txt"):
+        (checkout.path / name).write_text("changed")
+    checkout.git("rm", "-q", "--cached", "loop.py")
+    assert git.changed_files(checkout.path, commit) == ["loop.py", "prepare.py", "train.py"]
+    git.reset(checkout.path, commit, "autoresearch/t")
+    assert git.changed_files(checkout.path, commit) == []
+    assert [(checkout.path / name).read_text() for name in ("program.md", "untracked.txt")] == ["changed"] * 2
+    assert checkout.git("symbolic-ref", "HEAD") == "refs/heads/autoresearch/t"
+
+
+@pytest.mark.parametrize("kind", ["folder", "symlink", "deleted"])
+def test_reset_restores_whatever_replaced_the_file(checkout, git, kind):
+    path, commit = checkout.path / "train.py", checkout.git("rev-parse", "HEAD")
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+        (path / "inside").write_text("x")
+    elif kind == "symlink":
+        path.symlink_to(checkout.outside / "elsewhere")
+    git.reset(checkout.path, commit, "autoresearch/t")
+    assert path.is_file() and not path.is_symlink() and path.read_bytes() == git.read(commit, "train.py")
+    assert not (checkout.outside / "elsewhere").exists()
+
+
+def test_worktree_is_whole_though_an_agent_made_the_checkout_sparse(checkout, git):
+    checkout.git("sparse-checkout", "set", "--no-cone", "nothing")
+    place = checkout.outside / "worktree"
+    git.add_worktree(place, git.head())
+    assert (place / "prepare.py").exists() and (place / "harness").is_dir()
+
+
+def test_commit_replaces_one_file_of_the_parents_tree(checkout, git):
+    """Whatever lies in checkout and index; with any bytes, without hooks and filters; and the archive holds it all."""
+    (checkout.path / "sub").mkdir()
+    (checkout.path / "sub/run.sh").write_text("#!/bin/sh\n")
+    (checkout.path / "sub/run.sh").chmod(0o755)
+    (checkout.path / "link").symlink_to("sub/run.sh")
+    (checkout.path / "a name\twith\nall").write_bytes(bytes(range(256)))
+    parent = checkout.commit("a tree of every kind")
+    (checkout.path / "prepare.py").write_text("an agent's edit, staged")
+    checkout.git("add", "-A")
+    for hook in ("pre-commit", "commit-msg", "reference-transaction"):
+        (checkout.path / ".git/hooks" / hook).write_text("#!/bin/sh\nexit 1\n")
+        (checkout.path / ".git/hooks" / hook).chmod(0o755)
+    for source in (b"DEPTH = 5\r\n", b"\nno newline at the end\x00\xff", b""):
+        commit = git.commit(parent, source, "run 0001: \u00e9", "refs/autoresearch/t/0001")
+        assert checkout.git("diff", "--name-only", parent, commit) == "train.py"
+        assert git.read(commit, "train.py") == source
+        found = checkout.git("log", "-1", "--format=%P %an %cn %s", commit)
+        assert found == f"{parent} autoresearch autoresearch run 0001: \u00e9"
+        assert checkout.git("rev-parse", "refs/autoresearch/t/0001") == commit
+    assert checkout.git("diff", "--cached", "--name-only", parent) == "prepare.py"  # the index is the agent's
+    unpack(git.archive(commit), checkout.outside / "tree")
+    tree = checkout.outside / "tree"
+    assert (tree / "a name\twith\nall").read_bytes() == bytes(range(256)) and (tree / "train.py").read_bytes() == b""
+    assert os.readlink(tree / "link") == "sub/run.sh" and os.access(tree / "sub/run.sh", os.X_OK)
+
+
+def test_checkout_follows_the_branch_only_if_no_person_works_there(checkout, tag):
+    def keep(depth: int) -> str:
+        parent = tag.champion
+        commit = tag.commit(depth, b"DEPTH = %d\n" % depth, "deeper", parent)
+        tag.append(Run(depth, commit, base=parent, status="keep", score=1.0 - depth / 100))
+        tag.show_champion()
+        return commit
+
+    head = checkout.git("rev-parse", "HEAD")
+    tag.append(Run(1, head, purpose="baseline", status="keep", score=1.0))
+    checkout.git("checkout", "-q", "-b", tag.branch)
+    (checkout.path / "prepare.py").write_text("a person's edit")
+    first = keep(2)
+    assert (checkout.path / "prepare.py").read_text() == "a person's edit"
+    assert "DEPTH = 4" in (checkout.path / "train.py").read_text()
+    assert checkout.git("rev-parse", tag.branch) == first
+    checkout.git("checkout", "-q", "-f", tag.branch)
+    keep(3)  # the checkout goes along
+    assert (checkout.path / "train.py").read_text() == "DEPTH = 3\n"
+    (checkout.path / "train.py").write_text("DEPTH = 2\n")  # as if a kill came between the branch and the files
+    tag.show_champion()
+    assert (checkout.path / "train.py").read_text() == "DEPTH = 3\n"
+    checkout.git("checkout", "-q", "main")
+    fourth = keep(4)  # it shows another branch
+    assert checkout.git("symbolic-ref", "--short", "HEAD") == "main"
+    assert checkout.git("rev-parse", tag.branch) == fourth
+    assert checkout.git("status", "--porcelain", "--untracked-files=no") == ""
