@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -41,6 +42,7 @@ class Repository:
         self.checkout = checkout
         self.editable = editable
         self.instructions = instructions
+        self._worktrees = threading.Lock()  # git takes away what another `git worktree` has only half made
         self._failure = git.CommandError
         self._runner = git.Git
         self._command = ["git"]
@@ -203,12 +205,13 @@ class Repository:
         remove_folder(place)
         place.parent.mkdir(parents=True, exist_ok=True)
         # Twice --force: though the folder of that name is missing, and though its entry is locked.
-        self("worktree", "add", "--force", "--force", "--detach", "--quiet", str(place), commit)
+        with self._worktrees:
+            self("worktree", "add", "--force", "--force", "--detach", "--quiet", str(place), commit)
 
     def remove_worktree(self, place: Path) -> None:
         """Remove a worktree with all that an agent left in it; one that is not there is no error."""
-        # Not `git worktree prune`: it takes away what another worker's `add` has only half made.
-        self("worktree", "remove", "--force", "--force", str(place), default="")
+        with self._worktrees:
+            self("worktree", "remove", "--force", "--force", str(place), default="")
         remove_folder(place)
 
     def check_clean(self, commit: str) -> None:
