@@ -24,7 +24,6 @@ import fcntl
 import hashlib
 import itertools
 import json
-import logging
 import math
 import os
 import platform
@@ -251,15 +250,14 @@ def _check_disk(session, url, num_shards) -> int:
     """Bytes of so many shards, all taken to be as large as this one; UserError if the disk has no room for them."""
     try:
         with session.get(url, stream=True, timeout=HTTP_TIMEOUT) as answer:
-            size, _ = _size_and_sha256(answer)
+            size = int(_header(answer, "X-Linked-Size") or answer.headers.get("Content-Length", 0)) if answer.ok else 0
     except OSError:  # the download will meet it again, and say so
         return 0
-    total = num_shards * size if size and answer.ok else 0
     free_bytes = shutil.disk_usage(CACHE).free
-    if DISK_FACTOR * total > free_bytes:
-        sizes = f"about {DISK_FACTOR * total / 1e9:.1f} GB, {free_bytes / 1e9:.1f} GB are free in {CACHE}"
+    if DISK_FACTOR * num_shards * size > free_bytes:
+        sizes = f"about {DISK_FACTOR * num_shards * size / 1e9:.1f} GB, {free_bytes / 1e9:.1f} GB are free in {CACHE}"
         raise UserError(f"{num_shards} shards need {sizes}: free some, or ask for fewer with --num-shards")
-    return total
+    return num_shards * size
 
 
 def _download(session, url, path, bar):
@@ -288,11 +286,10 @@ def _download(session, url, path, bar):
 
 
 def _fetch(session, url, part, bar):
-    """Appends what `part` lacks (all, if the server knows no ranges); checks length and SHA-256."""
+    """Appends what `part` lacks (all, if the server knows no ranges); checks its SHA-256 where the hub names it."""
     have = _size(part)
     asked = {"Range": f"bytes={have}-"} if have else {}
     with session.get(url, headers=asked, stream=True, timeout=HTTP_TIMEOUT) as answer:
-        size, sha256 = _size_and_sha256(answer)
         if answer.status_code != 416:  # 416: there is nothing after what we have
             answer.raise_for_status()
             continued = answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
@@ -300,35 +297,16 @@ def _fetch(session, url, part, bar):
                 for chunk in answer.iter_content(2**14):  # a broken connection loses one of these
                     file.write(chunk)
                     bar.update(len(chunk))
-    have = _size(part)
-    if size and have < size:
-        raise OSError(f"{have} of {size} bytes came")
-    if size and have > size:
-        raise UserError("it came with a wrong length or SHA-256")
-    if sha256 and _sha256(part) != sha256:
-        raise UserError("it came with a wrong length or SHA-256")
+    sha256 = _header(answer, "X-Linked-Etag").strip('"')
+    if re.fullmatch("[0-9a-f]{64}", sha256) and _sha256(part) != sha256:
+        raise UserError("it came with a wrong SHA-256")
 
 
-def _size_and_sha256(answer):
-    """Of the whole file; None for what the server does not say. The hub says it where it redirects to its storage."""
-    headers = {}
-    for response in (*answer.history, answer):
-        headers.update({key.lower(): value for key, value in response.headers.items()})
-    content_range = answer.headers.get("Content-Range", "")  # "bytes 5-9/10", "bytes */10"
-    size_of_range = content_range.partition("/")[2]
-    size = headers.get("x-linked-size") or size_of_range or answer.headers.get("Content-Length", "")
-    etag = headers.get("x-linked-etag", "").strip('"')
-    sha256 = etag if re.fullmatch("[0-9a-f]{64}", etag) else None
-    return int(size) if size.isdigit() else None, sha256
+def _header(answer, name):
+    """Of the answer or of a redirect before it: the hub names size and SHA-256 where it redirects to its storage."""
+    return next((one.headers[name] for one in (*answer.history, answer) if name in one.headers), "")
 
 
-# ----- Texts: every document into one split -----
-
-TRAIN_SHARDS = 8  # of a source that is split here; a seed chooses the shard that training starts with
-SHUFFLE_CHARS = 2**26  # characters, shuffled together
-BATCH_DOCUMENTS = 128  # most documents that enter the packing buffer together
-TORCH_VERSION = "2.11.0"  # whose text python:torch is; the one that pyproject.toml pins
-TEXT_KINDS = (".parquet", ".jsonl", ".txt", ".md")
 # ----- Texts: every document into one split -----
 
 TRAIN_SHARDS = 8  # of a source that is split here; a seed chooses the shard that training starts with
@@ -357,34 +335,33 @@ def _texts(num_shards: int | None, workers: int) -> dict[str, Path]:
     if folder.exists():
         _say_what_is_kept(folder)
     else:
-        files = _local_files()
-        listing = _listing(files)
-        _split(_read_documents(files or _listed_files(endpoint, num_shards, workers)), folder, listing)
+        state = _source_state()
+        files = _local_files() or _listed_files(endpoint, num_shards, workers)
+        _split(_read_documents(files), folder, state)
     return {path.stem: path for path in sorted(folder.glob("*.parquet"))}
 
 
-def _listing(files) -> dict[str, list[int]]:
-    """Size and time of a person's own files, by which a later run sees that the source has changed since."""
+def _source_state() -> str:
+    """Number, size and newest time of a person's own files, by which a later run sees that the source has changed."""
     if SOURCE.startswith("python:"):
-        return {}
-    status = {str(file): file.stat() for file in files}
-    return {name: [one.st_size, one.st_mtime_ns] for name, one in status.items()}
+        return ""
+    try:
+        status = [file.stat() for file in _local_files()]
+    except UserError:
+        return "nothing"
+    newest = time.ctime(max((one.st_mtime for one in status), default=0))
+    return (
+        f"{len(status)} files, {sum(one.st_size for one in status):,} bytes, the newest of {newest}" if status else ""
+    )
 
 
 def _say_what_is_kept(folder):
-    path = folder / "source.json"
-    before = json.loads(path.read_bytes()) if path.exists() else {}
-    try:
-        now = _listing(_local_files())
-    except UserError:  # the source is gone, the prepared data need not be
-        now = {}
-    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    if before and changed:
-        which = f"{len(changed)} of its files changed, came or went, {changed[0]} the first"
-        _note(f"{SOURCE} is not what was read for {folder} ({which}): to read it anew, delete {CACHE} and run again")
-    else:
-        state = ", its source has not changed" if before else ""
-        print(f"kept {folder}{state}: to read {SOURCE} anew, delete {CACHE} and run again")
+    """The source may have changed since it was read, or be gone: what was prepared stays."""
+    now = _source_state()
+    path = folder / "source.txt"  # earlier versions wrote none
+    then = path.read_text(encoding="utf-8") if path.exists() else now
+    changed = f"; {SOURCE} has changed since it was read: it was {then}, now it is {now}" if now != then else ""
+    print(f"kept {folder}{changed}: to read {SOURCE} anew, delete {CACHE} and run again")
 
 
 def _hub_texts(endpoint, num_shards, workers):
@@ -536,15 +513,13 @@ def _open_parquet(path):
     try:
         parquet = pq.ParquetFile(path)
         text_type = parquet.schema_arrow.field("text").type
+        if text_type not in (pa.string(), pa.large_string()):
+            raise KeyError(f"its type is {text_type}, not string")
     except (pa.ArrowException, KeyError, OSError) as error:
-        raise UserError(_bad_parquet(path, error)) from error
-    if text_type not in (pa.string(), pa.large_string()):
-        raise UserError(_bad_parquet(path, f"its type is {text_type}, not string"))
+        reason = error.args[0] if error.args else error
+        problem = f"is not a readable parquet file with a text column ({reason})"
+        raise UserError(f"{path} {problem}: mend or delete it") from error
     return parquet
-
-
-def _bad_parquet(path, problem):
-    return f"{path} is not a readable parquet file with a text column ({problem}): mend or delete it"
 
 
 def _document_batches(path):
@@ -563,7 +538,7 @@ def _document_batches(path):
     _remember_problems(path, problems)
 
 
-def _split(documents, folder, listing):
+def _split(documents, folder, source_state):
     """Writes the shards. A document's SHA-256 chooses its split, so no text is in two splits."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -606,7 +581,7 @@ def _split(documents, folder, listing):
         if counts[split] == 0:
             chance = f"of {counts.total()} documents one in twenty is for 'val', one for 'test', by their SHA-256"
             raise UserError(f"split {split!r} is empty ({chance}): {MORE_TEXT}")
-    (part / "source.json").write_text(json.dumps(listing), encoding="utf-8")
+    (part / "source.txt").write_text(source_state, encoding="utf-8")
     os.replace(part, folder)
 
 
@@ -1407,25 +1382,14 @@ def _check_gains(gains):
 NETWORK_FILE = "result.pt2"  # beside the record
 
 
-@contextlib.contextmanager
-def _quiet_export():
-    """Keeps torch.export's warnings about itself, and its printed graphs, out of the log."""
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
-
-
 def _export(model, B, device) -> dict:
     """Writes the network and its weights beside the record with torch.export; what cannot be exported says why."""
     path = _RESULT.with_name(NETWORK_FILE)
     network = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     idx = torch.zeros((B, MAX_SEQ_LEN), dtype=torch.int64, device=device)
     try:
-        with _quiet_export(), torch.no_grad():
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # torch.export's, about itself
             program = torch.export.export(network, (idx,), strict=False)
             # In-place operators and autocast become plain operators and casts; each keeps its kernel. (Only einsum and
             # its like, which autocast reaches inside, are computed in their arguments' type.)
@@ -1448,7 +1412,8 @@ def _check_graph(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         (model,) = [name for name in archive.namelist() if name.endswith("/models/model.json")]
         nodes = json.loads(archive.read(model))["graph_module"]["graph"]["nodes"]
-    foreign = sorted({node["target"] for node in nodes if not node["target"].startswith("torch.ops.aten.")})
+    allowed = ("torch.ops.aten.", "_operator.")  # the second: arithmetic of sizes
+    foreign = sorted({node["target"] for node in nodes if not node["target"].startswith(allowed)})
     if foreign:
         raise EvaluationRefused(f"the network uses {foreign[0]}, which is not one of torch's own operators (aten)")
 
@@ -1457,7 +1422,8 @@ def _load_network(path: Path):
     """The network as a function of idx, and the shape (B, T) that it was exported for."""
     try:
         _check_graph(path)  # before anything of the file is run
-        with _quiet_export():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.export's, about itself
             program = torch.export.load(path)
         (idx,), _ = program.example_inputs
         network = program.module()
