@@ -1,4 +1,4 @@
-"""prepare.py, the judge: profiles, data, tokenizer, dataloader, stopwatch, evaluator.
+"""prepare.py: profiles, data, tokenizer, dataloader, clock, evaluator.
 
     uv run prepare.py                     # prepare the profile's data; once more: resume, or do nothing
     uv run prepare.py --num-shards 100    # have more training shards (-1: all)
@@ -20,13 +20,13 @@ import argparse
 import base64
 import bisect
 import contextlib
-import ctypes
 import fcntl
 import hashlib
 import itertools
 import json
 import math
 import os
+import platform
 import random
 import re
 import shutil
@@ -45,7 +45,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import tiktoken
 import torch
-from torch.nn.functional import cross_entropy  # bound here: a patch of torch's own later does not score
+from torch.nn.functional import cross_entropy  # bound here: a run that patches torch's own is not scored by its patch
 
 # requests, pyarrow, rustbpe and tqdm are imported where they are used: train.py starts sooner.
 
@@ -102,14 +102,18 @@ MIN_ROWS = 64  # rows, that every split must give
 
 CACHE_ROOT = Path(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch").expanduser().absolute()
 CACHE = CACHE_ROOT / PROFILE
+CONSTANTS = _profile._asdict()
+MIN_ROWS = 64  # rows, that every split must give
+
+CACHE_ROOT = Path(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch").expanduser().absolute()
+CACHE = CACHE_ROOT / PROFILE
 # Not under the cache and not under TMPDIR: runs with other caches, and other users' runs, share the same devices.
 LOCKS = Path(os.environ.get("AUTORESEARCH_LOCKS") or "/tmp/autoresearch-locks").absolute()
 
-# The loop tells a run these three. They are taken out of the environment, so that what runs later in this process, or
-# below it, can neither find the record nor ask for another seed.
+# The loop tells a run these three. They are taken out of the environment: a process that the run starts is no run.
 _seed = os.environ.pop("AUTORESEARCH_SEED", "") or "42"
 _result = os.environ.pop("AUTORESEARCH_RESULT", "")
-_AUDIT = os.environ.pop("AUTORESEARCH_AUDIT", "") == "1"  # score the sealed test split too
+_AUDIT = os.environ.pop("AUTORESEARCH_AUDIT", "") == "1"  # score the held-out test split too
 _RESULT = Path(_result).absolute() if _result else None  # where the record goes
 if not re.fullmatch("[0-9]{1,9}", _seed):
     _refuse_environment("AUTORESEARCH_SEED", _seed, "a whole number below 10**9")
@@ -123,7 +127,7 @@ class UserError(Exception):
 
 
 class EvaluationRefused(RuntimeError):
-    """The judge does not score this model or run; the message says why."""
+    """The evaluator does not score this model or run; the message says why."""
 
 
 class BudgetExceeded(EvaluationRefused):
@@ -138,6 +142,10 @@ def _progress(iterable=None, **options):
     from tqdm import tqdm
 
     return tqdm(iterable, mininterval=0.2 if sys.stderr.isatty() else 10, **options)
+
+
+def _note(message):
+    print(f"note: {message}", file=sys.stderr, flush=True)
 
 
 def _size(path):
@@ -160,33 +168,27 @@ def _lock(path, waiting_for):
     try:
         file = _open_lock(path)
     except OSError as error:
-        remedy = "set AUTORESEARCH_CACHE to a folder that you can write to"
-        if path.parent == LOCKS:
-            remedy = "remove it, or set AUTORESEARCH_LOCKS to a folder that every user of this machine can write to"
+        variable = "AUTORESEARCH_LOCKS" if path.parent == LOCKS else "AUTORESEARCH_CACHE"
+        remedy = f"set {variable} to a folder that you can write to"
         raise UserError(f"lock {path} cannot be opened ({error}): {remedy}") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         print(f"waiting: {waiting_for} (lock {path})", file=sys.stderr, flush=True)
         fcntl.flock(file, fcntl.LOCK_EX)
-    os.utime(file.fileno())  # what removes old files from /tmp leaves this one
     return file
 
 
 def _open_lock(path):
-    """Opens a lock file that every user may lock; makes it, and its folder, where they are missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.parent == LOCKS:
-        with contextlib.suppress(PermissionError):  # it is another user's: that one's run has set the mode
-            path.parent.chmod(0o1777)
-    while True:
-        # Linux refuses O_CREAT for another user's file in a folder with mode 1777: opening and creating are two steps.
-        with contextlib.suppress(FileNotFoundError):
-            return os.fdopen(os.open(path, os.O_RDWR | os.O_NOFOLLOW), "r+")
-        with contextlib.suppress(FileExistsError):  # another process was faster: open it
-            file = os.fdopen(os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CREAT | os.O_EXCL), "r+")
-            os.fchmod(file.fileno(), 0o666)
-            return file
+    """Opens a lock file; makes it, and its folder, where they are missing. A device's lock is for every user."""
+    if not path.parent.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.parent == LOCKS:
+            path.parent.chmod(0o777)
+    if not path.exists():
+        path.touch()
+        path.chmod(0o666)
+    return open(path, "r+")
 
 
 # ----- Download: parquet shards by HTTP, continued and checked -----
@@ -227,8 +229,7 @@ def _download_all(urls: dict[Path, str], workers: int) -> None:
     if not todo:
         return
     session = _session()
-    total = len(todo) * _first_size(session, urls[todo[0]])
-    _check_disk(len(todo), DISK_FACTOR * total)
+    total = _check_disk(session, urls[todo[0]], len(todo))
     bar = _progress(total=total or None, desc=f"{len(todo)} shards", unit="B", unit_scale=True)
     failed = []
 
@@ -245,21 +246,18 @@ def _download_all(urls: dict[Path, str], workers: int) -> None:
         raise UserError(f"{missing}. Running the same command again resumes")
 
 
-def _first_size(session, url) -> int:
-    """Bytes of one shard, by which the others are estimated; 0 if the server does not say."""
+def _check_disk(session, url, num_shards) -> int:
+    """Bytes of so many shards, all taken to be as large as this one; UserError if the disk has no room for them."""
     try:
         with session.get(url, stream=True, timeout=HTTP_TIMEOUT) as answer:
-            size, _ = _size_and_sha256(answer)
-            return size if answer.ok and size else 0
+            size = int(_header(answer, "X-Linked-Size") or answer.headers.get("Content-Length", 0)) if answer.ok else 0
     except OSError:  # the download will meet it again, and say so
         return 0
-
-
-def _check_disk(num_shards, needed_bytes):
     free_bytes = shutil.disk_usage(CACHE).free
-    if needed_bytes > free_bytes:
-        sizes = f"about {needed_bytes / 1e9:.1f} GB, {free_bytes / 1e9:.1f} GB are free in {CACHE}"
+    if DISK_FACTOR * num_shards * size > free_bytes:
+        sizes = f"about {DISK_FACTOR * num_shards * size / 1e9:.1f} GB, {free_bytes / 1e9:.1f} GB are free in {CACHE}"
         raise UserError(f"{num_shards} shards need {sizes}: free some, or ask for fewer with --num-shards")
+    return num_shards * size
 
 
 def _download(session, url, path, bar):
@@ -288,11 +286,10 @@ def _download(session, url, path, bar):
 
 
 def _fetch(session, url, part, bar):
-    """Appends what `part` lacks (all, if the server knows no ranges); checks length and SHA-256."""
+    """Appends what `part` lacks (all, if the server knows no ranges); checks its SHA-256 where the hub names it."""
     have = _size(part)
     asked = {"Range": f"bytes={have}-"} if have else {}
     with session.get(url, headers=asked, stream=True, timeout=HTTP_TIMEOUT) as answer:
-        size, sha256 = _size_and_sha256(answer)
         if answer.status_code != 416:  # 416: there is nothing after what we have
             answer.raise_for_status()
             continued = answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
@@ -300,26 +297,14 @@ def _fetch(session, url, part, bar):
                 for chunk in answer.iter_content(2**14):  # a broken connection loses one of these
                     file.write(chunk)
                     bar.update(len(chunk))
-    have = _size(part)
-    if size and have < size:
-        raise OSError(f"{have} of {size} bytes came")
-    if size and have > size:
-        raise UserError("it came with a wrong length or SHA-256")
-    if sha256 and _sha256(part) != sha256:
-        raise UserError("it came with a wrong length or SHA-256")
+    sha256 = _header(answer, "X-Linked-Etag").strip('"')
+    if re.fullmatch("[0-9a-f]{64}", sha256) and _sha256(part) != sha256:
+        raise UserError("it came with a wrong SHA-256")
 
 
-def _size_and_sha256(answer):
-    """Of the whole file; None for what the server does not say. The hub says it where it redirects to its storage."""
-    headers = {}
-    for response in (*answer.history, answer):
-        headers.update({key.lower(): value for key, value in response.headers.items()})
-    content_range = answer.headers.get("Content-Range", "")  # "bytes 5-9/10", "bytes */10"
-    size_of_range = content_range.partition("/")[2]
-    size = headers.get("x-linked-size") or size_of_range or answer.headers.get("Content-Length", "")
-    etag = headers.get("x-linked-etag", "").strip('"')
-    sha256 = etag if re.fullmatch("[0-9a-f]{64}", etag) else None
-    return int(size) if size.isdigit() else None, sha256
+def _header(answer, name):
+    """Of the answer or of a redirect before it: the hub names size and SHA-256 where it redirects to its storage."""
+    return next((one.headers[name] for one in (*answer.history, answer) if name in one.headers), "")
 
 
 # ----- Texts: every document into one split -----
@@ -327,8 +312,15 @@ def _size_and_sha256(answer):
 TRAIN_SHARDS = 8  # of a source that is split here; a seed chooses the shard that training starts with
 SHUFFLE_CHARS = 2**26  # characters, shuffled together
 BATCH_DOCUMENTS = 128  # most documents that enter the packing buffer together
+LONG_TEXT_CHARS = 100 * MAX_SEQ_LEN  # characters; a longer .txt or .md file is cut into documents,
+TEXT_DOCUMENT_CHARS = 8 * MAX_SEQ_LEN  # of at most so many
 TORCH_VERSION = "2.11.0"  # whose text python:torch is; the one that pyproject.toml pins
 TEXT_KINDS = (".parquet", ".jsonl", ".txt", ".md")
+# One document in twenty is for each held-out split, a token has about 4 bytes; half as much again, as chance cuts.
+NEEDED_MB = 1.5 * 20 * 4 * MIN_ROWS * MAX_SEQ_LEN / 1e6
+MORE_TEXT = f"give {SOURCE} more text (about {NEEDED_MB:.1f} MB, in many documents) and run again"
+
+_problems: dict[Path, Counter] = {}  # what was wrong, and how often, in the files read
 
 
 def _texts(num_shards: int | None, workers: int) -> dict[str, Path]:
@@ -341,11 +333,35 @@ def _texts(num_shards: int | None, workers: int) -> dict[str, Path]:
         shutil.rmtree(folder, ignore_errors=True)
         (CACHE / "tokenizer.tiktoken").unlink(missing_ok=True)
     if folder.exists():
-        print(f"kept {folder}: delete {CACHE} to read {SOURCE} anew")
+        _say_what_is_kept(folder)
     else:
+        state = _source_state()
         files = _local_files() or _listed_files(endpoint, num_shards, workers)
-        _split(_read_documents(files), folder)
+        _split(_read_documents(files), folder, state)
     return {path.stem: path for path in sorted(folder.glob("*.parquet"))}
+
+
+def _source_state() -> str:
+    """Number, size and newest time of a person's own files, by which a later run sees that the source has changed."""
+    if SOURCE.startswith("python:"):
+        return ""
+    try:
+        status = [file.stat() for file in _local_files()]
+    except UserError:
+        return "nothing"
+    newest = time.ctime(max((one.st_mtime for one in status), default=0))
+    return (
+        f"{len(status)} files, {sum(one.st_size for one in status):,} bytes, the newest of {newest}" if status else ""
+    )
+
+
+def _say_what_is_kept(folder):
+    """The source may have changed since it was read, or be gone: what was prepared stays."""
+    now = _source_state()
+    path = folder / "source.txt"  # earlier versions wrote none
+    then = path.read_text(encoding="utf-8") if path.exists() else now
+    changed = f"; {SOURCE} has changed since it was read: it was {then}, now it is {now}" if now != then else ""
+    print(f"kept {folder}{changed}: to read {SOURCE} anew, delete {CACHE} and run again")
 
 
 def _hub_texts(endpoint, num_shards, workers):
@@ -388,6 +404,8 @@ def _local_files() -> list[Path]:
     if SOURCE == "python:all":
         return _installed_files()
     source = Path(SOURCE).expanduser()
+    if SOURCE.startswith(("/", "~", ".")) and not source.exists():
+        raise UserError(f"source {source} does not exist: mend it in PROFILES")
     candidates = [source] if source.is_file() else _sorted_files(source, "*")
     files = [file for file in candidates if file.suffix in TEXT_KINDS]
     if source.exists() and not files:
@@ -436,16 +454,51 @@ def _read_documents(files):
         elif path.suffix == ".jsonl":
             yield from _read_jsonl(path)
         else:
-            yield path.read_bytes().decode("utf-8", "replace")
+            problems = Counter()
+            text = _decode(path.read_bytes(), problems)
+            _remember_problems(path, problems)
+            if path.suffix != ".py" and len(text) > LONG_TEXT_CHARS:
+                yield from _cut(text, TEXT_DOCUMENT_CHARS, places=("\n\n", "\r\n\r\n", "\n"))
+            else:
+                yield text
 
 
 def _read_jsonl(path):
-    with path.open(encoding="utf-8", errors="replace") as file:
+    problems = Counter()
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                yield _well_formed(json.loads(line)["text"] or "")
+                text = json.loads(_decode(line, problems))["text"]
+                if text is None:
+                    problems["documents without text (null)"] += 1
+                yield _well_formed(text or "")
             except (ValueError, TypeError, LookupError, AttributeError):
                 raise UserError(f"{path}:{number} is no JSON object with a string in 'text': mend it") from None
+    _remember_problems(path, problems)
+
+
+def _decode(data: bytes, problems: Counter) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        text = data.decode("utf-8", "replace")
+        replaced = text.count("\ufffd") - data.count("\ufffd".encode())
+        problems["places that are not UTF-8 (replaced by U+FFFD)"] += replaced
+        return text
+
+
+def _remember_problems(path, problems):
+    if problems:
+        _problems[path] = problems
+
+
+def _say_problems():
+    """One line for each kind of problem, however many files have it."""
+    for kind in sorted({kind for problems in _problems.values() for kind in problems}):
+        files = [path for path, problems in _problems.items() if kind in problems]
+        count = sum(_problems[path][kind] for path in files)
+        more = f" and {len(files) - 1} more files" if len(files) > 1 else ""
+        _note(f"{count:,} {kind} in {files[0]}{more}")
 
 
 def _well_formed(text):
@@ -457,34 +510,35 @@ def _open_parquet(path):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    _stopwatch.check_file(path)
     try:
         parquet = pq.ParquetFile(path)
         text_type = parquet.schema_arrow.field("text").type
+        if text_type not in (pa.string(), pa.large_string()):
+            raise KeyError(f"its type is {text_type}, not string")
     except (pa.ArrowException, KeyError, OSError) as error:
-        raise UserError(_bad_parquet(path, error)) from error
-    if text_type not in (pa.string(), pa.large_string()):
-        raise UserError(_bad_parquet(path, f"its type is {text_type}, not string"))
+        reason = error.args[0] if error.args else error
+        problem = f"is not a readable parquet file with a text column ({reason})"
+        raise UserError(f"{path} {problem}: mend or delete it") from error
     return parquet
-
-
-def _bad_parquet(path, problem):
-    return f"{path} is not a readable parquet file with a text column ({problem}): mend or delete it"
 
 
 def _document_batches(path):
     """Yields lists of documents, each of one row group. A null is an empty document."""
     parquet = _open_parquet(path)
+    problems = Counter()
     try:
         for group in range(parquet.num_row_groups):
             for batch in parquet.iter_batches(BATCH_DOCUMENTS, [group], ["text"], use_threads=False):
+                if batch.column(0).null_count:
+                    problems["documents without text (null)"] += batch.column(0).null_count
                 documents = batch.column(0).cast("large_binary").to_pylist()  # parquet does not ensure UTF-8
-                yield [(document or b"").decode("utf-8", "replace") for document in documents]
+                yield [_decode(document or b"", problems) for document in documents]
     except (ValueError, OSError) as error:  # pyarrow's, of a damaged page
         raise UserError(f"{path} is damaged ({error}): mend or delete it") from error
+    _remember_problems(path, problems)
 
 
-def _split(documents, folder):
+def _split(documents, folder, source_state):
     """Writes the shards. A document's SHA-256 chooses its split, so no text is in two splits."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -494,6 +548,7 @@ def _split(documents, folder):
     part.mkdir(parents=True)
     train = [f"train_{i:05d}" for i in range(TRAIN_SHARDS)]
     pieces = {name: [] for name in ("val", "test", *train)}
+    counts = Counter()  # documents of each split
     schema = pa.schema([("text", pa.string())])
     rng = random.Random(42)
 
@@ -514,6 +569,7 @@ def _split(documents, folder):
                 write_pieces()
                 waiting_chars = 0
             held_out = _held_out_split(document)
+            counts[held_out or "train"] += len(document) > 0
             for piece in _cut(document, 2 * MAX_SEQ_LEN):
                 # A short run sees only one training shard, so each shard gets pieces of every document.
                 name = held_out or train[rng.randrange(TRAIN_SHARDS)]
@@ -521,6 +577,11 @@ def _split(documents, folder):
             chars += len(document)
             waiting_chars += len(document)
         write_pieces()
+    for split in ("val", "test", "train"):
+        if counts[split] == 0:
+            chance = f"of {counts.total()} documents one in twenty is for 'val', one for 'test', by their SHA-256"
+            raise UserError(f"split {split!r} is empty ({chance}): {MORE_TEXT}")
+    (part / "source.txt").write_text(source_state, encoding="utf-8")
     os.replace(part, folder)
 
 
@@ -530,14 +591,17 @@ def _held_out_split(document):
     return {0: "val", 1: "test"}.get(number)
 
 
-def _cut(document, limit):
-    """Yields pieces of at most `limit` characters, cut at line ends; a longer line is cut hard."""
+def _cut(document, limit, places=("\n",)):
+    """Yields pieces of at most `limit` characters. Each ends after the last place of the first kind in it, or hard."""
     start = 0
     while start < len(document):
         end = start + limit
         if end < len(document):
-            after_newline = document.rfind("\n", start, end) + 1
-            end = after_newline or end
+            for place in places:
+                at = document.rfind(place, start, end)
+                if at >= 0:
+                    end = at + len(place)
+                    break
         yield document[start:end]
         start = end
 
@@ -569,6 +633,9 @@ class Tokenizer:
             meta = json.loads((directory / "tokenizer.json").read_bytes())
         except FileNotFoundError as error:
             raise UserError(_not_prepared(error.filename)) from error
+        except ValueError as error:
+            remedy = f"delete {directory} and run 'uv run prepare.py'"
+            raise UserError(f"{directory}/tokenizer.json is damaged ({error}): {remedy}") from error
         ranks = {}
         for line in lines:
             token, rank = line.split()
@@ -629,7 +696,8 @@ def _train_tokenizer(shards):
     bpe.train_from_iterator(_tokenizer_texts(shards), BOS_ID, pattern=SPLIT_PATTERN)
     tokens = [bytes(token) for token, _ in bpe.get_mergeable_ranks()]  # by rank
     if len(tokens) < BOS_ID:
-        raise UserError(f"the vocabulary has {len(tokens)} tokens, {BOS_ID} are needed: {MORE_TEXT}")
+        remedy = f"{MORE_TEXT}; text that repeats itself needs a smaller vocab_size in PROFILES"
+        raise UserError(f"the vocabulary has {len(tokens)} tokens, {BOS_ID} are needed: {remedy}")
     lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)]
     _write_text(CACHE / "tokenizer.json", json.dumps({"pattern": SPLIT_PATTERN, "special_tokens": SPECIAL_TOKENS}))
     _write_text(CACHE / "tokenizer.tiktoken", "".join(lines))
@@ -664,7 +732,6 @@ def _tokens_path(name):
 
 
 def _read_shard(path: Path) -> Shard:
-    _stopwatch.check_file(path)
     try:
         data = np.asarray(np.memmap(path, np.uint8, "r"))
         num_tokens, num_documents, num_batches = data[-24:].view(np.int64).tolist()
@@ -725,7 +792,6 @@ def _write_shard(path, batches):
 
 SCORING = ("time_budget", "eval_tokens")  # constants on which no file depends
 METRIC_FILES = ("tokenizer.tiktoken", "tokenizer.json", "tokens/val.tokens", "tokens/test.tokens")
-MORE_TEXT = f"give {SOURCE} more text, about {MIN_ROWS * MAX_SEQ_LEN / 1e4:.1f} MB in many documents, and run again"
 
 
 def _not_prepared(missing):
@@ -751,8 +817,15 @@ def _manifest(may_change=()):
     return manifest
 
 
-def _check_files(manifest: dict) -> dict[str, str]:
-    """SHA-256 of each metric file, recomputed; UserError names one that changed."""
+def check_data() -> dict[str, str]:
+    """SHA-256 of each file that the metric depends on, recomputed. UserError names one that is not what was prepared.
+
+    A run calls it before it trains: what a score depends on is then known to be right.
+    """
+    return _check_files(_manifest())
+
+
+def _check_files(manifest):
     found = {}
     for name, file in manifest["metric"]["files"].items():
         path = CACHE / name
@@ -956,7 +1029,7 @@ _now = time.perf_counter  # a test puts its own clock here
 
 
 class Stopwatch:
-    """The clock of a run, and what the run may read by that clock.
+    """The clock of a run, and what the run may have by that clock.
 
     A process is a training run if the loop started it, or once it has asked for a training batch. A run is evaluated
     once; after that it has no more data. In a process that only looks at data or scores models, nothing is refused.
@@ -967,19 +1040,15 @@ class Stopwatch:
         self.stopped = None
         self.lock = None  # on the device, until the process ends
         self.trains = False  # a training batch was asked for
-        self.scores = False  # the judge is reading what it scores
-        self.cpu_at_start = None
 
     def start(self, device, split) -> None:
         """Begins to count, once, when the device is free; marks the moment beside the record."""
         self.check_loader(split)
         self.trains = self.trains or split == "train"
-        if self.started is not None:
-            return
-        self.lock = _lock(_device_lock(device), f"another run holds {device}")
-        _touch_mark("started", exist_ok=False)  # no other process of this run starts a clock of its own
-        self.cpu_at_start = _cpu_seconds()
-        self.started = _now()
+        if self.started is None:
+            self.lock = _lock(_device_lock(device), f"another run holds {device}")
+            _touch_mark("started")
+            self.started = _now()
 
     def stop(self, seconds) -> None:
         """Ends the counting at that many seconds. There is no way back."""
@@ -994,23 +1063,13 @@ class Stopwatch:
         self.check_not_evaluated()
         if split != "train" and self.is_run():
             raise EvaluationRefused(
-                f"split {split!r} is the judge's alone in a training run: to choose between models, keep some rows of "
-                "split 'train' out of training"
+                f"split {split!r} is the evaluator's alone in a training run: to choose between models, keep some rows "
+                "of split 'train' out of training"
             )
 
     def check_not_evaluated(self) -> None:
         if self.is_run() and self.stopped is not None:
             raise EvaluationRefused("this run was evaluated: after that nothing is trained and nothing is scored again")
-
-    def check_file(self, path) -> None:
-        """Raises EvaluationRefused where a run that the loop started may not read this file of data now."""
-        if _RESULT is None or self.scores:
-            return
-        if path.suffix != ".tokens":
-            raise EvaluationRefused(f"{path} is for the preparation: a run takes its data from make_dataloader")
-        if self.started is None:
-            raise EvaluationRefused(f"{path} was asked for before the clock started: make_dataloader starts it")
-        self.check_loader(path.stem if path.stem in ("val", "test") else "train")
 
 
 _stopwatch = Stopwatch()
@@ -1024,13 +1083,13 @@ def training_seconds() -> float:
     return end - _stopwatch.started
 
 
-def _touch_mark(name, exist_ok=True):
+def _touch_mark(name):
     """Sets the time of an empty file beside the record, by which the loop measures the run itself."""
     if _RESULT is not None:
-        _RESULT.with_name(f"{_RESULT.name}.{name}").touch(exist_ok=exist_ok)
+        _RESULT.with_name(f"{_RESULT.name}.{name}").touch()
 
 
-# ----- The machine: locks, and who else uses it -----
+# ----- The device: its lock and its name -----
 
 
 def _device_lock(device):
@@ -1040,53 +1099,17 @@ def _device_lock(device):
     return LOCKS / f"{name}.lock"
 
 
-def _device_name(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _cpu_seconds() -> tuple[float, float, float] | None:
-    """CPU time of the machine: all, spent by anyone, spent by this process. None where that cannot be known."""
-    try:
-        words = Path("/proc/stat").read_text().split("\n", 1)[0].split()
-        # user, nice, system, idle, iowait, irq, softirq, steal; guests are counted in the first two already
-        ticks = [int(word) for word in words[1:9]]
-        total = sum(ticks) / os.sysconf("SC_CLK_TCK")
-        idle = (ticks[3] + ticks[4]) / os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, LookupError):
-        return None
-    own = os.times()
-    return total, total - idle, own.user + own.system + own.children_user + own.children_system
-
-
-def _busy_others(before, after) -> float | None:
-    """Share of the machine's CPU time that other processes used between two readings."""
-    if before is None or after is None or after[0] <= before[0]:
-        return None
-    total, busy, own = (end - start for start, end in zip(before, after, strict=True))
-    return min(max((busy - own) / total, 0.0), 1.0)
-
-
-def _device_others(device) -> int | None:
-    """Number of other processes that compute on a CUDA device, as its driver's library (NVML) counts them."""
-    if device.type != "cuda":
-        return None
-    success = 0
-    too_many_for_the_array = 7  # what it answers to an array of no places
-    count = ctypes.c_uint(0)
-    handle = ctypes.c_void_p()
-    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-    try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-        nvml.nvmlInit_v2()
-        found = nvml.nvmlDeviceGetHandleByUUID(uuid.encode(), ctypes.byref(handle))
-        if found != success:
-            return None
-        answer = nvml.nvmlDeviceGetComputeRunningProcesses_v3(handle, ctypes.byref(count), None)
-    except (OSError, AttributeError):
-        return None
-    if answer not in (success, too_many_for_the_array):
-        return None
-    return max(count.value - 1, 0)
+def device_name(device: torch.device) -> str:
+    """What a score is compared by: scores of two machines compare only where it is equal."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        model = found[1].strip() if found else model
+    return f"{model} ({os.cpu_count()} cores)"
 
 
 # ----- Evaluator: bits per byte -----
@@ -1095,7 +1118,10 @@ PROBE_TOLERANCE = 1e-2  # largest change of a logit that is no leak (causal bf16
 REPEAT_TOLERANCE = 1e-4  # nats, mean change of the first batch's losses when it is scored again
 GAIN_TOLERANCE = 1e-3  # nats, by which a token's mean loss may be lower when the model is given that token
 FLOAT32_ELEMENTS = 2**25  # logits, held in float32 at once
-MAX_BPB = 1000.0  # bits per byte; a score above it is no language model's
+# Training ends before a step that may not fit, so only a last step that was slower than the one before goes over the
+# budget. Ten runs of smoke and three of pocket, others on the machine, ended 3 to 112 ms before it.
+CLOCK_TOLERANCE_SECONDS = 0.2  # over the budget, and
+CLOCK_TOLERANCE_FRACTION = 0.005  # of it
 
 
 def evaluate_bpb(model, tokenizer: Tokenizer, batch_size: int) -> float:
@@ -1106,9 +1132,9 @@ def evaluate_bpb(model, tokenizer: Tokenizer, batch_size: int) -> float:
     with rows that do not count. Stops the clock, once the model is in eval mode: from then on its parameters and
     persistent buffers must stay as they are. A training run is evaluated once.
 
-    Under the loop it writes a record; in an audit also the network as data (see Network), and it scores the sealed test
-    split too. Raises EvaluationRefused (BudgetExceeded, NotCausal) with the reason, UserError if a file that the metric
-    depends on has changed.
+    Under the loop it writes a record; in an audit it scores the held-out test split too, and leaves the network beside
+    the record for `--score`. Raises EvaluationRefused (BudgetExceeded, NotCausal) with the reason, UserError if a file
+    that the metric depends on has changed.
     """
     was_training = getattr(model, "training", False)
     try:
@@ -1126,39 +1152,39 @@ def _evaluate(model, tokenizer, batch_size):
         getattr(torch, device.type).synchronize()
     _stopwatch.check_not_evaluated()
     seconds = training_seconds()
-    cpu_at_stop = _cpu_seconds()
     _touch_mark("stopped")
-    _check_constants()
     if batch_size < 1 or tokenizer.get_vocab_size() != VOCAB_SIZE:
         raise ValueError(f"batch_size is {batch_size}, the vocabulary {tokenizer.get_vocab_size()}, not {VOCAB_SIZE}")
     manifest = _manifest()
-    _check_clock(seconds)
-
+    _check_clock(seconds, manifest["metric"]["constants"]["time_budget"])
+    files = _check_files(manifest)
+    weights = _weight_digests(model)
     record = {
         "profile": PROFILE,
         "split": "val",
         "seed": SEED,
         "training_seconds": seconds,
         "digest": manifest["digest"],
-        "files": _check_files(manifest),
+        "files": files,
         "prepare_sha256": _sha256(Path(__file__)),
-        "device_name": _device_name(device),
-        "busy_others": _busy_others(_stopwatch.cpu_at_start, cpu_at_stop),
-        "device_others": _device_others(device),
+        "device_name": device_name(device),
         "cache": str(CACHE),
+        "weights_sha256": hashlib.sha256(json.dumps(sorted(weights.items())).encode()).hexdigest(),
     }
     rows = manifest["metric"]["rows"]
     B = min(batch_size, max(rows.values()))  # one shape for both splits: nothing recompiles
     _stopwatch.stop(seconds)  # from here on the model has seen what it is scored on
-    digests = _state_digests(model)
-    with _judging():
-        if _AUDIT and _RESULT is not None:
-            record |= _export(model, B, device)
+    try:
         record |= _score(model, "val", rows["val"], B, device)
         if _AUDIT:
             test = _score(model, "test", rows["test"], B, device)
             record |= {"test_bpb": test["test_bpb"], "test_rows": test["rows"]}
-    _check_state(model, digests)
+    except NotCausal:
+        _check_weights(model, weights)  # of a model that learns, this is the better reason
+        raise
+    _check_weights(model, weights)
+    if _AUDIT and _RESULT is not None:
+        record |= _export(model, B, device)  # last: what the model keeps of an export, it is not scored with
     if _RESULT is not None:
         _write_text(_RESULT, json.dumps(record, indent=1))
     return record["val_bpb"]
@@ -1170,29 +1196,15 @@ def _device_of(model):
     return torch.device("cpu") if first is None else first.device
 
 
-def _constants() -> dict[str, str]:
-    """This file's constants by name, as text: a change inside a table shows too."""
-    return {name: repr(value) for name, value in globals().items() if name.isupper()}
-
-
-def _check_constants():
-    """Refuses a run that gave one of this file's constants another value, in its process."""
-    found = _constants()
-    for name, text in _constants_at_import.items():
-        found_text = found.get(name, "gone")
-        if found_text != text:
-            raise EvaluationRefused(
-                f"prepare.{name} is {found_text[:60]} in this process, and {text[:60]} in the file: do not change the "
-                "judge's constants"
-            )
-
-
-def _check_clock(seconds):
-    limit = 1.01 * TIME_BUDGET + 0.5
+def _check_clock(seconds, time_budget):
+    """time_budget is the manifest's: a run may set prepare.TIME_BUDGET to what it likes."""
+    limit = time_budget * (1 + CLOCK_TOLERANCE_FRACTION) + CLOCK_TOLERANCE_SECONDS
     if seconds > limit:
         raise BudgetExceeded(
-            f"trained for {seconds:.2f} s by the judge's clock, {limit:.2f} s is the most (TIME_BUDGET is "
-            f"{TIME_BUDGET} s): end training before a step that may not fit; pauses of the process count too"
+            f"trained for {seconds:.2f} s by the evaluator's clock, {limit:.2f} s is the most (TIME_BUDGET is "
+            f"{time_budget} s): the clock counts from the first batch, first steps that compile or warm up too, which "
+            "karpathy's train.py leaves out: warm up on random tokens before next(loader), and end by "
+            "prepare.training_seconds() before a step that may not fit"
         )
     if _RESULT is None:
         return
@@ -1202,41 +1214,30 @@ def _check_clock(seconds):
         raise EvaluationRefused(f"a run is scored once, and {_RESULT} holds this run's record")
 
 
-def _state_digests(model) -> dict[tuple, str]:
-    """SHA-256 of the parameters and persistent buffers, by name and shape.
+def _weight_digests(model) -> dict[str, str]:
+    """SHA-256 of type, shape and bytes of each parameter and persistent buffer, by name.
 
     Tensors that are sharded, quantised, sparse or without data are left out: not all have bytes to read.
     """
     digests = {}
-    for name, tensor in getattr(model, "state_dict", dict)().items():
+    for name, tensor in getattr(getattr(model, "_orig_mod", model), "state_dict", dict)().items():
         is_plain = type(tensor) is torch.Tensor and tensor.layout == torch.strided
         if is_plain and not tensor.is_meta and not tensor.is_quantized:
             data = tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()
-            digests[name, tensor.shape] = hashlib.sha256(data).hexdigest()
+            head = f"{tensor.dtype} {tuple(tensor.shape)} "
+            digests[name] = hashlib.sha256(head.encode() + data.tobytes()).hexdigest()
     return digests
 
 
-def _check_state(model, digests):
+def _check_weights(model, before):
     """Refuses a model that trained, or kept what it saw, while it was scored."""
-    found = _state_digests(model)
-    # A tensor that is new, or of another shape than it was, is a cache that an honest model may make in a forward.
-    same_shape = digests.keys() & found.keys()
-    changed = sorted(name for name, shape in same_shape if found[name, shape] != digests[name, shape])
+    after = _weight_digests(model)
+    changed = [name for name, digest in before.items() if after.get(name) != digest]
     if changed:
         raise EvaluationRefused(
-            f"the model changes during evaluation: {changed[0]} is not what it was ({len(changed)} of {len(digests)} "
-            "tensors): a buffer that a forward changes needs persistent=False"
+            f"the model changes while it is scored: {changed[0]} is not what it was ({len(changed)} of {len(before)} "
+            "tensors): a forward in eval mode must not learn; a buffer that it fills needs persistent=False"
         )
-
-
-@contextlib.contextmanager
-def _judging():
-    """The token files are open to the judge."""
-    _stopwatch.scores = True
-    try:
-        yield
-    finally:
-        _stopwatch.scores = False
 
 
 @torch.no_grad()
@@ -1258,7 +1259,8 @@ def _score(model, split, num_rows, B, device):
         logits = _forward(model, x)
         losses = _by_position(_nats, logits, y)[: len(rows)]
         if not np.isfinite(losses).all():
-            raise EvaluationRefused(f"the loss on batch {batch} of split {split!r} is not finite")
+            cause = "a logit is NaN or inf" if np.isnan(losses).any() else "a token that occurs has the logit -inf"
+            raise EvaluationRefused(f"the loss on batch {batch} of split {split!r} is not finite: {cause}")
         lengths = token_bytes[rows[:, 1:]]
         counted = lengths > 0
         nats += float(losses[counted].sum(dtype=np.float64))
@@ -1273,8 +1275,6 @@ def _score(model, split, num_rows, B, device):
     _check_unchanged(model, first_x, first_y, first_losses)
     _check_gains(gains)
     bpb = nats / (math.log(2) * num_bytes)
-    if not 0 < bpb <= MAX_BPB:
-        raise EvaluationRefused(f"{bpb:.6g} bits per byte on split {split!r} cannot be: it must be in (0, {MAX_BPB:g}]")
     return {f"{split}_bpb": bpb, "rows": num_rows, "tokens": num_tokens, "bytes": num_bytes}
 
 
@@ -1290,8 +1290,7 @@ def _inputs_and_targets(rows, B, device):
 def _forward(model, x):
     logits = model(x)
     shape = (*x.shape, VOCAB_SIZE)
-    # A subclass could answer every later question itself.
-    if type(logits) is not torch.Tensor:
+    if type(logits) is not torch.Tensor:  # a subclass could answer every later question itself
         raise EvaluationRefused(f"model(idx) gave {type(logits).__name__}, not a plain torch.Tensor of logits")
     if logits.shape != shape or not logits.is_floating_point():
         got = f"{logits.dtype} {tuple(logits.shape)}"
@@ -1312,22 +1311,28 @@ def _nats(logits, targets):
 
 
 def _change(logits, again):
-    return (logits - again).abs().amax(-1)
+    """Largest change over V. Equal infinities are no change; NaN is one."""
+    return torch.where(logits == again, 0, logits - again).abs().amax(-1)
+
+
+LEFT_BEHIND = "something that a forward leaves for later ones: a cache, running statistics, learning, a thread"
 
 
 def _check_repeats(model, x, logits):
     change = _by_position(_change, logits, _forward(model, x)).max()
     if not change <= PROBE_TOLERANCE:  # NaN too
-        raise NotCausal(f"two identical forwards in eval mode differ by {change:.3g}: remove randomness in eval mode")
+        raise NotCausal(
+            f"two identical forwards in eval mode differ by {change:.3g} in a logit: look for randomness that stays on "
+            f"in eval mode (dropout), or {LEFT_BEHIND}"
+        )
 
 
 def _check_unchanged(model, x, y, losses):
     again = _by_position(_nats, _forward(model, x), y)[: len(losses)]
     change = np.abs(again - losses).mean()
     if not change <= REPEAT_TOLERANCE:
-        raise NotCausal(
-            f"the model changes during evaluation: scored again at the end, the first batch moved by {change:.3g} nats"
-        )
+        moved = f"scored again at the end, the first batch moved by {change:.3g} nats"
+        raise NotCausal(f"the model changes while it is scored: {moved}: look for {LEFT_BEHIND}")
 
 
 def _probe(model, x, logits, rng) -> list[float]:
@@ -1351,6 +1356,9 @@ def _probe(model, x, logits, rng) -> list[float]:
     row, position = np.unravel_index(change.argmax(), change.shape)
     if change[row, position] > PROBE_TOLERANCE:
         cause = "other rows" if begin[row] == T else f"tokens from position {begin[row]} on"
+    if change[row, position] > PROBE_TOLERANCE:
+        _check_repeats(model, x, logits)  # logits that move by themselves are no leak
+        cause = "other rows" if begin[row] == T else f"tokens from position {begin[row]} on"
         raise NotCausal(f"logits at position {position} moved by {change[row, position]:.3g} when only {cause} changed")
     changed_rows = np.flatnonzero(begin < T)
     first = begin[changed_rows]
@@ -1371,13 +1379,6 @@ def _check_gains(gains):
 
 # ----- Audit: the network as data, scored by a process that runs none of train.py's code -----
 
-DTYPES = {  # as torch.export's files number them
-    1: torch.uint8, 2: torch.int8, 3: torch.int16, 4: torch.int32, 5: torch.int64, 6: torch.float16, 7: torch.float32,
-    8: torch.float64, 10: torch.complex64, 11: torch.complex128, 12: torch.bool, 13: torch.bfloat16,
-}  # fmt: skip
-MEMORY_FORMATS = {1: torch.contiguous_format, 2: torch.channels_last, 4: torch.preserve_format}
-STRIDED_LAYOUT = 7
-PLAIN_ARGUMENTS = ("as_int", "as_ints", "as_bool", "as_bools", "as_string", "as_int_lists")
 NETWORK_FILE = "result.pt2"  # beside the record
 
 
@@ -1394,226 +1395,61 @@ def _export(model, B, device) -> dict:
             # its like, which autocast reaches inside, are computed in their arguments' type.)
             program = program.run_decompositions({})
             torch.export.save(program, path)
+        _check_graph(path)
     except Exception as error:  # whatever the model is made of
         path.unlink(missing_ok=True)
-        reason = str(error).strip().partition("\n")[0]
-        return {"exported": None, "export_problem": f"{type(error).__name__}: {reason[:200]}"}
+        reason = str(error).strip().partition("\n")[0][:200]
+        remedy = (
+            "forward must be tensor operations of torch alone: no .item() or `if` on a tensor's values, no numpy, no "
+            "operator of one's own, no tensors that one forward keeps for the next outside the module"
+        )
+        return {"exported": None, "export_problem": f"{type(error).__name__}: {reason}: {remedy}"}
     return {"exported": path.name, "export_problem": None}
 
 
-class Operation(NamedTuple):
-    operator: torch._ops.OpOverload
-    args: list
-    kwargs: dict
-    outputs: list[str]
-    last_uses: list[str]  # names of values that no later operation reads
+def _check_graph(path: Path) -> None:
+    """Refuses an exported network with an operator that is not one of torch's own (aten)."""
+    with zipfile.ZipFile(path) as archive:
+        (model,) = [name for name in archive.namelist() if name.endswith("/models/model.json")]
+        nodes = json.loads(archive.read(model))["graph_module"]["graph"]["nodes"]
+    allowed = ("torch.ops.aten.", "_operator.")  # the second: arithmetic of sizes
+    foreign = sorted({node["target"] for node in nodes if not node["target"].startswith(allowed)})
+    if foreign:
+        raise EvaluationRefused(f"the network uses {foreign[0]}, which is not one of torch's own operators (aten)")
 
 
-class TensorName(str):
-    """An argument that stands for a tensor of this name."""
-
-
-class Network:
-    """A network as torch.export.save writes it: model(idx) -> logits, for idx int64 of the exported shape.
-
-    torch.export.load would unpickle what the file holds, evaluate its expressions and write Python from its names, so a
-    file could run any code. Here nothing of the file is run or unpickled: of the archive the graph is read as JSON and
-    the weights as bytes, and the graph's operations are carried out one by one. EvaluationRefused where an operation is
-    not one of torch's own (aten), changes a tensor in place, or gives anything but tensors that follow from its
-    arguments. So a network has no state, no clock, no files, and no Python.
-
-    Not covered: what the weights hold. A run that read the validation tokens from the disk can carry them here.
-    """
-
-    def __init__(self, path: Path, device: torch.device):
-        try:
-            with zipfile.ZipFile(path) as archive:
-                self._read(archive, device)
-        except EvaluationRefused:
-            raise
-        except Exception as error:  # whatever a file can be
-            reason = f"{type(error).__name__}: {error}"
-            raise UserError(f"{path} is not an exported network ({reason}): run the audit again") from error
-
-    def __call__(self, idx: torch.Tensor) -> torch.Tensor:
-        values = {**self._weights, self._input: idx}
-        for operation in self._operations:
-            args = [_look_up(arg, values) for arg in operation.args]
-            kwargs = {name: _look_up(arg, values) for name, arg in operation.kwargs.items()}
-            try:
-                result = operation.operator(*args, **kwargs)
-            except Exception as error:
-                reason = str(error).partition("\n")[0]
-                raise EvaluationRefused(f"the network's {operation.operator} fails: {reason}") from error
-            results = [result] if isinstance(result, torch.Tensor) else list(_flatten(result))
-            values.update(zip(operation.outputs, results, strict=True))
-            for name in operation.last_uses:
-                del values[name]
-        return values[self._output]
-
-    def _read(self, archive, device):
-        models = [name for name in archive.namelist() if name.endswith("/models/model.json")]
-        if len(models) != 1:
-            raise ValueError(f"it holds {len(models)} models")
-        root = models[0].removesuffix("models/model.json")
-        module = json.loads(archive.read(models[0]))["graph_module"]
-        graph = module["graph"]
-        tensors = {}
-        for kind in ("weights", "constants"):
-            folder = f"{root}data/{kind}/"
-            config = json.loads(archive.read(f"{folder}model_{kind}_config.json"))["config"]
-            for name, entry in config.items():
-                tensors[name] = archive, folder, entry
-
-        self._weights = {}
-        inputs = []
-        for spec in module["signature"]["input_specs"]:
-            kind, value = _only_item(spec)
-            if kind == "user_input":
-                inputs.append(value["arg"]["as_tensor"]["name"])
-                continue
-            names = {"parameter": "parameter_name", "buffer": "buffer_name", "tensor_constant": "tensor_constant_name"}
-            if kind not in names:
-                raise EvaluationRefused(f"the network has an input of kind {kind}: only tensors can be scored")
-            tensor = _read_tensor(*tensors[value[names[kind]]])
-            self._weights[value["arg"]["name"]] = tensor.to(device)
-
-        outputs = []
-        for spec in module["signature"]["output_specs"]:
-            kind, value = _only_item(spec)
-            if kind != "user_output":
-                raise EvaluationRefused(f"the model changes during evaluation: its graph has an output of kind {kind}")
-            outputs.append(value["arg"]["as_tensor"]["name"])
-        if len(inputs) != 1 or len(outputs) != 1:
-            raise EvaluationRefused(f"the network has {len(inputs)} inputs and {len(outputs)} outputs, not one of each")
-        self._input = inputs[0]
-        self._output = outputs[0]
-        sizes = graph["tensor_values"][self._input]["sizes"]
-        self.shape = tuple(size["as_int"] for size in sizes)  # B, T
-        self._operations = _read_operations(graph["nodes"], self._output, device)
-
-
-def _read_operations(nodes, output, device) -> list[Operation]:
-    """The graph's nodes in order. Backwards, so that the first use met of a name is its last."""
-    operations = []
-    used = {output}
-    for node in reversed(nodes):
-        operator = _read_operator(node["target"])
-        outputs = []
-        for argument in node["outputs"]:
-            outputs += _names_in(_read_argument(argument, device))
-        if not outputs:
-            continue  # an assertion about shapes or types
-        args = []
-        kwargs = {}
-        for entry in node["inputs"]:
-            value = _read_argument(entry["arg"], device)
-            if entry["kind"] == 1:  # positional
-                args.append(value)
-            else:
-                kwargs[entry["name"]] = value
-        read = {name for value in (*args, *kwargs.values()) for name in _names_in(value)}
-        dead = (read | set(outputs)) - used
-        used |= read | set(outputs)
-        operations.append(Operation(operator, args, kwargs, outputs, sorted(dead)))
-    return operations[::-1]
-
-
-def _read_operator(target: str) -> torch._ops.OpOverload:
-    match = re.fullmatch(r"torch\.ops\.aten\.(\w+)\.(\w+)", target)
-    operator = None
-    if match:
-        operator = getattr(getattr(torch.ops.aten, match[1], None), match[2], None)
-    if not isinstance(operator, torch._ops.OpOverload):
-        raise EvaluationRefused(f"the network uses {target}, which is not one of torch's own operators (aten)")
-    returned = {str(one.type) for one in operator._schema.returns}
-    reads_more = re.search("empty|resize|from_file|^set$", match[1])  # memory that others left, or a file
-    if operator._schema.is_mutable or reads_more or not returned <= {"Tensor", "List[Tensor]"}:
-        raise EvaluationRefused(f"the network uses {target}, which is not a function of tensors")
-    return operator
-
-
-def _read_argument(argument: dict, device):
-    kind, value = _only_item(argument)
-    if kind in PLAIN_ARGUMENTS:
-        return value
-    if kind == "as_none":
-        return None
-    if kind == "as_tensor":
-        return TensorName(value["name"])
-    if kind == "as_tensors":
-        return [TensorName(one["name"]) for one in value]
-    if kind == "as_optional_tensor":
-        return _read_argument(value, device)
-    if kind == "as_optional_tensors":
-        return [_read_argument(one, device) for one in value]
-    if kind == "as_float":
-        return float(value)  # "Infinity" too
-    if kind == "as_floats":
-        return [float(one) for one in value]
-    if kind == "as_scalar_type":
-        return DTYPES[value]
-    if kind == "as_memory_format":
-        return MEMORY_FORMATS[value]
-    if kind == "as_layout" and value == STRIDED_LAYOUT:
-        return torch.strided
-    if kind == "as_device":
-        return device if value["type"] == device.type else torch.device(value["type"])
-    raise EvaluationRefused(f"the network has an argument of kind {kind} ({str(value)[:60]}): this cannot be scored")
-
-
-def _read_tensor(archive, folder, entry) -> torch.Tensor:
-    meta = entry["tensor_meta"]
-    if entry["use_pickle"] or meta is None:
-        raise EvaluationRefused(f"the network holds {entry['path_name']} as a Python object, not as a plain tensor")
-    sizes = [size["as_int"] for size in meta["sizes"]]
-    strides = [stride["as_int"] for stride in meta["strides"]]
-    dtype = DTYPES[meta["dtype"]]
-    data = bytearray(archive.read(folder + entry["path_name"]))
-    if not data:
-        return torch.zeros(sizes, dtype=dtype)
-    return torch.frombuffer(data, dtype=dtype).as_strided(sizes, strides, meta["storage_offset"]["as_int"])
-
-
-def _only_item(union: dict):
-    """Kind and value of what is written as {kind: value}."""
-    ((kind, value),) = union.items()
-    return kind, value
-
-
-def _flatten(results):
-    for result in results:
-        if isinstance(result, list | tuple):
-            yield from _flatten(result)
-        else:
-            yield result
-
-
-def _names_in(argument) -> list[str]:
-    values = argument if isinstance(argument, list) else [argument]
-    return [value for value in values if isinstance(value, TensorName)]
-
-
-def _look_up(argument, values):
-    if isinstance(argument, TensorName):
-        return values[argument]
-    if isinstance(argument, list):
-        return [_look_up(one, values) for one in argument]
-    return argument
+def _load_network(path: Path):
+    """The network as a function of idx, and the shape (B, T) that it was exported for."""
+    try:
+        _check_graph(path)  # before anything of the file is run
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.export's, about itself
+            program = torch.export.load(path)
+        (idx,), _ = program.example_inputs
+        network = program.module()
+    except EvaluationRefused:
+        raise
+    except Exception as error:  # whatever a file can be
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise UserError(f"{path} is not an exported network ({reason}): run the audit again") from error
+    changed = list(program.graph_signature.buffers_to_mutate.values())
+    if changed:
+        raise EvaluationRefused(f"the model changes while it is scored: its forward fills the buffer {changed[0]}")
+    if idx.ndim != 2 or idx.shape[1] != MAX_SEQ_LEN:
+        raise EvaluationRefused(f"the network takes {tuple(idx.shape)}, not (B, {MAX_SEQ_LEN})")
+    return network, idx.shape[0]
 
 
 def _score_network(path: Path) -> dict:
-    """What `--score` prints: an exported network probed and scored on the validation and the sealed test split."""
+    """What `--score` prints: an exported network probed and scored on the validation and the held-out test split."""
     device = torch.device(default_device())
-    network = Network(path, device)
+    network, B = _load_network(path)
     manifest = _manifest()
     _check_files(manifest)
-    if len(network.shape) != 2 or network.shape[1] != MAX_SEQ_LEN:
-        raise EvaluationRefused(f"the network takes {network.shape}, not (B, {MAX_SEQ_LEN})")
     rows = manifest["metric"]["rows"]
-    with _lock(_device_lock(device), f"another run holds {device}"), _judging():
-        val = _score(network, "val", rows["val"], network.shape[0], device)
-        test = _score(network, "test", rows["test"], network.shape[0], device)
+    with _lock(_device_lock(device), f"another run holds {device}"):
+        val = _score(network, "val", rows["val"], B, device)
+        test = _score(network, "test", rows["test"], B, device)
     return {
         "val_bpb": val["val_bpb"],
         "test_bpb": test["test_bpb"],
@@ -1621,7 +1457,7 @@ def _score_network(path: Path) -> dict:
         "test_rows": test["rows"],
         "digest": manifest["digest"],
         "prepare_sha256": _sha256(Path(__file__)),
-        "device_name": _device_name(device),
+        "device_name": device_name(device),
     }
 
 
@@ -1629,15 +1465,15 @@ def _score_network(path: Path) -> dict:
 
 
 def describe() -> dict:
-    """What the judge says of itself, the data and this machine, JSON-able; the loop asks for it in a child process.
+    """What the evaluator says of itself, the data and this machine, JSON-able; the loop asks for it in a child process.
 
     Of the data only the manifest is read.
     """
-    manifest = {}
-    problem = None
     try:
         manifest = _manifest()
+        problem = None
     except UserError as error:
+        manifest = {}
         problem = str(error)
     metric = manifest.get("metric", {"files": {}, "rows": {}})
     device = torch.device(default_device())
@@ -1652,7 +1488,7 @@ def describe() -> dict:
         "rows": metric["rows"],
         "files": {name: file["sha256"] for name, file in metric["files"].items()},
         "device": device.type,
-        "device_name": _device_name(device),
+        "device_name": device_name(device),
         "devices": _devices(device.type),
         "prepare_sha256": _sha256(Path(__file__)),
     }
@@ -1684,10 +1520,22 @@ def _prepare(num_shards: int | None, workers: int) -> None:
     if earlier:
         _check_files(earlier)
     manifest = _write_manifest(train)
+    if torch.cuda.is_available():
+        _fetch_attention_kernel()
     val_rows = manifest["metric"]["rows"]["val"]
     tokens = sum(manifest["train_tokens"].values())
     print(f"prepared: {tokens:,} training tokens in {len(train)} shards, {val_rows} validation rows in {CACHE}")
     print(f"digest: {manifest['digest'][:12]}")
+
+
+def _fetch_attention_kernel():
+    """A run then needs no network. Without the kernel it trains too, slower: no failure of the preparation."""
+    try:
+        from harness.device import fetch_attention_kernel
+
+        fetch_attention_kernel()
+    except Exception as error:  # of the hub, of the kernel's build, of a checkout without harness/
+        _note(f"no attention kernel was fetched ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
 
 
 def _has_tokenizer():
@@ -1719,7 +1567,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.score:
             print(json.dumps(_score_network(args.score)))
         elif args.verify:
-            print("verified:", *_check_files(_manifest()))
+            print("verified:", *check_data())
         else:
             num_shards = None if args.num_shards == -1 else args.num_shards
             with _lock(CACHE / "prepare.lock", "another preparation works here"):
@@ -1730,10 +1578,10 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         print(f"error: {error}: mend that and run the same command again", file=sys.stderr)
         return 1
+    finally:
+        _say_problems()
     return 0
 
-
-_constants_at_import = _constants()  # at the end of the file: all of them
 
 if __name__ == "__main__":
     # Ctrl-C ends the process at once, threads and all: no file is in its place before it is whole.

@@ -1,4 +1,4 @@
-"""What the tests of prepare.py share: the judge as a fresh module with rows of its own in PROFILES, a small corpus,
+"""What the tests of prepare.py share: the evaluator as a fresh module with rows of its own in PROFILES, a small corpus,
 processes that are killed. Run: uv run pytest tests/test_prepare*.py tests/test_loader.py tests/test_evaluator.py
 """
 
@@ -87,31 +87,31 @@ def load_prepare(path, profile, cache, seed=42, **variables):
     return module
 
 
-def environment(judge, **changes):
-    """For a process that is to run with a loaded judge's profile, cache and locks."""
+def environment(evaluator, **changes):
+    """For a process that is to run with a loaded evaluator's profile, cache and locks."""
     own = {
-        "AUTORESEARCH_PROFILE": judge.PROFILE,
-        "AUTORESEARCH_CACHE": str(judge.CACHE_ROOT),
-        "AUTORESEARCH_LOCKS": str(judge.LOCKS),
+        "AUTORESEARCH_PROFILE": evaluator.PROFILE,
+        "AUTORESEARCH_CACHE": str(evaluator.CACHE_ROOT),
+        "AUTORESEARCH_LOCKS": str(evaluator.LOCKS),
     }
     return {**os.environ, **own, **changes}
 
 
 @contextlib.contextmanager
-def started(judge, *command):
+def started(evaluator, *command):
     """A Python process beside the test, killed at the end if it still runs."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, *command], env=environment(judge), **pipes) as child:
+    with subprocess.Popen([sys.executable, *command], env=environment(evaluator), **pipes) as child:
         try:
             yield child
         finally:
             child.kill()
 
 
-def die_at(judge, names, *arguments):
+def die_at(evaluator, names, *arguments):
     """Prepares once for each name, killed just before the file of that name gets its place."""
-    command = [sys.executable, "-c", DIE_AT, judge.__file__, ",".join(names), *arguments]
-    done = subprocess.run(command, env=environment(judge), capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-c", DIE_AT, evaluator.__file__, ",".join(names), *arguments]
+    done = subprocess.run(command, env=environment(evaluator), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
 
@@ -176,7 +176,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def locks_given_back():
-    """Closes the device locks that a test's judges took, as the end of their process would."""
+    """Closes the device locks that a test's evaluators took, as the end of their process would."""
     yield
     while LOADED:
         if lock := LOADED.pop()._stopwatch.lock:

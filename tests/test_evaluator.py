@@ -5,35 +5,32 @@ Run: uv run pytest tests/test_evaluator.py
 
 import itertools
 import math
-import random
-import shutil
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import tiktoken
 import torch
 import torch.nn.functional as F
-from judge_fixtures import T, Toy, V, Wrapped, evaluate, rows_of
-from prepare_fixtures import copy_prepare, error_line, load_prepare, profile_row
+from evaluator_fixtures import T, Toy, V, Wrapped, evaluate, rows_of
+from prepare_fixtures import copy_prepare, load_prepare, profile_row
 from torch import nn
 
 
 @pytest.fixture
-def judge(tiny):
+def evaluator(tiny):
     return load_prepare(tiny[0], "tiny", tiny[1])
 
 
 # ----- the score -----
 
 
-def test_bpb_equals_the_plain_formula(judge):
+def test_bpb_equals_the_plain_formula(evaluator):
     model = Toy()
-    lengths = judge.get_token_bytes()
+    lengths = evaluator.get_token_bytes()
     scores = {}
     for split in ("val", "test"):
-        rows = rows_of(judge, split)
+        rows = rows_of(evaluator, split)
         assert len(rows) == 100
         nats = num_bytes = 0.0
         for row in rows:
@@ -43,51 +40,46 @@ def test_bpb_equals_the_plain_formula(judge):
                     nats += (logits[t].exp().sum().log() - logits[t, target]).item()
                     num_bytes += int(lengths[target])
         scores[split] = nats / math.log(2) / num_bytes
-    assert evaluate(judge, model) == pytest.approx(scores["val"], abs=1e-6)
-    test = judge._score(model, "test", 100, 33, torch.device("cpu"))
+    assert evaluate(evaluator, model) == pytest.approx(scores["val"], abs=1e-6)
+    test = evaluator._score(model, "test", 100, 33, torch.device("cpu"))
     assert test["test_bpb"] == pytest.approx(scores["test"], abs=1e-6)
 
 
-def test_bpb_equals_hand_computation_on_one_row(judge, monkeypatch):
+def test_bpb_equals_hand_computation_on_one_row(evaluator, monkeypatch):
     """Three targets: probability 1/2 for a 2-byte token, 1/4 for a 3-byte one; BOS (0 bytes) does not count."""
-    monkeypatch.setattr(judge, "MAX_SEQ_LEN", 3)
-    two, three = (next(t for t in range(V) if judge.get_token_bytes()[t] == n) for n in (2, 3))
-    rows = np.array([[judge.BOS_ID, two, three, judge.BOS_ID]])
-    monkeypatch.setattr(judge, "_open_split", lambda split, T: type("Rows", (), {"take": lambda self, n: rows[:n]})())
+    monkeypatch.setattr(evaluator, "MAX_SEQ_LEN", 3)
+    two, three = (next(t for t in range(V) if evaluator.get_token_bytes()[t] == n) for n in (2, 3))
+    rows = np.array([[evaluator.BOS_ID, two, three, evaluator.BOS_ID]])
+    monkeypatch.setattr(
+        evaluator, "_open_split", lambda split, T: type("Rows", (), {"take": lambda self, n: rows[:n]})()
+    )
 
     def model(idx):
         p = torch.full((*idx.shape, V), 0.0)
         p[:, 0, two], p[:, 0, 7], p[:, 1, three], p[:, 1, 8], p[:, 2, 9] = 0.5, 0.5, 0.25, 0.75, 1.0
         return torch.log(p + 1e-30)
 
-    score = judge._score(model, "val", 1, 4, torch.device("cpu"))
+    score = evaluator._score(model, "val", 1, 4, torch.device("cpu"))
     assert score == {"val_bpb": pytest.approx((1 + 2) / 5, abs=1e-6), "rows": 1, "tokens": 2, "bytes": 5}
 
 
-def test_uniform_model_scores_log2_vocabulary_times_tokens_over_bytes(judge):
-    rows = rows_of(judge)[:, 1:]
-    lengths = judge.get_token_bytes().numpy()[rows]
-    expected = math.log2(V) * (lengths > 0).sum() / lengths.sum()
-    assert evaluate(judge, lambda idx: torch.zeros(*idx.shape, V)) == pytest.approx(expected, abs=1e-6)
-
-
-def test_bpb_is_independent_of_batch_size(judge):
-    expected = evaluate(judge, Toy(), 10)
+def test_bpb_is_independent_of_batch_size(evaluator):
+    expected = evaluate(evaluator, Toy(), 10)
     for batch_size in (7, 64, 100, 1000):
         shapes = set()
         model = Wrapped(lambda logits, idx, shapes=shapes: shapes.add(tuple(idx.shape)) or logits)
-        assert evaluate(judge, model, batch_size) == pytest.approx(expected, abs=1e-6)
+        assert evaluate(evaluator, model, batch_size) == pytest.approx(expected, abs=1e-6)
         assert shapes == {(min(batch_size, 100), T)}  # one shape: nothing recompiles
 
 
-def test_bpb_of_half_precision_logits_is_computed_in_float32(judge):
+def test_bpb_of_half_precision_logits_is_computed_in_float32(evaluator):
     model = Toy()
-    full = evaluate(judge, Wrapped(lambda logits, idx: logits.bfloat16().float(), model))
-    assert evaluate(judge, Wrapped(lambda logits, idx: logits.bfloat16(), model)) == pytest.approx(full, abs=1e-9)
+    full = evaluate(evaluator, Wrapped(lambda logits, idx: logits.bfloat16().float(), model))
+    assert evaluate(evaluator, Wrapped(lambda logits, idx: logits.bfloat16(), model)) == pytest.approx(full, abs=1e-9)
 
 
-def test_token_bytes_are_raw_lengths(judge):
-    tokenizer, lengths = judge.Tokenizer.from_directory(), judge.get_token_bytes()
+def test_token_bytes_are_raw_lengths(evaluator):
+    tokenizer, lengths = evaluator.Tokenizer.from_directory(), evaluator.get_token_bytes()
     assert lengths.dtype == torch.int32 and lengths.shape == (V,)
     assert lengths[:256].eq(1).all()  # single bytes, those that are no UTF-8 among them
     assert lengths[-4:].eq(0).all()
@@ -127,39 +119,17 @@ def test_true_model_of_a_markov_chain_scores_its_entropy_rate(tmp_path):
     assert bpb == pytest.approx(entropy_rate, abs=0.02)
 
 
-def test_model_is_scored_in_eval_mode_and_without_gradients(judge):
-    model, seen = nn.Sequential(Toy(), nn.Dropout(0.5)), set()
-    model.register_forward_hook(lambda module, args, output: seen.add((module.training, torch.is_grad_enabled())))
-    assert evaluate(judge, model) == pytest.approx(evaluate(judge, model[0]), abs=1e-9)
-    assert seen == {(False, False)}
-
-
-def test_model_returns_to_its_mode_and_random_state_is_untouched(judge):
-    for mode in (True, False):
-        model = Toy().train(mode)
-        torch.manual_seed(3)
-        np.random.seed(3)
-        random.seed(3)
-        expected = torch.rand(1), np.random.rand(), random.random()
-        torch.manual_seed(3)
-        np.random.seed(3)
-        random.seed(3)
-        evaluate(judge, model)
-        assert (torch.rand(1), np.random.rand(), random.random()) == expected
-        assert model.training is mode
-
-
 # ----- the model's cheats -----
 
 
-def refused(judge, model, reason, batch_size=16, kind="NotCausal"):
-    with pytest.raises(getattr(judge, kind), match=reason):
-        evaluate(judge, model, batch_size)
+def refused(evaluator, model, reason, batch_size=16, kind="NotCausal"):
+    with pytest.raises(getattr(evaluator, kind), match=reason):
+        evaluate(evaluator, model, batch_size)
 
 
-def test_honest_models_are_never_refused(judge):
+def test_honest_models_are_never_refused(evaluator):
     for seed in range(4):
-        evaluate(judge, Toy(seed=seed, scale=3.0), batch_size=10 + 30 * seed)
+        evaluate(evaluator, Toy(seed=seed, scale=3.0), batch_size=10 + 30 * seed)
 
 
 LEAKS = {
@@ -174,9 +144,9 @@ LEAKS = {
 
 @pytest.mark.parametrize("batch_size", [1, 16, 100])
 @pytest.mark.parametrize("leak", LEAKS)
-def test_look_ahead_is_refused(judge, leak, batch_size):
+def test_look_ahead_is_refused(evaluator, leak, batch_size):
     reason = r"logits at position \d+ moved by [\d.]+ when only tokens from position"
-    refused(judge, Toy(LEAKS[leak]), reason, batch_size)
+    refused(evaluator, Toy(LEAKS[leak]), reason, batch_size)
 
 
 def weak_peek(nats):
@@ -185,11 +155,11 @@ def weak_peek(nats):
 
 
 @pytest.mark.parametrize("batch_size", [1, 16, 100])
-def test_look_ahead_below_the_tolerance_of_a_logit_is_refused(judge, batch_size):
-    refused(judge, Wrapped(weak_peek(0.009)), "the model looks ahead: it predicts a token 0.00[789]", batch_size)
+def test_look_ahead_below_the_tolerance_of_a_logit_is_refused(evaluator, batch_size):
+    refused(evaluator, Wrapped(weak_peek(0.009)), "the model looks ahead: it predicts a token 0.00[789]", batch_size)
 
 
-def test_rounding_that_moves_with_other_tokens_is_no_look_ahead(judge):
+def test_rounding_that_moves_with_other_tokens_is_no_look_ahead(evaluator):
     """As large as the probes allow: numbers of 8 bits, say, whose scale is the largest activation's."""
 
     def round_differently(logits, idx):
@@ -197,33 +167,20 @@ def test_rounding_that_moves_with_other_tokens_is_no_look_ahead(judge):
         return logits + 0.0098 * (torch.rand(logits.shape, generator=generator) - 0.5)
 
     for _ in range(3):
-        assert evaluate(judge, Wrapped(round_differently)) > 0
+        assert evaluate(evaluator, Wrapped(round_differently)) > 0
     with torch.autocast("cpu", torch.bfloat16):
-        assert evaluate(judge, Toy()) > 0
+        assert evaluate(evaluator, Toy()) > 0
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_refused_model_returns_to_its_mode(judge, training):
-    model = Toy(LEAKS["one token"]).train(training)
-    refused(judge, model, "moved by")
-    assert model.training is training
-
-
-@pytest.mark.parametrize("batch_size", [2, 16, 100])
-def test_mixing_over_the_batch_is_refused(judge, batch_size):
-    model = Wrapped(lambda logits, idx: logits + 0.5 * logits.mean(0, keepdim=True))
-    refused(judge, model, "moved by", batch_size)
-
-
-def test_mixing_at_one_position_is_refused_as_other_rows(judge):
+def test_mixing_at_one_position_is_refused_as_other_rows(evaluator):
     """Only the row that stays whole shows it: in all others that position may change."""
     model = Wrapped(lambda logits, idx: torch.cat([logits[:, :-1], logits[:, -1:] + logits[:, -1:].roll(1, 0)], 1))
-    refused(judge, model, "when only other rows changed")
+    refused(evaluator, model, "when only other rows changed")
 
 
-def test_leak_at_a_single_chunk_boundary_of_a_long_row_is_found(judge):
+def test_leak_at_a_single_chunk_boundary_of_a_long_row_is_found(evaluator):
     """Anywhere-probes alone would find it in one of eight runs."""
-    judge.VOCAB_SIZE = 4
+    evaluator.VOCAB_SIZE = 4
 
     def model(idx):
         logits = F.one_hot(idx, 4).float()
@@ -231,144 +188,114 @@ def test_leak_at_a_single_chunk_boundary_of_a_long_row_is_found(judge):
         return logits
 
     x = torch.randint(4, (256, 2048))
-    with pytest.raises(judge.NotCausal, match=r"position 1023 moved by 1 when only tokens from position 1024 on"):
-        judge._probe(model, x, model(x), np.random.default_rng(1))
-    with pytest.raises(judge.NotCausal, match="moved by inf"):  # no number is no answer
-        judge._probe(lambda idx: model(idx) * math.nan, x, model(x), np.random.default_rng(1))
+    with pytest.raises(evaluator.NotCausal, match=r"position 1023 moved by 1 when only tokens from position 1024 on"):
+        evaluator._probe(model, x, model(x), np.random.default_rng(1))
 
 
-def test_dropout_kept_on_is_refused(judge):
-    refused(judge, Wrapped(lambda logits, idx: F.dropout(logits, 0.1, training=True)), "remove randomness in eval mode")
+# ----- what is seen, and its likely cause -----
 
 
-def test_learning_from_earlier_batches_is_refused(judge):
-    class Learner(Toy):
-        counts = torch.ones(V)
-
-        def forward(self, idx):
-            logits = super().forward(idx) + self.counts.log()
-            if not hasattr(self, "last") or not torch.equal(self.last, idx):
-                self.counts = self.counts + torch.bincount(idx.flatten(), minlength=V) * 1e-3
-            self.last = idx
-            return logits
-
-    class Patient(Learner):
-        """Shows what it learned only in the last call of an evaluation."""
-
-        calls, last_call = 0, math.inf
-
-        def forward(self, idx):
-            self.calls += 1
-            if self.calls < self.last_call:
-                self.counts = torch.ones(V)
-            return super().forward(idx)
-
-    refused(judge, Learner(), "moved by|scored again at the end|two identical forwards")
-    honest = Patient()
-    evaluate(judge, honest)
-    patient = Patient()
-    patient.last_call = honest.calls
-    refused(judge, patient, "the model changes during evaluation: scored again at the end, the first batch moved by")
+def test_randomness_in_eval_mode_is_refused_with_its_likely_causes(evaluator):
+    model = Wrapped(lambda logits, idx: F.dropout(logits, 0.1, training=True))
+    refused(evaluator, model, r"two identical forwards in eval mode differ by \d.* \(dropout\), or something that a")
 
 
-def test_unnormalised_scores_gain_nothing(judge):
-    """The evaluator normalises: a constant added to all logits, however large, changes nothing."""
-    model = Toy()
-    shifted = evaluate(judge, Wrapped(lambda logits, idx: logits + 100.0, model))
-    assert shifted == pytest.approx(evaluate(judge, model), abs=1e-5)
+class Learner(Toy):
+    """Counts the tokens that it sees, outside its parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = torch.ones(V)
+        self.calls = 0
+        self.last_call = 0  # shows what it learned from this call on
+
+    def forward(self, idx):
+        self.calls += 1
+        logits = super().forward(idx) + self.counts.log() * (self.calls >= self.last_call)
+        self.counts = self.counts + torch.bincount(idx.flatten(), minlength=V) * 1e-2
+        return logits
 
 
-def test_model_sees_no_targets(judge):
-    """Nothing but idx is passed, and no storage behind it holds the last target."""
-    seen = []
-
-    def model(*args, **kwargs):
-        assert len(args) == 1 and not kwargs
-        seen.append(args[0].untyped_storage().nbytes() == args[0].numel() * 8 and args[0]._base is None)
-        return torch.zeros(*args[0].shape, V)
-
-    evaluate(judge, model)
-    assert all(seen)
+def test_model_that_keeps_what_it_saw_is_refused(evaluator):
+    refused(evaluator, Learner(), "two identical forwards .*: a cache, running statistics, learning")
+    honest = Wrapped(lambda logits, idx: logits, Learner())
+    honest.model.last_call = math.inf
+    honest.model.counts = torch.ones(V)
+    evaluate(evaluator, honest)
+    patient = Learner()
+    patient.last_call = honest.model.calls
+    refused(evaluator, patient, "changes while it is scored: scored again at the end, the first batch moved by")
 
 
-@pytest.mark.parametrize(
-    ("change", "got"),
-    [
-        (lambda logits, idx: logits[..., :-1], r"torch.float32 \(16, 32, 299\)"),
-        (lambda logits, idx: F.pad(logits, (0, 4)), r"torch.float32 \(16, 32, 304\)"),
-        (lambda logits, idx: logits[:, -1:], r"torch.float32 \(16, 1, 300\)"),
-        (lambda logits, idx: logits.mean(), r"torch.float32 \(\)"),
-        (lambda logits, idx: logits.long(), r"torch.int64 \(16, 32, 300\)"),
-    ],
-)
-def test_wrong_shapes_are_refused(judge, change, got):
-    refused(judge, Wrapped(change), f"model\\(idx\\) gave {got}, not logits of a float type", kind="EvaluationRefused")
+def test_logits_that_move_by_themselves_are_not_called_a_leak(evaluator):
+    """As where a thread of the model's works on: the first forwards agree, the later do not."""
+    model = Wrapped(lambda logits, idx: logits + 0.1 * max(0, model.calls - 2))
+    model.calls = 0
+    model.register_forward_pre_hook(lambda module, args: setattr(module, "calls", module.calls + 1))
+    refused(evaluator, model, "two identical forwards in eval mode differ by")
 
 
-def test_anything_but_a_tensor_is_refused(judge):
-    refused(judge, Wrapped(lambda logits, idx: (logits, None)), "gave tuple, not a plain", kind="EvaluationRefused")
+def test_tokens_that_never_occur_may_have_no_probability(evaluator):
+    def never(token):
+        return Wrapped(lambda logits, idx: logits.index_fill(-1, torch.tensor([token]), -math.inf))
+
+    unused = evaluator.BOS_ID + 3
+    assert evaluate(evaluator, never(unused)) < evaluate(evaluator, Toy())
+    refused(evaluator, never(int(rows_of(evaluator)[50, 5])), "a token that occurs has the logit -inf", kind=REFUSED)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_non_finite_loss_is_refused(judge, value):
-    model = Wrapped(lambda logits, idx: torch.where(idx[..., None] == judge.BOS_ID, value, logits))
-    refused(judge, model, "loss on batch 0 of split 'val' is not finite", kind="EvaluationRefused")
+REFUSED = "EvaluationRefused"
+BAD_OUTPUTS = {
+    "short": (lambda logits: logits[:, -1:], r"gave torch.float32 \(16, 1, 300\), not logits of a float type"),
+    "no vocabulary": (lambda logits: logits.mean(), r"gave torch.float32 \(\), not"),
+    "integers": (lambda logits: logits.long(), r"gave torch.int64 \(16, 32, 300\), not"),
+    "tuple": (lambda logits: (logits, None), "gave tuple, not a plain"),
+    "NaN": (lambda logits: logits * math.nan, "loss on batch 0 of split 'val' is not finite: a logit is NaN or inf"),
+}
 
 
-def test_infinite_loss_on_a_single_target_is_refused(judge):
-    model = Wrapped(lambda logits, idx: logits.index_fill(-1, torch.tensor([int(rows_of(judge)[50, 5])]), -math.inf))
-    refused(judge, model, "not finite", kind="EvaluationRefused")
+@pytest.mark.parametrize("kind", BAD_OUTPUTS)
+def test_outputs_that_are_no_logits_are_named(evaluator, kind):
+    change, reason = BAD_OUTPUTS[kind]
+    refused(evaluator, Wrapped(lambda logits, idx: change(logits)), reason, kind=REFUSED)
 
 
-@pytest.mark.parametrize("batch_size", [0, -1])
-def test_bad_batch_size_is_an_error(judge, batch_size):
-    with pytest.raises(ValueError, match=f"batch_size is {batch_size}"):
-        evaluate(judge, Toy(), batch_size)
+def test_bad_batch_size_is_an_error(evaluator):
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        evaluate(evaluator, Toy(), 0)
 
 
-def test_tokenizer_of_another_vocabulary_is_an_error(judge):
-    special, ranks = {f"<|reserved_{i}|>": 256 + i for i in range(4)}, {bytes([byte]): byte for byte in range(256)}
-    other = tiktoken.Encoding("other", pat_str=judge.SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=special)
-    with pytest.raises(ValueError, match="the vocabulary 260, not 300"):
-        judge.evaluate_bpb(Toy(), judge.Tokenizer(other), 16)
+# ----- what an evaluation leaves as it was -----
 
 
-# ----- the files -----
-
-
-@pytest.mark.parametrize("name", ["tokenizer.tiktoken", "tokenizer.json", "tokens/val.tokens", "tokens/test.tokens"])
-def test_changed_metric_file_is_named(tiny, tmp_path, capsys, name):
-    """The byte table is computed from tokenizer.tiktoken, so that file stands for it."""
-    shutil.copytree(tiny[1], tmp_path / "cache")
-    path = tmp_path / "cache" / "tiny" / name
-    path.chmod(0o644)
-    data = bytearray(path.read_bytes())
-    if name == "tokenizer.tiktoken":  # two byte tokens trade places: still a tokenizer
-        lines = data.decode().splitlines()
-        data = "\n".join([lines[1].split()[0] + " 0", lines[0].split()[0] + " 1", *lines[2:]]).encode() + b"\n"
-    elif name == "tokenizer.json":
-        data += b" "
+@pytest.mark.parametrize("leak", ["none", "one token"])
+def test_model_returns_to_its_mode_and_random_state_is_untouched(evaluator, leak):
+    """Scored or refused. It is scored in eval mode, without gradients, and gets nothing but idx."""
+    model = nn.Sequential(Toy(LEAKS.get(leak, lambda t, s: s <= t)), nn.Dropout(0.5)).train()
+    seen = set()
+    model.register_forward_hook(lambda module, args, out: seen.add((module.training, out.requires_grad, len(args))))
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    if leak == "none":
+        assert evaluate(evaluator, model) == pytest.approx(evaluate(evaluator, model[0]), abs=1e-9)
     else:
-        data[100] ^= 1
-    path.write_bytes(data)
-    judge = load_prepare(tiny[0], "tiny", tmp_path / "cache")
-    assert judge.main(["--verify"]) == 1
-    assert error_line(capsys).startswith(f"error: {path} is not what was prepared")
-    with pytest.raises(judge.UserError, match=f"{name} is not what was prepared"):
-        evaluate(judge, Toy())
+        refused(evaluator, model, "moved by")
+    assert seen == {(False, False, 1)} and model.training
+    assert leak != "none" or torch.rand(1) == expected
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_float32_logits_of_the_batch_are_never_whole(judge):
+def test_float32_logits_of_the_batch_are_never_whole(evaluator):
     """The losses of bf16 logits of 2.1 GB take a few pieces more, not the 4.3 GB that all of them are in float32."""
     B, T_, vocab = 64, 2048, 8192
     logits = torch.randn(B, T_, vocab, dtype=torch.bfloat16, device="cuda")
     y = torch.randint(vocab, (B, T_), device="cuda")
-    judge.VOCAB_SIZE = vocab
+    evaluator.VOCAB_SIZE = vocab
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    losses = judge._by_position(judge._nats, logits, y)
+    losses = evaluator._by_position(evaluator._nats, logits, y)
     peak = torch.cuda.max_memory_allocated() - before
     assert peak < 4 * 2**25 * 4 < logits.numel() * 4
     assert losses.shape == (B, T_)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import rustbpe
+import torch
 from conftest import wait_for
 from prepare_fixtures import (
     PREPARE,
@@ -35,8 +37,6 @@ from prepare_fixtures import (
 )
 
 V = 320  # tokens, the vocabulary of the profile "mine"
-SMOKE_DIGEST = "6d9a8577d1f7"  # with the pinned torch, on every machine
-POCKET_DIGEST = "7c6e746c7088"  # the same
 
 
 def split_of(text):
@@ -62,13 +62,16 @@ def corpus():
 
 def prepared(folder, source, expect=0, **constants):
     constants = {"vocab_size": V} | constants
-    judge = load_prepare(copy_prepare(folder, profile_row("mine", source, **constants)), "mine", folder / "cache")
-    assert judge.main([]) == expect
-    return judge
+    evaluator = load_prepare(copy_prepare(folder, profile_row("mine", source, **constants)), "mine", folder / "cache")
+    assert evaluator.main([]) == expect
+    return evaluator
 
 
-def texts_of(judge):
-    return {path.stem: pq.read_table(path)["text"].to_pylist() for path in sorted((judge.CACHE / "text").iterdir())}
+def texts_of(evaluator):
+    return {
+        path.stem: pq.read_table(path)["text"].to_pylist()
+        for path in sorted((evaluator.CACHE / "text").glob("*.parquet"))
+    }
 
 
 def snapshot(folder):
@@ -111,17 +114,25 @@ def test_bad_environment_ends_an_import_with_code_2(tmp_path, capsys, variable, 
 
 
 def test_profiles_are_those_of_the_design(tmp_path):
-    judge = load_prepare(PREPARE, "smoke", tmp_path, seed=7)
+    evaluator = load_prepare(PREPARE, "smoke", tmp_path, seed=7)
     design = {
         "climbmix": ("karpathy/climbmix-400b-shuffle", 2048, 300, 40 * 524288, 8192, 6543, 10**15),
         "code": ("python:all", 2048, 300, 40 * 524288, 8192, 0, 10**15),
         "pocket": ("python:torch", 256, 30, 2**18, 2048, 0, 10**15),
         "smoke": ("python:torch", 64, 2, 2**13, 512, 0, 3_000_000),
     }
-    assert {name: tuple(judge.PROFILES[name]) for name in design} == design  # a fork has rows of its own beside them
-    constants = (judge.SOURCE, judge.MAX_SEQ_LEN, judge.TIME_BUDGET, judge.EVAL_TOKENS, judge.VOCAB_SIZE)
-    assert (*constants, judge.HUB_SHARDS, judge.MAX_CHARS) == design["smoke"]
-    taken = judge.SEED, judge.CACHE
+    assert {
+        name: tuple(evaluator.PROFILES[name]) for name in design
+    } == design  # a fork has rows of its own beside them
+    constants = (
+        evaluator.SOURCE,
+        evaluator.MAX_SEQ_LEN,
+        evaluator.TIME_BUDGET,
+        evaluator.EVAL_TOKENS,
+        evaluator.VOCAB_SIZE,
+    )
+    assert (*constants, evaluator.HUB_SHARDS, evaluator.MAX_CHARS) == design["smoke"]
+    taken = evaluator.SEED, evaluator.CACHE
     assert taken == (7, tmp_path / "smoke")
 
 
@@ -131,10 +142,10 @@ def test_profile_and_places_have_a_default_and_the_reason_is_printed(
 ):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr("torch.cuda.device_count", lambda: devices)
-    judge = load_prepare(PREPARE, "", "", seed="", AUTORESEARCH_LOCKS="")
-    taken = judge.PROFILE, judge.SEED, judge.CACHE, str(judge.LOCKS)
+    evaluator = load_prepare(PREPARE, "", "", seed="", AUTORESEARCH_LOCKS="")
+    taken = evaluator.PROFILE, evaluator.SEED, evaluator.CACHE, str(evaluator.LOCKS)
     assert taken == (profile, 42, tmp_path / ".cache/autoresearch" / profile, "/tmp/autoresearch-locks")
-    assert judge.main(["--verify"]) == 1
+    assert evaluator.main(["--verify"]) == 1
     assert capsys.readouterr().out == f"profile: {profile} (default {word} a CUDA device)\n"
 
 
@@ -143,8 +154,8 @@ def test_what_the_loop_tells_a_run_is_taken_out_of_the_environment(tmp_path):
     with path.open("a", encoding="utf-8") as file:
         file.write("\nLEFT = {name for name in os.environ if name.startswith('AUTORESEARCH')}\n")
     told = {"AUTORESEARCH_RESULT": str(tmp_path / "r.json"), "AUTORESEARCH_AUDIT": "1"}
-    judge = load_prepare(path, "smoke", tmp_path, seed=9, **told)
-    taken, left = (judge._RESULT, judge._AUDIT, judge.SEED), sorted(judge.LEFT)
+    evaluator = load_prepare(path, "smoke", tmp_path, seed=9, **told)
+    taken, left = (evaluator._RESULT, evaluator._AUDIT, evaluator.SEED), sorted(evaluator.LEFT)
     assert taken == (tmp_path / "r.json", True, 9)
     assert left == ["AUTORESEARCH_CACHE", "AUTORESEARCH_LOCKS", "AUTORESEARCH_PROFILE"]
     by_hand = load_prepare(path, "smoke", tmp_path)
@@ -152,13 +163,13 @@ def test_what_the_loop_tells_a_run_is_taken_out_of_the_environment(tmp_path):
 
 
 def test_unprepared_profile_is_an_error_with_a_remedy(tmp_path):
-    judge = load_prepare(PREPARE, "pocket", tmp_path)
+    evaluator = load_prepare(PREPARE, "pocket", tmp_path)
     missing = rf"{tmp_path}/pocket/tokenizer.tiktoken"
     message = rf"^profile 'pocket' is not prepared \(no {missing}\): run 'uv run prepare.py'$"
-    with pytest.raises(judge.UserError, match=message):
-        judge.Tokenizer.from_directory()
-    with pytest.raises(judge.UserError, match=r"no .*/manifest.json\): run 'uv run prepare.py'"):
-        judge._manifest()
+    with pytest.raises(evaluator.UserError, match=message):
+        evaluator.Tokenizer.from_directory()
+    with pytest.raises(evaluator.UserError, match=r"no .*/manifest.json\): run 'uv run prepare.py'"):
+        evaluator._manifest()
 
 
 @pytest.mark.parametrize("arguments", [["--num-shards", "0"], ["--num-shards", "-2"], ["--download-workers", "0"]])
@@ -203,9 +214,9 @@ def test_local_files_of_every_kind_give_the_same_text_and_digest(tmp_path, share
         path = folder / (f"c/deep/{i:05d}.txt" if i < 300 else f"d/{i:05d}.md")
         path.write_bytes(text.encode())
     (folder / "notes.pdf").write_bytes(b"not read")
-    judge = prepared(tmp_path, folder)
-    assert texts_of(judge) == texts_of(shared)
-    assert judge._manifest()["digest"] == shared._manifest()["digest"]
+    evaluator = prepared(tmp_path, folder)
+    assert texts_of(evaluator) == texts_of(shared)
+    assert evaluator._manifest()["digest"] == shared._manifest()["digest"]
 
 
 def test_installed_packages_come_after_the_standard_library(tmp_path, monkeypatch):
@@ -216,87 +227,141 @@ def test_installed_packages_come_after_the_standard_library(tmp_path, monkeypatc
     folders = {"stdlib": "lib", "purelib": "lib/site-packages", "platlib": "platform"}
     paths = {key: str(tmp_path / folder) for key, folder in folders.items()}
     monkeypatch.setattr("sysconfig.get_paths", lambda: paths)
-    judge = load_prepare(PREPARE, "code", tmp_path)
-    found = [str(file.relative_to(tmp_path)) for file in judge._local_files()]
+    evaluator = load_prepare(PREPARE, "code", tmp_path)
+    found = [str(file.relative_to(tmp_path)) for file in evaluator._local_files()]
     assert found == standard + installed
 
 
-def test_torch_text_leaves_out_what_differs_between_builds_and_says_another_version(tmp_path, monkeypatch, capsys):
-    names = ["__init__.py", "B.py", "_inductor/codegen/cpp.py", "_inductor/ir.py", "a/b.py", "a_b.py", "version.py"]
-    for name in [*names, "lib/libtorch.so", "vendor/version.py"]:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    judge = load_prepare(PREPARE, "pocket", tmp_path)
-    monkeypatch.setattr(judge.torch, "__file__", str(tmp_path / "__init__.py"))
-    monkeypatch.setattr(judge.torch, "__version__", f"{judge.TORCH_VERSION}+anything")
-    wanted = ["_inductor/ir.py", "vendor/version.py", "B.py", "__init__.py", "a/b.py", "a_b.py"]  # by SHA-256
-    assert [file.relative_to(tmp_path).as_posix() for file in judge._local_files()] == wanted
+def test_another_torch_than_the_pinned_one_is_told(tmp_path, monkeypatch, capsys):
+    evaluator = load_prepare(PREPARE, "pocket", tmp_path)
+    evaluator._local_files()
     assert capsys.readouterr().out == ""
-    monkeypatch.setattr(judge.torch, "__version__", "9.9.0.dev1+cpu")
-    judge._local_files()
-    assert capsys.readouterr().out.startswith(f"note: torch is 9.9.0.dev1, not {judge.TORCH_VERSION}: ")
-    assert f'"torch=={judge.TORCH_VERSION}"' in (PREPARE.parent / "pyproject.toml").read_text(encoding="utf-8")
+    monkeypatch.setattr(evaluator.torch, "__version__", "9.9.0.dev1+cpu")
+    evaluator._local_files()
+    assert capsys.readouterr().out.startswith(f"note: torch is 9.9.0.dev1, not {evaluator.TORCH_VERSION}: ")
+    assert f'"torch=={evaluator.TORCH_VERSION}"' in (PREPARE.parent / "pyproject.toml").read_text(encoding="utf-8")
 
 
-def test_smoke_profile_has_the_digest_that_it_has_everywhere(tmp_path, capsys):
-    judge = load_prepare(PREPARE, "smoke", tmp_path)
-    assert judge.main([]) == 0
-    assert 3e6 <= sum(len(text) for pieces in texts_of(judge).values() for text in pieces) < 4e6
-    manifest = judge._manifest()
-    assert manifest["metric"]["rows"] == {"val": 128, "test": 128}
-    assert manifest["digest"].startswith(SMOKE_DIGEST)
-    assert capsys.readouterr().out.endswith(f"digest: {SMOKE_DIGEST}\n")
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_one_big_text_is_cut_into_documents_at_blank_lines(tmp_path, line_end):
+    """As much as the error for too little text asks for."""
+    rng = random.Random(5)
+    paragraphs = []
+    size = 0
+    while size < 1.5 * 20 * 4 * 64 * 32:
+        paragraphs.append(english(rng, 40).replace("\n", " ") + line_end)
+        size += len(paragraphs[-1])
+    path = tmp_path / "book.txt"
+    path.write_bytes(line_end.join(paragraphs).encode())
+    evaluator = prepared(tmp_path, path)
+    assert len(paragraphs) > 500 and evaluator.describe()["rows"]["val"] >= 64
+    whole = set(paragraphs) | {paragraph + line_end for paragraph in paragraphs}
+    documents = list(evaluator._read_documents([path]))
+    assert "".join(documents) == path.read_bytes().decode()
+    assert max(map(len, documents)) <= 8 * 32
+    assert sum(document in whole for document in documents) > len(paragraphs) / 2
 
 
-@pytest.mark.slow
-def test_pocket_profile_has_the_digest_that_it_has_everywhere(tmp_path):
-    judge = load_prepare(PREPARE, "pocket", tmp_path)
-    assert judge.main([]) == 0
-    assert judge._manifest()["digest"].startswith(POCKET_DIGEST)
+def test_short_text_and_jsonl_stay_whole_and_a_long_line_is_cut_hard(tmp_path, shared):
+    for name, text, pieces in [("a.md", "x\n\n" * 700, 1), ("b.txt", "x" * 4000, 16), ("c.txt", "x\n" * 2000, 16)]:
+        (tmp_path / name).write_text(text)
+        assert len(list(shared._read_documents([tmp_path / name]))) == pieces
+    path = write_jsonl(tmp_path / "d.jsonl", ["x\n\n" * 2000])
+    assert len(list(shared._read_documents([path]))) == 1
 
 
-@pytest.mark.parametrize("line", ["{", '{"body": 1}', '{"text": 5}', "[1]"])
-def test_bad_jsonl_line_is_named(tmp_path, capsys, line):
-    path = write_jsonl(tmp_path / "a.jsonl", ["one", "two"])
-    path.write_text(path.read_text() + line + "\n")
-    prepared(tmp_path, path, expect=1)
-    assert error_line(capsys).startswith(f"error: {path}:3 is no JSON object with a string in 'text'")
+BAD_SOURCES = {  # file of the source and its bytes; the error line; {} stands for the file
+    "jsonl": ("a.jsonl", b'{"text": "x"}\n{"body": 1}\n', "{}:2 is no JSON object with a string in 'text': mend it"),
+    "number": ("a.jsonl", b'{"text": 5}\n', "{}:1 is no JSON object with a string in 'text': mend it"),
+    "parquet": ("a.parquet", b"PAR1 and no more", "{} is not a readable parquet file with a text column ("),
+    "no text": ("a.pdf", b"x", "source {} holds no .parquet, .jsonl, .txt, .md file: mend it in PROFILES"),
+    "one document": (
+        "a.md",
+        b"word " * 600,
+        "split 'val' is empty (of 1 documents one in twenty is for 'val', one for",
+    ),
+    "poor": ("a.txt", b"abc\n" * 60000, "316 are needed: give {} more text (about 0.2 MB, in many documents) and run"),
+    "little": (
+        "a.jsonl",
+        None,
+        "rows, 64 are needed: give {} more text (about 0.2 MB, in many documents) and run again",
+    ),
+}
 
 
-def test_parquet_with_another_type_or_a_damaged_page_is_named(tmp_path, capsys):
+@pytest.mark.parametrize("kind", BAD_SOURCES)
+def test_bad_source_is_one_error_line(tmp_path, capsys, kind):
+    name, data, error = BAD_SOURCES[kind]
+    path = tmp_path / name
+    if data is None:
+        write_jsonl(path, corpus()[:150])
+    else:
+        path.write_bytes(data)
+    evaluator = prepared(tmp_path, path, expect=1)
+    assert error.format(path) in error_line(capsys)
+    assert not (evaluator.CACHE / "manifest.json").exists()
+    path.unlink()
+    source = write_jsonl(path.with_suffix(".jsonl"), corpus())  # mended: the same command again
+    assert prepared(tmp_path, source).main(["--verify"]) == 0
+
+
+@pytest.mark.parametrize("source", ["/no/such/folder", "~/no-such-folder", "./no-such-folder", "../no-such.txt"])
+def test_missing_path_is_not_asked_of_the_hub(tmp_path, capsys, source):
+    prepared(tmp_path, source, expect=1)
+    assert error_line(
+        capsys
+    ) == f"error: source {os.path.expanduser(source)} does not exist: mend it in PROFILES".replace(
+        "./no", "no", source.startswith("./")
+    )
+
+
+def test_damaged_page_of_a_parquet_file_is_named(tmp_path, capsys):
     path = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"text": [1, 2]}), path)
-    prepared(tmp_path, path, expect=1)
-    problem = "is not a readable parquet file with a text column (its type is int64, not string): mend or delete it"
-    assert error_line(capsys) == f"error: {path} {problem}"
     pq.write_table(pa.table({"text": corpus()}), path, compression="zstd")
     data = bytearray(path.read_bytes())
     data[1000:2000] = bytes(1000)
     path.write_bytes(data)
     prepared(tmp_path, path, expect=1)
-    error = error_line(capsys)
-    assert error.startswith(f"error: {path} is damaged (") and error.endswith("): mend or delete it")
+    assert error_line(capsys).startswith(f"error: {path} is damaged (")
 
 
-def test_folder_without_text_is_an_error(tmp_path, capsys):
-    (tmp_path / "empty").mkdir()
-    prepared(tmp_path, tmp_path / "empty", expect=1)
-    assert "holds no .parquet, .jsonl, .txt, .md file" in error_line(capsys)
+def test_bytes_that_are_no_text_and_nulls_are_told_with_file_and_count(tmp_path, capsys):
+    folder = tmp_path / "source"
+    path = write_jsonl(folder / "a.jsonl", corpus())
+    with path.open("ab") as file:
+        file.write(b'{"text": null}\n{"text": null}\n{"text": "caf\xe9"}\n')
+    (folder / "b.txt").write_bytes("naïve café".encode("latin-1"))
+    (folder / "c.txt").write_bytes("naïve café \ufffd".encode())
+    pq.write_table(pa.table({"text": [None, "x"]}), folder / "d.parquet")
+    prepared(tmp_path, folder)
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert notes == [
+        f"note: 3 documents without text (null) in {path} and 1 more files",
+        f"note: 3 places that are not UTF-8 (replaced by U+FFFD) in {path} and 1 more files",
+    ]
 
 
-def test_too_little_text_says_how_much_is_needed(tmp_path, capsys):
-    judge = prepared(tmp_path, write_jsonl(tmp_path / "a.jsonl", corpus()[:100]), expect=1)
-    error = error_line(capsys)
-    assert "rows, 64 are needed: give " in error and "more text, about 0.2 MB in many documents" in error
-    assert not (judge.CACHE / "manifest.json").exists()
-    write_jsonl(tmp_path / "a.jsonl", corpus())  # more text, and the same command again
-    assert judge.main([]) == 0
+def test_changed_source_is_told_and_what_was_prepared_stays(tmp_path, capsys):
+    path = write_jsonl(tmp_path / "source" / "a.jsonl", corpus())
+    evaluator = prepared(tmp_path, path.parent)
+    before = snapshot(evaluator.CACHE)
+    remedy = f": to read {path.parent} anew, delete {evaluator.CACHE} and run again"
 
+    def said():
+        capsys.readouterr()
+        assert evaluator.main([]) == 0
+        return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("kept"))
 
-def test_text_too_poor_for_the_vocabulary_is_an_error(tmp_path, capsys):
-    source = write_jsonl(tmp_path / "a.jsonl", [chr(97 + i % 3) for i in range(9000)])
-    prepared(tmp_path, source, expect=1, vocab_size=1000)
-    assert "996 are needed" in error_line(capsys)
+    assert said() == f"kept {evaluator.CACHE / 'text'}{remedy}"
+    size = path.stat().st_size
+    (path.parent / "b.txt").write_text("more")
+    changed = (
+        rf"kept \S+; {path.parent} has changed since it was read: it was 1 files, {size:,} bytes, the newest of .*, "
+    )
+    assert re.fullmatch(changed + rf"now it is 2 files, {size + 4:,} bytes, .*{remedy}", said())
+    shutil.rmtree(path.parent)
+    assert re.fullmatch(changed + f"now it is nothing{remedy}", said())
+    assert snapshot(evaluator.CACHE) == before
 
 
 # ----- tokenizer -----
@@ -320,12 +385,6 @@ def test_tokenizer_encodes_lists_and_prepends(shared):
     assert tokenizer.encode(["ba ke", "lo"]) == [one, two]
     assert tokenizer.encode("ba ke", prepend=7) == [7, *one]
     assert tokenizer.encode(["ba ke", ""], prepend="<|reserved_0|>") == [[V - 4, *one], [V - 4]]
-
-
-def test_numbers_are_split_into_pairs_of_digits(shared):
-    """In the text that is learned from, 123 and 456 are as frequent as 12, 34 and 56."""
-    tokenizer = shared.Tokenizer.from_directory()
-    assert [tokenizer.decode([i]) for i in tokenizer.encode("1234565")] == ["12", "34", "56", "5"]
 
 
 def test_tokenizer_learns_from_the_training_split_only(shared):
@@ -360,24 +419,15 @@ def test_long_runs_of_one_character_are_no_problem(shared, character):
     assert tokenizer.decode(tokenizer.encode(character * 1_500_000)) == character * 1_500_000
 
 
-def test_tokenizer_files_are_text(shared):
-    lines = (shared.CACHE / "tokenizer.tiktoken").read_text().splitlines()
-    assert [int(line.split()[1]) for line in lines] == list(range(V - 4))
-    assert json.loads((shared.CACHE / "tokenizer.json").read_text()) == {
-        "pattern": shared.SPLIT_PATTERN,
-        "special_tokens": {f"<|reserved_{i}|>": V - 4 + i for i in range(4)},
-    }
-
-
 def test_tokenizer_learns_from_so_much_in_all_and_of_each_document(tmp_path, monkeypatch):
-    judge, path, seen = load_prepare(PREPARE, "smoke", tmp_path), tmp_path / "a.parquet", []
-    assert (judge.TOKENIZER_CHARS, judge.TOKENIZER_DOCUMENT_CHARS) == (10**9, 10_000)
-    judge.TOKENIZER_CHARS = 25_000
+    evaluator, path, seen = load_prepare(PREPARE, "smoke", tmp_path), tmp_path / "a.parquet", []
+    assert (evaluator.TOKENIZER_CHARS, evaluator.TOKENIZER_DOCUMENT_CHARS) == (10**9, 10_000)
+    evaluator.TOKENIZER_CHARS = 25_000
     pq.write_table(pa.table({"text": ["a" * 10_001, "b" * 50, "c" * 20_000, "d" * 9_000, "e"]}), path)
     spy = SimpleNamespace(train_from_iterator=lambda texts, *_, **__: seen.extend(texts), get_mergeable_ranks=list)
     monkeypatch.setattr(rustbpe, "Tokenizer", lambda: spy)
-    with pytest.raises(judge.UserError, match="the vocabulary has 0 tokens"):
-        judge._train_tokenizer([path])
+    with pytest.raises(evaluator.UserError, match="the vocabulary has 0 tokens"):
+        evaluator._train_tokenizer([path])
     assert seen == ["a" * 10_000, "b" * 50, "c" * 10_000, "d" * 4_950]
 
 
@@ -433,34 +483,49 @@ def test_truncated_token_file_is_named(shared, tmp_path, lost_bytes):
 # ----- manifest and the whole preparation -----
 
 
-def test_second_preparation_changes_nothing_and_says_that_the_text_is_not_read_again(shared, capsys):
-    before = snapshot(shared.CACHE)
-    times = {path: path.stat().st_mtime_ns for path in shared.CACHE.rglob("*.tokens")}
-    capsys.readouterr()
-    assert shared.main([]) == 0
-    told = f"kept {shared.CACHE / 'text'}: delete {shared.CACHE} to read {shared.SOURCE} anew\n"
-    assert told in capsys.readouterr().out
-    assert snapshot(shared.CACHE) == before
-    assert {path: path.stat().st_mtime_ns for path in shared.CACHE.rglob("*.tokens")} == times
+def test_damaged_tokenizer_is_named(own):
+    (own.CACHE / "tokenizer.json").chmod(0o644)
+    (own.CACHE / "tokenizer.json").write_text("{")
+    with pytest.raises(
+        own.UserError, match=r"tokenizer.json is damaged \(.*\): delete \S+ and run 'uv run prepare.py'"
+    ):
+        own.Tokenizer.from_directory()
 
 
 @pytest.mark.parametrize("text", ["", '{"metric": {}}', "[1]"])
 def test_damaged_manifest_is_named(shared, tmp_path, capsys, text):
-    judge = load_prepare(shared.__file__, "mine", tmp_path)
-    path = judge.CACHE / "manifest.json"
+    evaluator = load_prepare(shared.__file__, "mine", tmp_path)
+    path = evaluator.CACHE / "manifest.json"
     path.parent.mkdir()
     path.write_text(text)
-    assert judge.main([]) == 1
+    assert evaluator.main([]) == 1
     error = error_line(capsys)
     assert error.startswith(f"error: {path} is damaged, or of another version of prepare.py (")
     assert error.endswith("): delete it and run 'uv run prepare.py'")
 
 
-def test_metric_files_are_read_only_and_verified(shared, capsys):
-    for name in shared.METRIC_FILES:
-        assert (shared.CACHE / name).stat().st_mode & 0o222 == 0
-    assert shared.main(["--verify"]) == 0
-    assert capsys.readouterr().out.startswith("profile: mine (AUTORESEARCH_PROFILE)\nverified: tokenizer.tiktoken ")
+@pytest.mark.parametrize("name", ["tokenizer.tiktoken", "tokenizer.json", "tokens/val.tokens", "tokens/test.tokens"])
+def test_changed_metric_file_is_named_before_a_run_trains(own, capsys, name):
+    """The byte table is computed from tokenizer.tiktoken, so that file stands for it."""
+    path = own.CACHE / name
+    assert set(own.check_data()) == set(own.METRIC_FILES) and path.stat().st_mode & 0o222 == 0
+    assert own.main(["--verify"]) == 0
+    assert capsys.readouterr().out.endswith(
+        "verified: tokenizer.tiktoken tokenizer.json tokens/val.tokens tokens/test.tokens\n"
+    )
+    path.chmod(0o644)
+    data = bytearray(path.read_bytes())
+    data[40] ^= 1
+    path.write_bytes(data)
+    changed = f"{path} is not what was prepared"
+    with pytest.raises(own.UserError, match=changed):
+        own.check_data()
+    with pytest.raises(own.UserError, match=changed):
+        own.evaluate_bpb(None, SimpleNamespace(get_vocab_size=lambda: V), 1)
+    assert own.main(["--verify"]) == 1
+    assert error_line(capsys).startswith(f"error: {changed}")
+    assert own.main([]) == 1  # it becomes no new metric under the old name
+    assert error_line(capsys).startswith(f"error: {path} is ")
 
 
 def test_changed_constants_ask_for_a_new_preparation(own, tmp_path, capsys):
@@ -491,40 +556,32 @@ def test_changed_constants_ask_for_a_new_preparation(own, tmp_path, capsys):
     assert f"was made with source {own.SOURCE!r}, now it is {str(tmp_path)!r}: delete" in error_line(capsys)
 
 
-def test_missing_token_file_is_made_again_and_a_changed_one_is_an_error(own, capsys):
+def test_missing_token_file_is_made_again(own):
     before = snapshot(own.CACHE)
     (own.CACHE / "tokens/val.tokens").unlink()
     (own.CACHE / "tokens/train_00003.tokens").unlink()
     assert own.main(["--verify"]) == 1
     assert own.main([]) == 0
     assert snapshot(own.CACHE) == before
-    path = own.CACHE / "tokens/val.tokens"
-    path.chmod(0o644)
-    data = bytearray(path.read_bytes())
-    data[40] ^= 1
-    path.write_bytes(data)
-    capsys.readouterr()
-    assert own.main([]) == 1  # it is no new metric under the old name
-    assert f"{path} is not what was prepared" in error_line(capsys)
 
 
 @pytest.mark.slow
 def test_killed_preparation_is_completed_by_the_next_run(shared, tmp_path):
     """And what comes out is the same, file for file, as of one that was never killed."""
-    judge = load_prepare(shared.__file__, "mine", tmp_path)
-    die_at(judge, ["text", "tokenizer.tiktoken", "val.tokens", "manifest.json"])
-    assert judge.main([]) == 0 and judge.main(["--verify"]) == 0
-    assert snapshot(judge.CACHE) == snapshot(shared.CACHE)
-    assert not list(judge.CACHE.rglob("*.part"))
+    evaluator = load_prepare(shared.__file__, "mine", tmp_path)
+    die_at(evaluator, ["text", "tokenizer.tiktoken", "val.tokens", "manifest.json"])
+    assert evaluator.main([]) == 0 and evaluator.main(["--verify"]) == 0
+    assert snapshot(evaluator.CACHE) == snapshot(shared.CACHE)
+    assert not list(evaluator.CACHE.rglob("*.part"))
 
 
 @pytest.mark.slow
 def test_interrupt_ends_preparation_without_a_traceback(tmp_path):
     """Ctrl-C while the tokenizer is being trained in native code."""
     path = copy_prepare(tmp_path, profile_row("mine", write_jsonl(tmp_path / "a.jsonl", corpus()), vocab_size=20000))
-    judge = load_prepare(path, "mine", tmp_path / "cache")
-    with started(judge, path) as child:
-        wait_for(lambda: (judge.CACHE / "text").exists() or child.poll() is not None, 60)
+    evaluator = load_prepare(path, "mine", tmp_path / "cache")
+    with started(evaluator, path) as child:
+        wait_for(lambda: (evaluator.CACHE / "text").exists() or child.poll() is not None, 60)
         child.send_signal(signal.SIGINT)
         _, err = child.communicate(timeout=10)
     assert child.returncode == -signal.SIGINT and "Traceback" not in err
@@ -532,40 +589,56 @@ def test_interrupt_ends_preparation_without_a_traceback(tmp_path):
 
 def test_cache_that_cannot_be_made_is_one_error_line(tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
-    judge = load_prepare(PREPARE, "pocket", tmp_path / "file" / "below")
-    assert judge.main([]) == 1
+    evaluator = load_prepare(PREPARE, "pocket", tmp_path / "file" / "below")
+    assert evaluator.main([]) == 1
     err = capsys.readouterr().err
-    assert err.startswith(f"error: lock {judge.CACHE}/prepare.lock cannot be opened (") and err.count("\n") == 1
+    assert err.startswith(f"error: lock {evaluator.CACHE}/prepare.lock cannot be opened (") and err.count("\n") == 1
     assert err.endswith("): set AUTORESEARCH_CACHE to a folder that you can write to\n")
 
 
-# ----- locks -----
+# ----- locks, the device -----
 
 
-@pytest.fixture
-def strict_umask():
+def test_lock_of_a_device_can_be_taken_by_every_user(tmp_path, capsys):
+    evaluator = load_prepare(PREPARE, "smoke", tmp_path, AUTORESEARCH_LOCKS=str(tmp_path / "locks"))
+    path = evaluator.LOCKS / "gpu.lock"
     before = os.umask(0o077)
-    yield
-    os.umask(before)
-
-
-def test_lock_of_a_device_can_be_taken_by_every_user(tmp_path, strict_umask, capsys):
-    judge = load_prepare(PREPARE, "smoke", tmp_path, AUTORESEARCH_LOCKS=str(tmp_path / "locks"))
-    path = judge.LOCKS / "gpu.lock"
-    judge._lock(path, "another run holds gpu").close()
-    assert judge.LOCKS.stat().st_mode & 0o7777 == 0o1777
-    assert path.stat().st_mode & 0o777 == 0o666
-    os.utime(path, (1, 1))
-    judge._lock(path, "another run holds gpu").close()
-    assert path.stat().st_mtime > 1e9  # in use: too young to be cleaned away
+    try:
+        for _ in range(2):
+            evaluator._lock(path, "another run holds gpu").close()
+    finally:
+        os.umask(before)
+    assert (evaluator.LOCKS.stat().st_mode & 0o777, path.stat().st_mode & 0o777) == (0o777, 0o666)
     assert capsys.readouterr().err == ""
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(evaluator.UserError, match=r"gpu.lock cannot be opened .*: set AUTORESEARCH_LOCKS to a folder"):
+        evaluator._lock(path, "another run holds gpu")
 
 
-def test_lock_that_cannot_be_opened_says_what_to_do(tmp_path):
-    judge = load_prepare(PREPARE, "smoke", tmp_path, AUTORESEARCH_LOCKS=str(tmp_path / "locks"))
-    judge.LOCKS.mkdir()
-    path = judge.LOCKS / "gpu.lock"
-    path.symlink_to(tmp_path / "a file of somebody's")
-    with pytest.raises(judge.UserError, match=r"gpu.lock cannot be opened .*: remove it, or set AUTORESEARCH_LOCKS to"):
-        judge._lock(path, "another run holds gpu")
-    assert not (tmp_path / "a file of somebody's").exists()
+def test_attention_kernel_is_fetched_after_the_data_and_is_no_condition(own, monkeypatch, capsys):
+    """With a pretended GPU and a harness/device.py of the test's own."""
+    calls = []
+
+    def fetch_attention_kernel():
+        calls.append((own.CACHE / "manifest.json").exists())
+        raise OSError("no route\nto the hub")
+
+    device = SimpleNamespace(fetch_attention_kernel=fetch_attention_kernel)
+    monkeypatch.setitem(sys.modules, "harness.device", device)
+    assert own.main([]) == 0 and calls == []  # no CUDA device
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert own.main([]) == 0 and calls == [True]
+    assert "note: no attention kernel was fetched (OSError: no route to the hub)\n" in capsys.readouterr().err
+
+
+def test_devices_are_named_as_cuda_visible_devices_names_them(shared, monkeypatch):
+    """Against a pretended driver: no machine of ours has two GPUs."""
+    uuid = lambda device: SimpleNamespace(uuid=f"uuid-{torch.device(device).index}")  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "get_device_properties", uuid)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (device.index * 10**9, 80 * 10**9))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for visible, names in [("", ["0", "1"]), ("3, GPU-5", ["3", "GPU-5"])]:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        lock = [str(shared.LOCKS / f"uuid-{i}.lock") for i in (0, 1)]
+        assert shared._devices("cuda") == {name: {"lock": lock[i], "free_gb": float(i)} for i, name in enumerate(names)}

@@ -1,4 +1,4 @@
-"""What the tests of the evaluator share: a small network, and the ways in which a run meets the judge."""
+"""What the tests of the evaluator share: a small network, and the ways in which a run meets the evaluator."""
 
 import torch
 import torch.nn.functional as F
@@ -45,19 +45,19 @@ class Wrapped(nn.Module):
         return self.change(self.model(idx), idx)
 
 
-def evaluate(judge, model, batch_size=16):
-    return judge.evaluate_bpb(model, judge.Tokenizer.from_directory(), batch_size)
+def evaluate(evaluator, model, batch_size=16):
+    return evaluator.evaluate_bpb(model, evaluator.Tokenizer.from_directory(), batch_size)
 
 
-def make_loader(judge, split="train", B=2):
-    return judge.make_dataloader(judge.Tokenizer.from_directory(), B, T, split, device="cpu")
+def make_loader(evaluator, split="train", B=2):
+    return evaluator.make_dataloader(evaluator.Tokenizer.from_directory(), B, T, split, device="cpu")
 
 
-def start_clock(judge, split="train"):
-    loader = make_loader(judge, split)
+def start_clock(evaluator, split="train"):
+    loader = make_loader(evaluator, split)
     next(loader)
     loader.close()
 
 
-def rows_of(judge, split="val"):
-    return judge._open_split(split, T).take(judge._manifest()["metric"]["rows"][split])
+def rows_of(evaluator, split="val"):
+    return evaluator._open_split(split, T).take(evaluator._manifest()["metric"]["rows"][split])

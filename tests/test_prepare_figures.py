@@ -1,0 +1,101 @@
+"""Rows, tokens, tokenizer files, digests and scores are those of commit a6048a1, to the byte.
+
+Run: uv run pytest tests/test_prepare_figures.py
+
+The constants were printed by that commit's prepare.py, before it was rewritten; its rows equal those of karpathy's.
+"tiny" is the profile of prepare_fixtures.py, the same on every machine; "smoke" and "pocket" read torch 2.11.0's files.
+"""
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+from prepare_fixtures import PREPARE, load_prepare
+
+needs_torch_text = pytest.mark.skipif(
+    torch.__version__.split("+")[0] != "2.11.0", reason="the text is that of torch 2.11.0"
+)
+slow = pytest.mark.slow
+FIGURES = {  # digest, SHA-256 of the list of all token files and their SHA-256, bpb of the fixed model on both splits
+    "tiny": (
+        "785becde39fd9b7ad48392a6d08af4a0e1c59c6b231e65273989f4ec48d01326",
+        "f5598e03d6b5d72ae15cfe9c89c5beb8990e8da8b151b32a8e2bb03bc6cd20b8",
+        (4.743512172853695, 4.774370194522888),
+    ),
+    "smoke": (
+        "6d9a8577d1f7826e5d6159f8f087622d420984f40a771e3ce4f6f7c4123c59dc",
+        "0498a40ac225489ffcf6a1c27e3566c43c258a3e2bf5fc4d7a013da2b3546d10",
+        (6.453365609023646, 6.447917345799104),
+    ),
+    "pocket": (
+        "7c6e746c708821fa9f9595e4181fd28a904fced8de464172da74d3acdcb29251",
+        "c3a38c4588e3dd190976cde4c94861a7f228f67ba0f57b59850f449527bafc7c",
+        (4.852275739589349, 4.686027867153707),
+    ),
+}
+FIRST_ROWS = {  # SHA-256, its first 16 digits, of 200 rows of "tiny": train with seed 42, with seed 7, val, test
+    7: ("728d4bc817c2aa59", "c4f947e98f03584f", "1b4bf532b242fcb4", "839340cfd3a71707"),
+    64: ("46f7a227acab013e", "cb2f59d021d25f53", "d80112b3ca60be0b", "f22637bb69303d6b"),
+    333: ("57a01fb320737f5e", "e61c1bcb0a80068d", "835f2f593e295f29", "e2ccf370a0dcbeda"),
+}
+PACKING = {1: "005e6ecbfeccf188", 31: "493cc830ff1c7051", 64: "0ffeb8cae0e9047a", 500: "dd205066271f421e"}  # by T
+
+
+def digest_of(rows):
+    return hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()[:16]
+
+
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "profile",
+    ["tiny", pytest.param("smoke", marks=needs_torch_text), pytest.param("pocket", marks=[needs_torch_text, slow])],
+)
+def test_digest_token_files_and_scores_are_what_they_were(tiny, tmp_path, profile):
+    path, cache = tiny if profile == "tiny" else (PREPARE, tmp_path)
+    evaluator = load_prepare(path, profile, cache)
+    assert evaluator.main([]) == 0
+    digest, files, scores = FIGURES[profile]
+    assert evaluator.describe()["digest"] == digest
+    tokens = sorted(f"tokens/{path.name}" for path in (evaluator.CACHE / "tokens").iterdir())
+    names = ["tokenizer.tiktoken", "tokenizer.json", *tokens]
+    assert (
+        sha256("".join(f"{name} {sha256((evaluator.CACHE / name).read_bytes())}\n" for name in names).encode()) == files
+    )
+
+    ids = torch.arange(evaluator.VOCAB_SIZE, dtype=torch.float64)
+    bigrams = (4 * torch.sin(0.37 * ids[:, None] + 1.3 * ids)).float()
+
+    def model(idx):
+        return bigrams[idx]
+
+    rows = evaluator.describe()["rows"]["test"]
+    val = evaluator.evaluate_bpb(model, evaluator.Tokenizer.from_directory(), 32)
+    test = evaluator._score(model, "test", rows, 32, torch.device("cpu"))["test_bpb"]
+    assert (val, test) == pytest.approx(scores, abs=1e-6)
+
+
+@pytest.mark.parametrize("T", FIRST_ROWS)
+def test_first_rows_of_every_split_are_what_they_were_for_any_seed(tiny, T):
+    seeds = {seed: load_prepare(tiny[0], "tiny", tiny[1], seed) for seed in (42, 7)}
+    train, other_train, val, test = FIRST_ROWS[T]
+    for seed, wanted in {42: (train, val, test), 7: (other_train, val, test)}.items():
+        found = [seeds[seed]._open_split(split, T).take(200) for split in ("train", "val", "test")]
+        assert tuple(map(digest_of, found)) == wanted
+
+
+@pytest.mark.parametrize("T", PACKING)
+def test_packing_of_synthetic_shards_is_what_it_was(tmp_path, T):
+    evaluator = load_prepare(PREPARE, "smoke", tmp_path)
+
+    def shard(documents, salt):
+        lengths = [1 + (i * i * 7919 + i * salt) % 1013 % (20 + i % 300) for i in range(documents)]
+        tokens = (np.arange(sum(lengths), dtype=np.int64) * 31 + salt) % 65521
+        batches = [128] * (documents // 128) + [documents % 128]
+        return evaluator.Shard(tokens.astype(np.uint16), np.array(lengths), np.array(batches))
+
+    shards = [shard(3000, 3), shard(777, 5), shard(1500, 11)]
+    assert digest_of(evaluator.RowStream(shards, T, forever=True).take(3000)) == PACKING[T]
