@@ -35,7 +35,7 @@ def test_top_level_holds_exactly_what_it_should():
 def test_what_an_agent_must_read_stays_small():
     characters = sum(len((ROOT / name).read_text()) for name in ("program.md", "train.py"))
     print(f"\nprogram.md and train.py: {characters / CHARACTERS_PER_TOKEN:.0f} tokens")
-    assert characters / CHARACTERS_PER_TOKEN < 16_000
+    assert characters / CHARACTERS_PER_TOKEN < 10_000
 
 
 def imported_modules(tree: ast.AST) -> set[str]:
@@ -79,7 +79,7 @@ def test_picture_of_the_rooms_is_as_the_imports_are():
     picture = (ROOT / "CONTRIBUTING.md").read_text().partition("```\nloop ")[2].partition("```")[0]
     lines = [re.match(r"[a-z_ ]*?(?=   )", line)[0].split() for line in picture.splitlines()[1:]]
     drawn = {room for line in lines for room in line}
-    assert drawn == set(ROOMS) - {"random_search", "ray_driver"}, (
+    assert drawn == set(ROOMS) - {"random_search", "ray_driver", "device"}, (
         "the picture in CONTRIBUTING.md lacks rooms, or has more"
     )
     for number, line in enumerate(lines):
@@ -107,7 +107,8 @@ def test_room_of_harness_knows_nothing_of_what_is_not_its_own(room):
     assert not {other for other in FORBIDDEN[room] if f"harness.{other}" in modules}
 
 
-@pytest.mark.parametrize("room", sorted(ROOMS))
+# device.py sets variables that torch reads when it is imported, and starts the process's clock.
+@pytest.mark.parametrize("room", sorted(ROOMS.keys() - {"device"}))
 def test_file_of_harness_does_nothing_at_import(room):
     """At its top level stand imports, definitions and constants; no constant is read from files or the environment."""
     definitions = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
