@@ -1,41 +1,42 @@
-"""train.py: the thing judged. A GPT, Muon + AdamW and the training loop.
+"""train.py: a GPT, Muon + AdamW and the training loop. An experiment is an edit of this file.
 
     uv run train.py    # after: uv run prepare.py; AUTORESEARCH_PROFILE=pocket chooses another profile
 
-It trains for TIME_BUDGET seconds on one device (CUDA, else MPS, else CPU) and lets prepare.py judge the result.
+It trains for TIME_BUDGET seconds on one device (CUDA, else MPS, else CPU) and lets prepare.py evaluate the result.
 Shapes: B batch rows, T time, C model width, H query heads, Hkv key/value heads, D head size, V vocabulary, N = B·T;
 K matrices of R rows. A suffix names a layout: q_BTHD, logits_BTV. The residual stream is plain x, (B, T, C).
 Progress goes to stderr. The summary is the last thing on stdout, after a line `---`, one `key: value` a line:
-val_bpb, training_seconds, total_seconds (from process start), peak_vram_mb (MiB), mfu_percent, total_tokens_M,
-num_steps, num_params_M, depth, startup_seconds, eval_seconds, seed, sample (text that the trained model wrote),
-attention (the back-end that ran).
+val_bpb, training_seconds, total_seconds (from process start), peak_vram_mb (MiB; on a CPU the process's memory),
+mfu_percent, total_tokens_M, num_steps, num_params_M, depth, startup_seconds, eval_seconds, seed, sample (text that the
+trained model wrote), attention (the back-end that ran).
 """
-# ruff: noqa: E402 (the process's clock starts before the slow imports, so that they are counted)
-import os
-import time
+# First: it starts the process's clock, and sets variables that torch reads when it is imported.
+from harness.device import (
+    PROCESS_STARTED,
+    DeviceError,
+    attention,
+    check_driver,
+    choose_attention,
+    has_bfloat16,
+    log,
+    peak_flops,
+    peak_memory_mb,
+    prepare_compiler,
+    warm_up,
+    write_sample,
+)
 
-PROCESS_STARTED = time.perf_counter()
-# torch reads both when it is imported. At a barrier libgomp's threads spin before they sleep, and with its default
-# number of spins they are slow where cores are shared. Segments that can grow leave fewer holes in a GPU's memory when
-# batches of different sizes have come and gone.
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+# isort: split
 import gc
-import json
 import math
-import re
-import shutil
-import statistics
 import sys
-from collections.abc import Callable
+import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import flex_attention as flex
 from torch.optim.adamw import adamw
 
 import prepare
@@ -48,16 +49,16 @@ HEAD_DIM = 128  # channels per attention head
 WINDOW_PATTERN = "SSSL"  # attention window by layer, repeated: L whole sequence, S half of it; the last layer is L
 TOTAL_BATCH_SIZE = 524288  # tokens per optimizer step, 2**19
 DEVICE_BATCH_SIZE = 64  # rows per micro-step, an upper bound: halved when the device runs out of memory
-LOSS_CHUNK = 32768  # tokens whose logits exist at the same time
+LOSS_CHUNK = 131072  # tokens whose loss is computed at a time: more than a micro-step has is all at once
 EMBEDDING_LR = 0.6  # wte and value embeddings (AdamW)
 UNEMBEDDING_LR = 0.004  # lm_head (AdamW)
 MATRIX_LR = 0.04  # matrices inside the layers (Muon)
 SCALAR_LR = 0.5  # x0_lambdas; resid_lambdas take a hundredth of it (AdamW)
 WEIGHT_DECAY = 0.2  # Muon only, falls linearly to 0
 ADAM_BETAS = (0.8, 0.95)  # decay of the first and second moment
-WARMUP_RATIO = 0.0  # share of the time budget in which the learning rate rises from 0
-WARMDOWN_RATIO = 0.5  # share of the time budget in which it falls to FINAL_LR_FRAC
-FINAL_LR_FRAC = 0.0  # share of the peak learning rate that is left at the end
+WARMUP_RATIO = 0.0  # fraction of the time budget in which the learning rate rises from 0
+WARMDOWN_RATIO = 0.5  # fraction of the time budget in which it falls to FINAL_LR_FRAC
+FINAL_LR_FRAC = 0.0  # fraction of the peak learning rate that is left at the end
 COMPILE = True  # torch.compile the model and Muon's update
 
 # CPU-sized values, in place of those above; without a GPU, for a profile of your own too
@@ -66,172 +67,11 @@ if PROFILE in ("pocket", "smoke") or (PROFILE not in ("climbmix", "code") and no
     ASPECT_RATIO = 96
     HEAD_DIM = 48
     TOTAL_BATCH_SIZE = 2048
-    LOSS_CHUNK = 512
+    LOSS_CHUNK = 256
     EMBEDDING_LR = 0.3
     UNEMBEDDING_LR = 0.01
     WARMDOWN_RATIO = 0.7
     COMPILE = False  # True makes 1.3 times the steps on two cores; a run starts 20 (cached) to 60 s later
-
-
-def log(message: str, end: str = "\n") -> None:
-    print(message, end=end, file=sys.stderr, flush=True)
-
-
-def one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
-# ---- Attention: one function, three back-ends ----
-FLASH_REPO = "kernels-community/flash-attn3"  # on the Hugging Face hub
-FLASH_VERSION = 1  # of the kernel, pinned
-FLASH_CAPABILITIES = (8, 9)  # major compute capabilities that it is built for
-_masks: dict = {}  # built before a model is compiled, shared by its layers
-
-
-def attention(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, window: int) -> Tensor:
-    """Causal attention, scale 1/sqrt(D): query t sees keys t-window .. t. k and v may have fewer heads than q (grouped
-    queries, arXiv 2305.13245). The back-end is the one that choose_attention found."""
-    # An audit scores the exported network in a process that knows only torch's own operators. (While torch.compile
-    # traces, is_exporting() is True as well.)
-    if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
-        return sdpa_attention(q_BTHD, k_BTHD, v_BTHD, window)
-    return attention_backend(q_BTHD, k_BTHD, v_BTHD, window)
-
-
-def attention_mask(kind: str, T: int, window: int, device: torch.device):
-    """Query t sees keys t-window .. t: a boolean (T, T) for "sdpa", a BlockMask for "flex"."""
-    # By device type, not by device: before compiling it is "cuda", in a compiled model "cuda:0". With two names the
-    # mask would be missed, and every compiled step would build its own.
-    key = (kind, T, window, device.type)
-    if key in _masks:
-        return _masks[key]
-    if kind == "flex":
-
-        def is_visible(b, h, query, key):
-            return (key <= query) & (query - key <= window)
-
-        mask = flex.create_block_mask(is_visible, None, None, T, T, device=device)
-    else:
-        mask = torch.ones(T, T, dtype=torch.bool, device=device).tril().triu(-window)
-    if not torch.compiler.is_compiling():  # a mask made while a graph is traced belongs to that graph
-        _masks[key] = mask
-    return mask
-
-
-def sdpa_attention(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, window: int) -> Tensor:
-    """torch's own attention. It has no windows, so that a short one costs a mask and saves nothing."""
-    T = q_BTHD.size(1)
-    sees_everything = window >= T - 1
-    mask = None if sees_everything else attention_mask("sdpa", T, window, q_BTHD.device)
-    grouped = q_BTHD.size(2) > k_BTHD.size(2)
-    q_BHTD = q_BTHD.transpose(1, 2)
-    k_BHTD = k_BTHD.transpose(1, 2)
-    v_BHTD = v_BTHD.transpose(1, 2)
-    y_BHTD = F.scaled_dot_product_attention(
-        q_BHTD, k_BHTD, v_BHTD, attn_mask=mask, is_causal=sees_everything, enable_gqa=grouped
-    )
-    return y_BHTD.transpose(1, 2)
-
-
-def flex_attention(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, window: int) -> Tensor:
-    """FlexAttention (arXiv 2412.05496): skips the blocks that a window hides."""
-    if not torch.compiler.is_compiling():  # eager, it would build the whole score matrix
-        return sdpa_attention(q_BTHD, k_BTHD, v_BTHD, window)
-    mask = attention_mask("flex", q_BTHD.size(1), window, q_BTHD.device)
-    q_BHTD = q_BTHD.transpose(1, 2)
-    k_BHTD = k_BTHD.transpose(1, 2)
-    v_BHTD = v_BTHD.transpose(1, 2)
-    y_BHTD = flex.flex_attention(q_BHTD, k_BHTD, v_BHTD, block_mask=mask, enable_gqa=True)
-    return y_BHTD.transpose(1, 2)
-
-
-def flash_snapshots() -> list[Path]:
-    """Downloads of the pinned kernel in the hub's local cache, newest first."""
-    from huggingface_hub.constants import HF_HUB_CACHE  # here, as kernels below: only a GPU needs them
-
-    cache = Path(os.environ.get("KERNELS_CACHE") or HF_HUB_CACHE)
-    found = set()
-    for metadata in cache.glob(f"kernels--{FLASH_REPO.replace('/', '--')}/snapshots/*/build/*/metadata.json"):
-        try:
-            version = json.loads(metadata.read_text()).get("version", FLASH_VERSION)  # old builds do not say it
-        except (OSError, ValueError):  # an unfinished download
-            continue
-        if version == FLASH_VERSION:
-            found.add(metadata.parents[2])
-    return sorted(found, key=lambda snapshot: snapshot.stat().st_mtime, reverse=True)
-
-
-def load_flash_kernel():
-    """The kernel's module, from the local cache if it is there. The hub is asked only where it is not: a hiccup of the
-    network must not move an experiment to a slower back-end."""
-    from kernels import get_kernel, get_local_kernel
-
-    for snapshot in flash_snapshots():
-        try:
-            return get_local_kernel(snapshot)
-        except Exception as error:  # an unfinished download, or a build for another torch
-            log(f"attention: no kernel in {snapshot}: {one_line(error)}")
-    return get_kernel(FLASH_REPO, version=FLASH_VERSION)
-
-
-def load_flash_attention() -> Callable:
-    """FlashAttention-3 (arXiv 2407.08608), which skips what a window hides and is the fastest on an H100."""
-    major, minor = torch.cuda.get_device_capability()
-    if major not in FLASH_CAPABILITIES:
-        raise ValueError(f"it is not built for compute capability {major}.{minor}")
-    kernel = load_flash_kernel()
-
-    def flash_attention(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, window: int) -> Tensor:
-        y = kernel.flash_attn_func(q_BTHD, k_BTHD, v_BTHD, causal=True, window_size=(window, 0))
-        return y[0] if isinstance(y, tuple) else y  # some builds return the log-sum-exp too
-
-    return flash_attention
-
-
-def probe_attention(backend: Callable, T: int, window: int, device: torch.device) -> None:
-    """Raise unless `backend` agrees with SDPA on a small forward and backward on the real device."""
-    generator = torch.Generator(device).manual_seed(0)
-    shape = (1, T, 2, HEAD_DIM)
-    qkv = [torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16) for _ in range(3)]
-
-    def output_and_gradients(function: Callable) -> list[Tensor]:
-        leaves = [t.clone().requires_grad_() for t in qkv]
-        y = function(*leaves, window)
-        return [y, *torch.autograd.grad(y.square().sum(), leaves)]
-
-    expected = output_and_gradients(sdpa_attention)
-    got = output_and_gradients(backend)
-    for name, a, b in zip(("output", "dq", "dk", "dv"), expected, got, strict=True):
-        error = ((b.float() - a.float()).norm() / a.float().norm()).item()
-        if not error < 0.02:  # bfloat16 kernels are about 0.004 apart; NaN fails too
-            raise ValueError(f"{name} differs from SDPA by {error:.3f}")
-
-
-attention_backend: Callable = sdpa_attention  # what attention() calls; choose_attention sets it
-
-
-def choose_attention(config: "GPTConfig", device: torch.device) -> str:
-    """Select the first back-end that works on `device`, build the masks, return its name. CPU and MPS take SDPA."""
-    global attention_backend
-    T = config.sequence_len
-    windows = sorted(set(window_sizes(config)))
-    for window in windows:
-        attention_mask("sdpa", T, window, device)
-    candidates = {}
-    if device.type == "cuda" and COMPILE:
-        candidates = {"flash-attention-3": load_flash_attention, "flex": lambda: flex_attention}
-    for name, load in candidates.items():
-        try:
-            attention_backend = load()
-            if name == "flex":
-                for window in windows:
-                    attention_mask(name, T, window, device)
-            probe_attention(torch.compile(attention_backend, dynamic=False), T, windows[0], device)
-            return name
-        except Exception as error:  # whatever it was, the next one is tried
-            log(f"attention: no {name}: {one_line(error)}")
-    attention_backend = sdpa_attention
-    return "sdpa"
 
 
 # ---- Model ----
@@ -340,41 +180,6 @@ def head_logits(x: Tensor, weight_VC: Tensor) -> Tensor:
     return 30 * torch.sigmoid(product / 7.5) - 15  # the same as 15 tanh(product / 15), 6 times as fast on a CPU
 
 
-class ChunkedLoss(torch.autograd.Function):
-    """Mean cross-entropy of head_logits, targets of -1 left out, LOSS_CHUNK tokens at a time.
-
-    The gradient is taken in the forward pass. So the logits of only one chunk exist at a time (a whole batch's,
-    262,144 x 8192, are 8.6 GB) and nothing is computed twice. It is written out because autograd needs about twice as
-    many passes over the logits, which is what the loss costs on a CPU.
-    """
-
-    @staticmethod
-    def forward(ctx, x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor) -> Tensor:
-        loss = torch.zeros((), device=x_NC.device)
-        weight_grad = torch.zeros_like(weight_VC)
-        x_grads = []
-        for x_chunk, targets_chunk in zip(x_NC.split(LOSS_CHUNK), targets_N.split(LOSS_CHUNK), strict=True):
-            counted = (targets_chunk != -1)[:, None]
-            target = targets_chunk.clamp(min=0)[:, None]
-            product = F.linear(x_chunk, weight_VC)
-            s = product.float().div_(7.5).sigmoid_()  # logits = 30 s - 15
-            p = torch.softmax(30 * s, dim=-1)
-            loss -= (p.gather(1, target).log() * counted).sum()  # finite: the soft cap keeps p above e^-30 / V
-            one_hot = torch.zeros_like(p).scatter_(1, target, 1.0)
-            product_grad = p.sub_(one_hot).mul_(s).mul_(1 - s).mul_(4 * counted)  # d logits / d product = 4 s (1 - s)
-            product_grad = product_grad.to(product.dtype)  # once: autocast would do it for each use
-            x_grads.append(product_grad @ weight_VC)
-            weight_grad += product_grad.mT @ x_chunk
-        count = (targets_N != -1).sum()
-        ctx.save_for_backward(torch.cat(x_grads), weight_grad, count)
-        return loss / count
-
-    @staticmethod
-    def backward(ctx, loss_grad: Tensor):
-        x_grad, weight_grad, count = ctx.saved_tensors
-        return x_grad * (loss_grad / count), weight_grad * (loss_grad / count), None
-
-
 class GPT(nn.Module):
     """A decoder-only transformer after nanochat's. What it adds to the textbook's:
 
@@ -410,7 +215,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Fill every parameter and buffer in place; embeddings and rotary tables take the compute type."""
+        """Fill every parameter and buffer in place; on CUDA embeddings and rotary tables become bfloat16."""
         bound = math.sqrt(3 / self.config.n_embd)  # U(-bound, bound) has standard deviation 1/sqrt(C)
         nn.init.normal_(self.transformer.wte.weight, std=1.0)  # normed before use, so only the direction counts
         nn.init.normal_(self.lm_head.weight, std=0.001)  # logits near 0: the first loss is ln(V)
@@ -428,11 +233,11 @@ class GPT(nn.Module):
         frequency = 10000.0 ** (-torch.arange(half, device=device) / half)
         angle = position * frequency  # (T, 1, D/2)
         # On CUDA tables and embeddings are bfloat16: half the memory, and the residual stream starts as bfloat16.
-        compute_type = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.cos = angle.cos().to(compute_type)
-        self.sin = angle.sin().to(compute_type)
-        self.transformer.wte.to(compute_type)
-        self.value_embeds.to(compute_type)
+        storage_type = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.cos = angle.cos().to(storage_type)
+        self.sin = angle.sin().to(storage_type)
+        self.transformer.wte.to(storage_type)
+        self.value_embeds.to(storage_type)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
         """idx int64 (B, T) to float32 logits (B, T, V); with targets int64 (B, T), -1 ignored, to the mean loss."""
@@ -445,8 +250,7 @@ class GPT(nn.Module):
             )
         cos = self.cos[:T]
         sin = self.sin[:T]
-        on_cuda = idx.device.type == "cuda"
-        with torch.autocast(idx.device.type, torch.bfloat16, enabled=on_cuda):
+        with torch.autocast(idx.device.type, torch.bfloat16, enabled=has_bfloat16(idx.device)):
             x = norm(self.transformer.wte(idx))
             x0 = x
             for layer, block in enumerate(self.transformer.h):
@@ -458,7 +262,10 @@ class GPT(nn.Module):
             x = norm(x)
             if targets is None:
                 return head_logits(x, self.lm_head.weight)
-            return ChunkedLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+            loss = 0.0  # a sum, LOSS_CHUNK tokens at a time: what a CPU computes then stays in its cache
+            for x_NC, y_N in zip(x.flatten(0, 1).split(LOSS_CHUNK), targets.flatten().split(LOSS_CHUNK), strict=True):
+                loss += F.cross_entropy(head_logits(x_NC, self.lm_head.weight), y_N, ignore_index=-1, reduction="sum")
+            return loss / (targets != -1).sum()
 
     def num_params(self) -> int:
         return sum(p.numel() for p in self.parameters())
@@ -523,12 +330,8 @@ POLAR_EXPRESS = (  # (a, b, c) of each step, arXiv 2505.16932
 
 
 def polar_express(u_KRC: Tensor) -> Tensor:
-    """About the nearest (semi-)orthogonal matrix to each of K, in bfloat16 on CUDA.
-
-    Elsewhere it keeps its type: most CPUs emulate bfloat16 products, up to 100 times slower than float32's. One with
-    AVX-512 BF16 or AMX has them in hardware.
-    """
-    x = u_KRC.bfloat16() if u_KRC.is_cuda else u_KRC
+    """About the nearest (semi-)orthogonal matrix to each of K, in bfloat16 where the device has units for it."""
+    x = u_KRC.bfloat16() if has_bfloat16(u_KRC.device) else u_KRC
     x = x / (1.02 * x.norm(dim=(-2, -1), keepdim=True) + 1e-6)
     is_tall = x.size(-2) > x.size(-1)
     for a, b, c in POLAR_EXPRESS:
@@ -632,7 +435,7 @@ class MuonAdamW(torch.optim.Optimizer):
         torch._foreach_copy_(params, updated.unbind())
 
 
-# ---- Schedules: functions of progress (share of the time budget that is used, 0 to 1) or of the step ----
+# ---- Schedules: functions of progress (fraction of the time budget that is used, 0 to 1) or of the step ----
 
 def get_lr_multiplier(progress: float) -> float:
     if progress < WARMUP_RATIO:
@@ -660,179 +463,6 @@ def set_schedules(optimizer: MuonAdamW, step: int, progress: float) -> None:
             group["weight_decay"] = get_weight_decay(progress)
 
 
-# ---- Warm-up: what must not be timed, on state that is restored ----
-COMPILE_CACHE_LIMIT = 10e9  # bytes; a model leaves about 90 MB
-COMPILE_CACHE_REST = 3600  # seconds: what was used this recently may be another run's, and stays
-COMPILE_CACHE_NAMES = r"triton|fxgraph|aotautograd|[0-9a-z]{2}|fit-pruned.*"  # no other folder is touched
-MAX_FITS = 200  # device batches that are remembered
-
-
-def compile_cache() -> Path:
-    """The folder where torch's compilers keep their work between runs."""
-    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or prepare.CACHE_ROOT / "compile")
-
-
-def compile_cache_entries(folder: Path) -> list[tuple[float, int, Path]]:
-    """(time of last use, bytes, path) of everything that can be deleted by itself: one file of generated code, or a
-    folder whose files belong together (a kernel and its description)."""
-    entries = []
-    for parent, _, names in os.walk(folder):
-        place = Path(parent).relative_to(folder).parts
-        if not place or not re.fullmatch(COMPILE_CACHE_NAMES, place[0]):
-            continue
-        stats = {}
-        for name in names:
-            path = Path(parent, name)
-            try:
-                stats[path] = path.stat()
-            except FileNotFoundError:  # another run deleted it
-                continue
-        if len(place) == 1:
-            entries += [(max(s.st_atime, s.st_mtime), s.st_size, path) for path, s in stats.items()]
-        elif stats:
-            last_use = max(max(s.st_atime, s.st_mtime) for s in stats.values())
-            entries.append((last_use, sum(s.st_size for s in stats.values()), Path(parent)))
-    return entries
-
-
-def prune_compile_cache(folder: Path, limit: float = COMPILE_CACHE_LIMIT) -> None:
-    """Delete what was not used for longest, until the folder is under its limit. Other runs may be doing the same."""
-    entries = compile_cache_entries(folder)
-    excess = sum(size for _, size, _ in entries) - limit
-    for number, (last_use, size, path) in enumerate(sorted(entries)):
-        if excess <= 0 or last_use > time.time() - COMPILE_CACHE_REST:
-            return
-        # Moved away first: no other run may find a kernel's folder half deleted.
-        doomed = folder / f"fit-pruned-{os.getpid()}-{number}"
-        try:
-            path.rename(doomed)
-            if doomed.is_dir():
-                shutil.rmtree(doomed)
-            else:
-                doomed.unlink()
-        except OSError:  # another run was faster, or it is not ours to delete
-            continue
-        excess -= size
-
-
-def fit_kind(model: nn.Module, backend: str) -> str:
-    """What a device batch that fits depends on: device, free memory, back-end, model, knobs."""
-    free_bytes, _ = torch.cuda.mem_get_info()
-    return (
-        f"{torch.cuda.get_device_name()}, {free_bytes / 2**30:.0f} GiB free, {backend}, {model.config}, "
-        f"{model.num_params()} parameters, {DEVICE_BATCH_SIZE=}, {TOTAL_BATCH_SIZE=}, {LOSS_CHUNK=}, {COMPILE=}"
-    )
-
-
-def read_fits() -> dict[str, int]:
-    """Device batches by kind that earlier runs found; none if the file is missing or damaged."""
-    try:
-        fits = json.loads((compile_cache() / "fit.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    if not isinstance(fits, dict):
-        return {}
-    return {kind: rows for kind, rows in fits.items() if isinstance(rows, int) and rows >= 1}
-
-
-def remember_fit(kind: str, rows: int) -> None:
-    """Write down what fits, so that the next run of this kind need not search: every size that fails costs a
-    compilation."""
-    fits = read_fits()
-    if fits.get(kind) == rows:
-        return
-    fits.pop(kind, None)
-    newest = dict([*fits.items(), (kind, rows)][-MAX_FITS:])
-    folder = compile_cache()
-    part = folder / f"fit-{os.getpid()}.part"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(newest, indent=1))
-        os.replace(part, folder / "fit.json")
-    except OSError as error:
-        log(f"the device batch is not remembered: {one_line(error)}")
-
-
-def fit_device_batch(trial: Callable[[int], None], total_rows: int, upper_bound: int) -> int:
-    """The largest divisor of total_rows, up to upper_bound, for which trial(rows) has memory; the bound is halved."""
-    while True:
-        rows = max(divisor for divisor in range(1, upper_bound + 1) if total_rows % divisor == 0)
-        try:
-            trial(rows)
-            return rows
-        except torch.OutOfMemoryError as error:
-            if rows == 1:
-                raise UserError(f"one row runs out of memory: make the model smaller ({one_line(error)})") from error
-        log(f"out of memory with {rows} rows per micro-step: halving them")
-        torch.compiler.reset()  # else torch stops compiling: it does so for a few sizes of a function, and no more
-        upper_bound = rows // 2
-
-
-def choose_threads(micro_step: Callable[[], None]) -> int:
-    """Set and return the number of CPU threads with which micro_step is fastest now: all, half of them, ... or one.
-
-    Threads wait for each other, so that one busy core holds up all of them: where another process used one of two
-    cores, a step took 79 ms on one thread and 136 ms on two. Fewer are taken only where they are 10% faster, so that
-    every run on an idle machine makes the same choice.
-    """
-    all_threads = torch.get_num_threads()
-    counts = [all_threads]
-    while counts[-1] > 1:
-        counts.append(counts[-1] // 2)
-    seconds = {count: [] for count in counts}
-    for _ in range(5):
-        for count in counts:
-            torch.set_num_threads(count)
-            micro_step()  # not timed: the first one with a number of threads starts or ends some
-            started = time.perf_counter()
-            micro_step()
-            seconds[count].append(time.perf_counter() - started)
-    medians = {count: statistics.median(values) for count, values in seconds.items()}
-    fastest = min(counts, key=medians.get)
-    chosen = fastest if medians[fastest] < 0.9 * medians[all_threads] else all_threads
-    torch.set_num_threads(chosen)
-    log(f"threads: {chosen} of {all_threads}")
-    return chosen
-
-
-def warm_up(model: nn.Module, optimizer: MuonAdamW, vocab_size: int, upper_bound: int) -> int:
-    """Compile and run on random tokens what training and evaluation will run; return the device batch that fits.
-
-    Parameters and buffers are left as they were found, the (fresh) optimizer without state.
-    """
-    tensors = [*model.parameters(), *model.buffers()]
-    device = tensors[0].device
-    initial = [t.detach().to("cpu", copy=True) for t in tensors]
-
-    def forget() -> None:
-        model.train()
-        optimizer.zero_grad(set_to_none=True)
-        optimizer.state.clear()
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-
-    def trial(rows: int) -> None:
-        forget()
-        x = torch.randint(vocab_size, (rows, MAX_SEQ_LEN), device=device)
-        y = torch.randint(vocab_size, (rows, MAX_SEQ_LEN), device=device)
-        for _ in range(2):  # the second micro-step accumulates
-            model(x, y).backward()
-        optimizer.step()
-        model.eval()
-        with torch.no_grad():
-            logits = model(x)
-            again = model(x)
-            (logits[:4] - again[:4]).abs()  # the judge compares two results, a few rows at a time
-
-    device_batch = fit_device_batch(trial, TOTAL_BATCH_SIZE // MAX_SEQ_LEN, upper_bound)
-    forget()
-    with torch.no_grad():
-        torch._foreach_copy_(tensors, initial)
-    return device_batch
-
-
 # ---- Training loop ----
 LOG_SECONDS = 5  # a line this often, where stderr is no terminal
 MAX_LOSS = 100  # nats per token; an untrained model has ln(V), about 9
@@ -854,7 +484,7 @@ def train(model: nn.Module, optimizer: MuonAdamW, loader, device_batch: int, mfu
     smooth_loss = 0.0
     logged_at = -math.inf
 
-    x, y, epoch = next(loader)  # the first batch starts the judge's clock
+    x, y, epoch = next(loader)  # the first batch starts the evaluator's clock
     now = training_seconds()
     while now + step_seconds <= TIME_BUDGET:
         # -- Gradients --
@@ -912,77 +542,13 @@ def train(model: nn.Module, optimizer: MuonAdamW, loader, device_batch: int, mfu
 
 
 # ---- Summary ----
-PEAK_TFLOPS = {  # dense bf16, by a word in the device's name; the first match counts
-    "B200": 2250, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "GH200": 989, "H200": 989, "H20": 148, "A100": 312,
-    "A40": 150, "A10": 125, "L40S": 362, "L4": 121, "RTX 5090": 210, "RTX 4090": 165, "RTX 3090": 71,
-}  # fmt: skip
-
-
-def peak_flops(device_name: str) -> float:
-    """FLOP/s, 0.0 where the table has none."""
-    for word, tflops in PEAK_TFLOPS.items():
-        if re.search(rf"\b{word}\b", device_name):
-            return 1e12 * tflops
-    return 0.0
-
-
-def peak_memory_mb(device: torch.device) -> float:
-    """MiB: torch's own peak on CUDA, what the driver holds now on MPS, 0.0 on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    if device.type == "mps":
-        return torch.mps.driver_allocated_memory() / 2**20
-    return 0.0
-
-
-@torch.no_grad()
-def write_sample(model: GPT, tokenizer: prepare.Tokenizer, characters: int = 200) -> str:
-    """A text that starts with a fixed prompt, on one line; the same for the same weights."""
-    prompt = "def read_lines(path):\n" if PROFILE in ("code", "pocket", "smoke") else "The most important thing about"
-    bos = tokenizer.get_bos_token_id()
-    tokens = tokenizer.encode(prompt)
-    generator = torch.Generator().manual_seed(0)
-    while len(tokens) < MAX_SEQ_LEN - 1 and len(tokenizer.decode(tokens)) < characters:
-        idx = torch.tensor([[bos, *tokens]], device=model.cos.device)
-        logits_V = model(idx)[0, -1].cpu()
-        probabilities_V = torch.softmax(logits_V / 0.7, dim=-1)  # below 1 the likely tokens become likelier
-        token = torch.multinomial(probabilities_V, 1, generator=generator).item()
-        if token == bos:  # the end of the document
-            break
-        tokens.append(token)
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in tokenizer.decode(tokens))
-
-
-def check_cuda_driver() -> None:
-    """Raise UserError where there is a GPU that torch cannot start: a GPU's model would train on the CPU for hours.
-
-    The driver's management library counts devices even when the driver is too old for torch's CUDA.
-    """
-    if torch.cuda.device_count() == 0:
-        return
-    try:
-        torch.cuda.init()
-        return
-    except RuntimeError as error:
-        reason = one_line(error)
-    found = re.search(r"found version (\d+)", reason)
-    if found:  # 12040 is CUDA 12.4
-        version = int(found[1])
-        reason = f"its driver supports CUDA {version // 1000}.{version % 1000 // 10}, which is too old"
-    problem = f"a GPU is there, but torch {torch.__version__} needs CUDA {torch.version.cuda}: {reason}"
-    if PROFILE in ("pocket", "smoke"):
-        log(f"training on the CPU: {problem}")
-        return
-    remedy = "update the NVIDIA driver, or train on the CPU with AUTORESEARCH_PROFILE=pocket"
-    raise UserError(f"{problem}: {remedy}")
-
-
 def run() -> None:
     # -- Device, data, model --
-    check_cuda_driver()
+    check_driver(may_use_cpu=PROFILE in ("pocket", "smoke"))
     device = torch.device(prepare.default_device())
     device_name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     log(f"profile {PROFILE} ({prepare.PROFILE_REASON}), {TIME_BUDGET:g} s on {device_name}, seed {SEED}")
+    prepare.check_data()
     tokenizer = prepare.Tokenizer.from_directory()
     config = model_config(tokenizer.get_vocab_size())
     log(str(config))
@@ -990,15 +556,14 @@ def run() -> None:
         torch.set_float32_matmul_precision("high")
     compiled = COMPILE and device.type != "mps"
     if compiled:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(compile_cache())
-        prune_compile_cache(compile_cache())
+        prepare_compiler(prepare.CACHE_ROOT / "compile", device)
     torch.manual_seed(SEED)
     with torch.device("meta"):
         model = GPT(config)
     model.to_empty(device=device)
     model.init_weights()
-    backend = choose_attention(config, device)
-    log(f"attention {backend}, compiled {compiled}")
+    backend = choose_attention(MAX_SEQ_LEN, window_sizes(config), HEAD_DIM, device, compiled)
+    log(f"attention {backend}, compiled {compiled}, bfloat16 {has_bfloat16(device)}")
     optimizer = model.setup_optimizer(compiled)
     runner = torch.compile(model, dynamic=False) if compiled else model
     flops = model.estimate_flops()
@@ -1006,18 +571,12 @@ def run() -> None:
     mfu_per_speed = 100 * flops / peak if peak else 0.0  # percent, times tokens per second
     log(f"{model.num_params():,} parameters, {flops:,} FLOPs per token, peak {peak / 1e12:.0f} TFLOP/s (0: not known)")
 
-    # -- Warm-up --
-    upper_bound = DEVICE_BATCH_SIZE
-    if device.type == "cuda":
-        kind = fit_kind(model, backend)
-        upper_bound = min(upper_bound, read_fits().get(kind, upper_bound))
-    device_batch = warm_up(runner, optimizer, config.vocab_size, upper_bound)
-    if device.type == "cuda":
-        remember_fit(kind, device_batch)
-    if device.type == "cpu" and not compiled:  # compiled code has its number of threads written into it
-        x = torch.randint(config.vocab_size, (device_batch, MAX_SEQ_LEN))
-        choose_threads(lambda: model(x, x).backward())
-        optimizer.zero_grad(set_to_none=True)
+    # -- Warm-up: compiles and runs what must not be timed, on state that is restored --
+    total_rows = TOTAL_BATCH_SIZE // MAX_SEQ_LEN
+    kind = f"{backend}, {config}, {model.num_params()} parameters, {TOTAL_BATCH_SIZE=}, {LOSS_CHUNK=}"
+    device_batch = warm_up(
+        runner, optimizer, config.vocab_size, MAX_SEQ_LEN, total_rows, DEVICE_BATCH_SIZE, compiled, kind
+    )
 
     # -- Training --
     loader = prepare.make_dataloader(tokenizer, device_batch, MAX_SEQ_LEN, "train", device=device)
@@ -1029,7 +588,8 @@ def run() -> None:
     eval_started = time.perf_counter()
     val_bpb = prepare.evaluate_bpb(runner, tokenizer, device_batch)
     eval_seconds = time.perf_counter() - eval_started
-    sample = write_sample(model, tokenizer)
+    prompt = "def read_lines(path):\n" if PROFILE in ("code", "pocket", "smoke") else "The most important thing about"
+    sample = write_sample(model, tokenizer, prompt, MAX_SEQ_LEN)
     summary = {
         "val_bpb": f"{val_bpb:.6f}",
         "training_seconds": f"{training_seconds():.1f}",
@@ -1054,7 +614,7 @@ def run() -> None:
 def main() -> int:
     try:
         run()
-    except (UserError, prepare.EvaluationRefused) as error:
+    except (UserError, DeviceError, prepare.EvaluationRefused) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -31,4 +31,5 @@
     morning        what report.html says
     live_page      rewrites report.html while a loop runs
     commands       arguments and exit codes
+    device         what a training run needs of its device: attention kernels, warm-up, what fits (imports torch)
 """

@@ -15,7 +15,7 @@ from statistics import median
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import train
+from harness import device
 
 ON_CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_CUDA else "cpu")
@@ -38,11 +38,13 @@ def milliseconds(function: Callable[[], object], rounds: int = 20) -> float:
 
 
 def backends() -> dict[str, Callable]:
-    found = {"sdpa": train.sdpa_attention, "flex": torch.compile(train.flex_attention, dynamic=False)}
+    found = {"sdpa": device.sdpa_attention, "flex": torch.compile(device.flex_attention, dynamic=False)}
     try:
-        found = {"flash-attention-3": train.load_flash_attention()} | found if ON_CUDA else found
+        if ON_CUDA:
+            name, flash_attention = device.load_flash_attention()
+            found = {name: flash_attention} | found
     except Exception as error:
-        print(f"no flash-attention-3: {train.one_line(error)}")
+        print(f"no flash-attention-3: {device.one_line(error)}")
     return found
 
 
@@ -51,7 +53,7 @@ def main() -> None:
     print(f"{'back-end':<20}{'window':>8}{'forward ms':>12}{'+ backward ms':>15}")
     for window in (T // 2, T):
         for kind in ("sdpa", "flex"):
-            train.attention_mask(kind, T, window, DEVICE)
+            device.attention_mask(kind, T, window, DEVICE)
         for name, backend in backends().items():
             qkv = [torch.randn(B, T, H, D, device=DEVICE, dtype=DTYPE, requires_grad=True) for _ in range(3)]
             with torch.no_grad():

@@ -493,7 +493,7 @@ def report_text(day: Day) -> str:
     lines = [f"# The GPU day: profile {day.profile} on {where}", ""]
     if not day.facts.get("gpu"):
         lines += ["**No GPU was here: these figures say nothing about one.**"]
-        lines += ["Peak memory and MFU are not measured on a CPU.", ""]
+        lines += ["MFU is not measured on a CPU.", ""]
     lines += ["| figure | value |", "| --- | --- |"]
     lines += [f"| {key.replace('_', ' ')} | {shown(value)} |" for key, value in machine.items() if value != ""]
     lines += [f"| profile | {day.profile} |"]

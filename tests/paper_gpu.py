@@ -47,6 +47,7 @@ from triton.backends.compiler import GPUTarget
 
 import prepare
 import train
+from harness import device
 
 # Shared memory that one block may take: CUDA C++ programming guide, table of technical specifications, less the KiB
 # that the system keeps.
@@ -270,7 +271,7 @@ def compile_for(capability: int, kernels: Kernels | None) -> None:
     UniformValueConstantFolder._deduce_value = deduce_on_cpu
 
 
-class Judge:
+class Evaluator:
     """What train.run() asks of prepare.py, on fake data: a tokenizer, batches, a clock of a second a step, a score."""
 
     def __init__(self, memory: Memory):
@@ -280,6 +281,7 @@ class Judge:
         self.PROFILE_REASON = "paper"
         self.CACHE_ROOT = prepare.CACHE_ROOT
         self.Tokenizer = self
+        self.check_data = lambda: None
         train.warm_up = self.warm_up
         train.prepare = self
         train.training_seconds = lambda: float(next(self.clock))
@@ -300,7 +302,7 @@ class Judge:
     def default_device(self) -> str:
         return prepare.default_device()
 
-    def from_directory(self) -> "Judge":
+    def from_directory(self) -> "Evaluator":
         return self
 
     def get_vocab_size(self) -> int:
@@ -359,14 +361,18 @@ def main() -> int:
     parser.add_argument("--row-length", type=int, default=prepare.MAX_SEQ_LEN)
     parser.add_argument("--pattern", default=train.WINDOW_PATTERN)
     parser.add_argument("--attention", action="store_true", help="compile the attention kernels alone")
+    parser.add_argument("--eager", action="store_true", help="COMPILE = False")
+    parser.add_argument("--chunk", type=int, default=train.LOSS_CHUNK, help="tokens whose loss is computed at a time")
     parser.add_argument("--weigh", action="store_true", help="compile no kernels")
     arguments = parser.parse_args()
 
     train.DEPTH = arguments.depth
+    train.LOSS_CHUNK = arguments.chunk
     train.WINDOW_PATTERN = arguments.pattern
     train.MAX_SEQ_LEN = prepare.MAX_SEQ_LEN = arguments.row_length
     prepare.VOCAB_SIZE = arguments.vocabulary
-    train.load_flash_attention = refuse_flash_attention
+    train.COMPILE = not arguments.eager
+    device.load_flash_attention = refuse_flash_attention
 
     memory = Memory()
     kernels = Kernels()
@@ -375,25 +381,27 @@ def main() -> int:
     pretend_a_context_for_autograd()
     compile_for(arguments.capability, None if arguments.weigh else kernels)
     memory.watch()
-    judge = Judge(memory)
+    evaluator = Evaluator(memory)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     for rows in arguments.rows:
         train.DEVICE_BATCH_SIZE = rows
         train.TOTAL_BATCH_SIZE = 2 * rows * arguments.row_length  # two micro-steps: the second accumulates
-        judge.begin(steps=4)
+        evaluator.begin(steps=4)
         with mode, contextlib.redirect_stdout(sys.stderr):
             if arguments.attention:
-                train.choose_attention(train.model_config(prepare.VOCAB_SIZE), torch.device("cuda"))
+                config = train.model_config(prepare.VOCAB_SIZE)
+                windows = train.window_sizes(config)
+                device.choose_attention(config.sequence_len, windows, train.HEAD_DIM, torch.device("cuda"), True)
             else:
                 train.run()
         result = {
             "rows": rows,
-            "attention": train.attention_backend.__name__,
-            "graphs_warm": judge.graphs_warm,
+            "attention": device.attention_backend.__name__,
+            "graphs_warm": evaluator.graphs_warm,
             "graphs": counters["stats"]["unique_graphs"],
             "graph_breaks": dict(counters["graph_break"]),
-            "training_mb": round(judge.training_peak / MIB),
-            "evaluation_mb": round(judge.evaluation_peak / MIB),
+            "training_mb": round(evaluator.training_peak / MIB),
+            "evaluation_mb": round(evaluator.evaluation_peak / MIB),
             "kernels": len(kernels.shared),
             "largest_shared": max(kernels.shared.values(), default=0),
             "shared_limit": SHARED_MEMORY_LIMIT[arguments.capability],

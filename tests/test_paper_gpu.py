@@ -28,12 +28,18 @@ def on_paper(cache: Path, *options: str) -> dict:
 def test_climbmix_run_compiles_once_without_a_break_and_stays_within_the_memory_goal(tmp_path):
     result = on_paper(tmp_path)
     assert result["attention"] == "flex_attention"
-    # The probe of attention, training, evaluation, and Muon's update of four shapes: each once, all in the warm-up.
-    assert result["graphs_warm"] == result["graphs"] == 3 + 4
+    # The compiler's trial, the probe of attention, training, evaluation, and Muon's update of four shapes: each once,
+    # all before the first step.
+    assert result["graphs_warm"] == result["graphs"] == 4 + 4
     assert result["graph_breaks"] == {}
     assert result["kernels"] > 50
     assert result["largest_shared"] <= result["shared_limit"]
     assert result["evaluation_mb"] < result["training_mb"] < GOAL_MB
+
+
+def test_run_without_a_compiler_goes_through(tmp_path):
+    result = on_paper(tmp_path, "--eager", "--rows", "8")
+    assert (result["attention"], result["graphs"], result["kernels"]) == ("sdpa_attention", 0, 0)
 
 
 @pytest.mark.parametrize("capability", [80, 89, 100, 120])

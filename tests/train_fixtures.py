@@ -1,9 +1,9 @@
-"""What the tests of train.py share: models on any device, and one thread. Run: uv run pytest tests/test_train*.py"""
+"""What the tests of train.py share: models on any device, batches. Run: uv run pytest tests/test_train*.py"""
 
-import contextlib
-
+import pytest
 import torch
 
+from harness import device as harness_device
 from train import GPT, GPTConfig
 
 CLIMBMIX = GPTConfig(2048, 8192, 8, 4, 4, 512, "SSSL")
@@ -18,12 +18,28 @@ def build(config: GPTConfig, device: torch.device | str = "cpu", kind: type[GPT]
     return model
 
 
-@contextlib.contextmanager
-def one_thread():
-    """Two threads that wait for each other on busy cores can take 50 times as long."""
+def shake(model: GPT) -> GPT:
+    """Give the zero matrices values, so that every path counts."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.3 * torch.randn(p.shape, generator=generator)
+    return model
+
+
+def batch(config: GPTConfig, rows: int = 3, seed: int = 2):
+    generator = torch.Generator().manual_seed(seed)
+    x, y = torch.randint(config.vocab_size, (2, rows, config.sequence_len), generator=generator)
+    y[0, :5] = -1
+    return x, y
+
+
+@pytest.fixture(autouse=True)
+def in_float32_on_one_thread(monkeypatch):
+    """Independent formulas are compared in float32, whatever units the CPU has. Two threads that wait for each other
+    on busy cores can take 50 times as long as one."""
+    monkeypatch.setattr(harness_device, "CPU_HAS_BFLOAT16", False)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    yield
+    torch.set_num_threads(threads)

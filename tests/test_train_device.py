@@ -1,0 +1,480 @@
+"""harness/device.py: what a run needs of its device. Run: uv run pytest tests/test_train_device.py"""
+
+import itertools
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import kernels
+import pytest
+import torch
+from torch.nn.attention.flex_attention import flex_attention
+from train_fixtures import batch, build, in_float32_on_one_thread, shake  # noqa: F401 (a fixture)
+
+import prepare
+import train
+from harness import device
+from harness.device import DeviceError
+from train import GPT, GPTConfig
+
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda")
+CONFIG = GPTConfig(sequence_len=16, vocab_size=31, n_layer=2, n_head=2, n_kv_head=2, n_embd=32, window_pattern="SL")
+
+# ---- Attention ----
+
+
+def brute_force_attention(q, k, v, window):
+    """Loops over rows, heads and queries, in float64."""
+    B, T, H, D = q.shape
+    q, k, v = q.double(), k.double(), v.double()
+    y = []
+    for b in range(B):
+        for t in range(T):
+            for h in range(H):
+                kv, first = h // (H // k.size(2)), max(0, t - window)
+                weights = torch.softmax(k[b, first : t + 1, kv] @ q[b, t, h] / math.sqrt(D), dim=0)
+                y.append(weights @ v[b, first : t + 1, kv])
+    return torch.stack(y).view(B, T, H, D)
+
+
+@pytest.mark.parametrize("window", [0, 1, 4, 8, 9, 10])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_sdpa_equals_brute_force_forward_and_gradient(window, kv_heads):
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(2, 10, h, 8, generator=generator).requires_grad_() for h in (4, kv_heads, kv_heads))
+    seed = torch.randn(2, 10, 4, 8, generator=generator)
+    y, expected = device.sdpa_attention(q, k, v, window), brute_force_attention(q, k, v, window)
+    torch.testing.assert_close(y.double(), expected, atol=1e-5, rtol=1e-5)
+    got = torch.autograd.grad((y * seed).sum(), (q, k, v))
+    for name, a, b in zip("qkv", got, torch.autograd.grad((expected * seed).sum(), (q, k, v)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"d{name}: {text}")
+
+
+@pytest.mark.parametrize("window", [1, 50, 150, 200])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_mask_agrees_with_sdpa(window):
+    generator = torch.Generator().manual_seed(4)
+    q, k, v = (torch.randn(1, 200, h, 16, generator=generator) for h in (4, 2, 2))
+    mask = device.attention_mask("flex", 200, window, CPU)
+    by_flex = flex_attention(*(t.transpose(1, 2) for t in (q, k, v)), block_mask=mask, enable_gqa=True).transpose(1, 2)
+    torch.testing.assert_close(by_flex, device.sdpa_attention(q, k, v, window), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_flex_is_traced_into_one_graph_with_masks_that_were_built_before(monkeypatch):
+    config = GPTConfig(128, 64, 2, 2, 2, 32, "SL")
+    model = shake(build(config))
+    x, _ = batch(config)
+    expected = model(x)
+    for window in train.window_sizes(config):
+        device.attention_mask("flex", 128, window, x.device)
+    monkeypatch.setattr(device, "attention_backend", device.flex_attention)
+    masks = dict(device._masks)
+    called = []
+
+    def backend(graph, inputs):
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    with torch.no_grad():
+        logits = torch.compile(model, backend=backend, dynamic=False, fullgraph=True)(x)
+    assert called.count("flex_attention") == config.n_layer  # compiled, it is not replaced as in an export
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    assert device._masks == masks
+    # The compiler names the device with its index; a mask missed for that would be built and compiled once more.
+    assert device.attention_mask("flex", 128, 128, torch.device("cpu:0")) is masks["flex", 128, 128, "cpu"]
+
+
+@pytest.mark.parametrize("backend", ["sdpa_attention", pytest.param("flex_attention", marks=pytest.mark.slow), "flash"])
+def test_exported_model_gives_the_same_logits_and_holds_only_torchs_operators(monkeypatch, backend):
+    """An audit scores the graph where neither train.py nor its kernels are; whatever trained is exported as SDPA."""
+    function = getattr(device, backend, lambda *_: pytest.fail("a kernel of the hub was exported"))
+    config = GPTConfig(16, 40, 2, 2, 1, 32, "SL")
+    model = shake(build(config)).eval()
+    x, _ = batch(config)
+    with torch.no_grad():
+        expected = model(x)
+        monkeypatch.setattr(device, "attention_backend", function)
+        monkeypatch.setattr(device, "_masks", {})
+        graph = torch.export.export(model, (x,))
+        torch.testing.assert_close(graph.module()(x), expected, rtol=1e-6, atol=1e-6)
+    parts = [part for part in graph.graph_module.modules() if isinstance(part, torch.fx.GraphModule)]  # autocast's too
+    called = {str(node.target) for part in parts for node in part.graph.nodes if node.op == "call_function"}
+    assert "aten.scaled_dot_product_attention.default" in called
+    assert not [name for name in called if not name.startswith(("aten.", "wrap_with_autocast", "<built-in"))]
+    assert device._masks == {}  # a mask of the tracer's would break the model later
+
+
+def test_probe_accepts_sdpa_and_refuses_a_back_end_that_drops_the_window_or_has_a_wrong_gradient():
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 1.1 * grad
+
+    device.probe_attention(device.sdpa_attention, 64, 20, 48, CPU)
+    with pytest.raises(ValueError, match="output differs from SDPA by"):
+        device.probe_attention(lambda q, k, v, window: device.sdpa_attention(q, k, v, 64), 64, 20, 48, CPU)
+    with pytest.raises(ValueError, match=r"dv differs from SDPA by 0\.1"):
+        device.probe_attention(
+            lambda q, k, v, window: device.sdpa_attention(q, k, Wrong.apply(v), window), 64, 20, 48, CPU
+        )
+
+
+@pytest.mark.parametrize(
+    ("compiled", "works", "failed"),
+    [
+        (True, "flash-attention-3@abc1234", []),
+        (True, "flex", ["flash-attention-3"]),
+        (True, "sdpa", ["flash-attention-3", "flex"]),
+        (False, "flash-attention-3@abc1234", []),
+        (False, "sdpa", ["flash-attention-3"]),
+    ],
+)
+def test_first_back_end_that_passes_its_probe_is_chosen_and_those_before_say_why(
+    monkeypatch, capsys, compiled, works, failed
+):
+    """On a CUDA device that is not there: compiler, masks and probe are stand-ins."""
+    functions = {"flash-attention-3@abc1234": print, "flex": device.flex_attention, "sdpa": device.sdpa_attention}
+
+    def probe(backend, T, window, head_dim, where):
+        assert (T, window, head_dim, where) == (12, 6, 32, CUDA)
+        if backend is not functions[works]:
+            raise ValueError("dv differs\nfrom SDPA by 0.5")
+
+    monkeypatch.setattr(device, "attention_backend", None)
+    monkeypatch.setattr(device, "load_flash_attention", lambda: ("flash-attention-3@abc1234", print))
+    monkeypatch.setattr(device, "probe_attention", probe)
+    monkeypatch.setattr(device, "attention_mask", lambda *_: None)
+    monkeypatch.setattr(torch, "compile", lambda backend, dynamic: backend)
+    assert device.choose_attention(12, [6, 12], 32, CUDA, compiled) == works
+    assert device.attention_backend is functions[works]
+    assert capsys.readouterr().err.splitlines() == [
+        f"attention: no {kind}: ValueError: dv differs from SDPA by 0.5" for kind in failed
+    ]
+
+
+@pytest.mark.parametrize("name", ["cpu", "mps"])
+def test_sdpa_is_taken_without_a_trial_beside_cuda(monkeypatch, capsys, name):
+    monkeypatch.setattr(device, "attention_mask", lambda *_: None)
+    monkeypatch.setattr(device, "load_flash_attention", lambda: pytest.fail("tried"))
+    assert device.choose_attention(12, [6, 12], 32, torch.device(name), True) == "sdpa"
+    assert (device.attention_backend, capsys.readouterr().err) == (device.sdpa_attention, "")
+
+
+def fake_snapshot(cache: Path, commit: str, version: int, age: float, body: str) -> Path:
+    """A kernel as the hub's local cache holds it: one build variant, no refs."""
+    snapshot = cache / "kernels--kernels-community--flash-attn3" / "snapshots" / commit
+    build = snapshot / "build" / "torch-universal"
+    build.mkdir(parents=True)
+    metadata = {"id": f"flash_attn3_{commit}", "name": "flash-attn3", "version": version, "license": "BSD-3-Clause"}
+    metadata |= {"python-depends": [], "backend": {"type": "cuda"}}
+    (build / "metadata.json").write_text(json.dumps(metadata))
+    (build / "__init__.py").write_text(body)
+    os.utime(snapshot, (time.time() - age, time.time() - age))
+    return snapshot
+
+
+CALLS_SDPA = """
+from harness import device
+
+def flash_attn_func(q, k, v, causal, window_size):
+    assert causal and window_size[1] == 0
+    return device.sdpa_attention(q, k, v, window_size[0]), "log-sum-exp"
+"""
+
+
+@pytest.fixture
+def h100(monkeypatch, tmp_path):
+    """A GPU that the kernel is built for, and an empty local cache of kernels."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setenv("KERNELS_CACHE", str(tmp_path))
+    monkeypatch.setattr(kernels, "get_kernel", lambda *args, **options: pytest.fail("asked the hub"))
+    return tmp_path
+
+
+def test_run_takes_the_newest_kernel_that_loads_from_the_local_cache_and_names_its_revision(h100, capsys):
+    with pytest.raises(FileNotFoundError, match=r"not on this machine: 'uv run prepare\.py' fetches it"):
+        device.load_flash_attention()
+    fake_snapshot(h100, "0123456789older", 1, age=50, body=CALLS_SDPA)
+    fake_snapshot(h100, "fedcba9876newer", 1, age=5, body=CALLS_SDPA)
+    fake_snapshot(h100, "other", 2, age=1, body="raise ImportError('another version')")
+    name, backend = device.load_flash_attention()
+    assert (name, capsys.readouterr().err) == ("flash-attention-3@fedcba9", "")
+    device.probe_attention(backend, 64, 20, 48, CPU)
+
+    damaged = fake_snapshot(h100, "damaged", 1, age=1, body="raise ImportError('for another torch')")
+    assert device.load_flash_attention()[0] == "flash-attention-3@fedcba9"
+    assert capsys.readouterr().err.startswith(f"attention: no kernel in {damaged}: ")
+
+
+def test_kernel_is_fetched_once_and_what_prevents_it_is_said_in_one_line(h100, monkeypatch):
+    asked = []
+
+    def get_kernel(*args, **options):
+        asked.append((args, options))
+        fake_snapshot(h100, "abc1234def", 1, age=5, body=CALLS_SDPA)
+
+    monkeypatch.setattr(kernels, "get_kernel", get_kernel)
+    assert device.fetch_attention_kernel() == "attention: flash-attention-3@abc1234 is here"
+    assert device.fetch_attention_kernel() == "attention: flash-attention-3@abc1234 is here"
+    assert asked == [(("kernels-community/flash-attn3",), {"version": 1})]
+
+    def no_network(*args, **options):
+        raise ConnectionError("no route\nto the hub")
+
+    monkeypatch.setenv("KERNELS_CACHE", str(h100 / "empty"))
+    monkeypatch.setattr(kernels, "get_kernel", no_network)
+    problem = "attention: flash-attention-3 cannot be fetched, runs take another back-end: "
+    assert device.fetch_attention_kernel() == problem + "ConnectionError: no route to the hub"
+
+
+def test_kernel_is_neither_fetched_nor_looked_for_on_a_device_that_it_is_not_built_for(h100, monkeypatch):
+    fake_snapshot(h100, "abc1234def", 1, age=5, body=CALLS_SDPA)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (12, 0))
+    assert device.fetch_attention_kernel() == ""
+    with pytest.raises(ValueError, match=r"it is not built for compute capability 12\.0"):
+        device.load_flash_attention()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device.fetch_attention_kernel() == ""
+
+
+# ---- The compiler and its cache ----
+
+
+def test_compiler_that_builds_no_kernel_is_one_error_line_with_both_remedies(monkeypatch, tmp_path):
+    def compile_nothing(function):
+        def call(x):
+            raise RuntimeError("PTXASError: ptxas fatal\n: Value 'sm_121a' is not defined for option 'gpu-name'")
+
+        return call
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    monkeypatch.setattr(torch, "zeros", lambda *args, **options: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (12, 1))
+    with pytest.raises(DeviceError) as error:
+        device.prepare_compiler(tmp_path, CUDA)
+    assert str(error.value) == (
+        "torch.compile builds no kernel for this cuda: set COMPILE = False in train.py, or TRITON_PTXAS_PATH to the "
+        "ptxas of a CUDA toolkit that knows compute capability 12.1 (RuntimeError: PTXASError: ptxas fatal : Value "
+        "'sm_121a' is not defined for option 'gpu-name')"
+    )
+
+
+def test_compile_cache_over_its_limit_is_emptied_of_what_compilers_wrote_and_of_nothing_else(tmp_path, capsys):
+    for name in ("triton/0/KEY/kernel.cubin", "ab/code.py", "fxgraph/ab/key/graph", "fit-0123.txt", "thesis/one.tex"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(100))
+    device.limit_compile_cache(tmp_path, limit=500)
+    assert (len(list(tmp_path.iterdir())), capsys.readouterr().err) == (5, "")
+    device.limit_compile_cache(tmp_path, limit=499)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fit-0123.txt", "thesis"]
+    assert capsys.readouterr().err == f"{tmp_path} holds 0 GB: it is emptied\n"
+    device.limit_compile_cache(tmp_path / "missing", limit=0)
+
+
+# ---- Warm-up ----
+
+
+def test_device_batch_halves_until_it_fits_and_divides_the_total():
+    tried = []
+
+    def trial(rows):
+        tried.append(rows)
+        if rows > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    assert device.fit_device_batch(trial, total_rows=48, upper_bound=30) == 3
+    assert tried == [24, 12, 6, 3]
+    assert device.fit_device_batch(lambda rows: None, total_rows=7, upper_bound=4) == 1
+    assert device.fit_device_batch(lambda rows: None, total_rows=4, upper_bound=128) == 4
+
+
+def test_a_single_row_that_does_not_fit_is_an_error_with_a_remedy_and_a_bug_is_none_of_memory():
+    def trial(rows):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB")
+
+    def broken(rows):
+        raise RuntimeError("a bug")
+
+    with pytest.raises(DeviceError, match=r"^one row runs out of memory: make the model smaller .*Tried to allocate"):
+        device.fit_device_batch(trial, 8, 8)
+    with pytest.raises(RuntimeError, match="a bug"):
+        device.fit_device_batch(broken, 8, 8)
+
+
+def test_fit_is_remembered_by_device_memory_and_kind_and_a_damaged_note_is_none(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "card")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (23.7 * 2**30, 24 * 2**30))
+    note = device.fit_note("flex, a model")
+    assert device.read_fit(note, 64) == 64
+    for text, rows in (("16", 16), ("128", 64), ("-1", 1), ("", 64), ("many", 64)):
+        note.write_text(text)
+        assert device.read_fit(device.fit_note("flex, a model"), 64) == rows
+    assert device.fit_note("sdpa, a model") != note
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (11.7 * 2**30, 12 * 2**30))
+    assert device.fit_note("flex, a model") != note
+
+
+def snapshot(model) -> dict:
+    return {name: t.detach().clone() for name, t in itertools.chain(model.named_parameters(), model.named_buffers())}
+
+
+class Hungry(GPT):
+    """Runs out of memory above two rows, in the backward pass, after it changed things."""
+
+    def forward(self, idx, targets=None):
+        loss = super().forward(idx, targets)
+        if targets is not None and len(idx) > 2:
+            with torch.no_grad():
+                self.lm_head.weight.add_(1)
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return loss
+
+
+@pytest.mark.parametrize(("kind", "rows"), [(GPT, 8), (Hungry, 2)])
+def test_warm_up_trains_and_evaluates_says_where_time_goes_and_leaves_no_trace(capsys, kind, rows):
+    model = build(CONFIG, kind=kind)
+    optimizer = model.setup_optimizer()
+    before, changed, step = snapshot(model), [], optimizer.step
+    optimizer.step = lambda: (step(), changed.append(not torch.equal(model.lm_head.weight, before["lm_head.weight"])))
+    assert device.warm_up(model, optimizer, 31, 16, total_rows=8, upper_bound=8, compiled=False, kind="") == rows
+    assert all(changed) and changed  # real steps were made, and undone
+    after = snapshot(model)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not optimizer.state
+    assert all(p.grad is None for p in model.parameters())
+    assert model.training
+    *halved, threads, times = capsys.readouterr().err.splitlines()
+    assert halved == [f"out of memory with {n} rows per micro-step: halving them" for n in (8, 4) if n > rows]
+    assert threads == "threads: 1 of 1"
+    assert times.startswith(f"milliseconds of a micro-step of {rows} rows: forward ")
+    parts = [part.split()[0] for part in times.split(": ")[1].split(", ")]
+    assert parts == ["forward", "loss", "backward", "optimizer"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "chosen"),
+    [
+        ({4: 0.10, 2: 0.12, 1: 0.2}, 4),
+        ({4: 0.10, 2: 0.095, 1: 0.2}, 4),  # not 10% faster: no choice by noise
+        ({4: 0.30, 2: 0.20, 1: 0.1}, 1),
+    ],
+)
+def test_threads_are_fewer_only_where_that_is_clearly_faster(monkeypatch, seconds, chosen):
+    used = [4]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: used[-1])
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    monkeypatch.setattr(device, "seconds_of", lambda micro_step: seconds[used[-1]])
+    assert device.choose_threads(lambda: None) == used[-1] == chosen
+
+
+# ---- A GPU that torch cannot start ----
+
+
+def test_driver_too_old_is_one_error_line_with_both_versions_but_for_a_profile_of_the_cpu(monkeypatch, capsys):
+    def init():
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 12040). Please update it")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(prepare, "default_device", lambda: pytest.fail("went on"))
+    monkeypatch.setattr(train, "PROFILE", "climbmix")
+    assert train.main() == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == (
+        f"error: a GPU is there, but torch {torch.__version__} needs CUDA 13.0: its driver supports CUDA 12.4, which "
+        "is too old: update the NVIDIA driver, or train on the CPU with AUTORESEARCH_PROFILE=pocket\n"
+    )
+    device.check_driver(may_use_cpu=True)
+    assert capsys.readouterr().err.startswith("training on the CPU: a GPU is there, but")
+
+
+# ---- What the summary says ----
+
+
+class Letters:
+    """A tokenizer: a character is its own token, and 0 begins a document."""
+
+    def get_bos_token_id(self):
+        return 0
+
+    def encode(self, text):
+        return [ord(c) for c in text]
+
+    def decode(self, tokens):
+        return "".join(map(chr, tokens))
+
+
+class Bigrams(torch.nn.Module):
+    """A model whose next token depends on the last alone; `rows` are what it was called with."""
+
+    def __init__(self, successors: dict[str, str]):
+        super().__init__()
+        self.rows, self.scores_VV = [], torch.nn.Parameter(torch.zeros(128, 128))
+        for last, following in successors.items():
+            self.scores_VV.data[ord(last), ord(following)] = 1e4
+
+    def forward(self, idx):
+        self.rows += idx.tolist()
+        return self.scores_VV[idx]
+
+
+def test_sample_continues_its_prompt_on_one_line_until_it_is_long_enough_or_the_document_or_the_row_ends():
+    model = Bigrams({"t": "a", "a": "\n", "\n": "a"})
+    assert device.write_sample(model, Letters(), "a\nt", row_length=64, characters=8) == r"a\nta\na\na"
+    assert model.rows[0] == [0, *map(ord, "a\nt")]
+    assert all(row[0] == 0 for row in model.rows)
+    assert device.write_sample(Bigrams({"t": "a", "a": "b", "b": "\0"}), Letters(), "t", 64) == "tab"
+    model = Bigrams({"t": "a", "a": "a"})
+    assert device.write_sample(model, Letters(), "t", 64) == "t" + "a" * 62
+    assert max(map(len, model.rows)) == 63
+
+
+def test_sample_is_drawn_and_the_same_for_the_same_weights_and_empty_with_a_line_where_it_fails(capsys):
+    model = Bigrams({})
+    model.scores_VV.data[:, 0] = -1e4
+    torch.manual_seed(1)
+    sample = device.write_sample(model, Letters(), "t", 64)
+    torch.manual_seed(2)
+    assert sample == device.write_sample(model, Letters(), "t", 64)
+    assert len(set(sample)) > 15
+    assert sample.isprintable()
+    assert device.write_sample(torch.nn.Linear(1, 1), Letters(), "t", 64) == ""
+    assert capsys.readouterr().err.startswith("no sample: RuntimeError: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A10", 125),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA RTX A4000", 0),
+        ("cpu", 0),
+    ],
+)
+def test_peak_of_a_device_is_found_by_whole_words(name, tflops):
+    assert device.peak_flops(name) == tflops * 1e12
+
+
+def test_peak_memory_on_a_cpu_is_that_of_the_process():
+    before = device.peak_memory_mb(CPU)
+    block = torch.ones(int((before + 100) * 2**18))
+    assert device.peak_memory_mb(CPU) > before + 100
+    del block
