@@ -178,7 +178,8 @@ class Ratchet:
         if number:
             with self.lock:
                 run = self.tag.ledger[number]
-                self.tag.append(replace(run, is_stale=False, reason="gained on a former champion; does not go with this"))
+                reason = "gained on a former champion, and does not go with the present one"
+                self.tag.append(replace(run, is_stale=False, reason=reason))
 
     def find_problem(self, source: bytes, again_of: int = 0) -> str:
         """The gate: why an edit is not worth a run, "" if it is. It must compile, and say something new."""
@@ -280,8 +281,8 @@ class Ratchet:
             if run.status == "crash":
                 decided.append(run)
             elif run.commit == runs[0].commit:
-                of_crashed = status == "crash"
-                decided.append(replace(run, status="discard" if of_crashed else status, reason=reason, is_stale=is_stale))
+                own = "discard" if status == "crash" else status  # a run beside the one that crashed
+                decided.append(replace(run, status=own, reason=reason, is_stale=is_stale))
             else:
                 decided.append(replace(run, status="keep" if run.commit == self.tag.champion else "discard"))
         # The champion's own replicates first: the last `keep` line is the champion.

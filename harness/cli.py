@@ -90,7 +90,8 @@ def command_run(domain: Domain, checkout: Path, ratchet: type, args: argparse.Na
     with tag.locked(), Interrupts(checkout / "STOP") as interrupts:
         clean_worktrees(tag)
         facts = open_session(tag, interrupts.were_sent)
-        say(f"{tag.branch}: profile {facts.profile} ({facts.reason}), {facts.device_name}, {facts.time_budget:g} s a run")
+        where = f"profile {facts.profile} ({facts.reason}), {facts.device_name}"
+        say(f"{tag.branch}: {where}, {facts.time_budget:g} s a run")
         runner = make_runner(tag, facts, options, interrupts)
         session = Session(ratchet(tag, facts, runner, options.confirm), options, interrupts)
         try:

@@ -76,7 +76,7 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(names[:NAMES_LISTED]) + more
 
 
-# Control characters, what UTF-8 cannot hold, and marks that turn the direction of text: a description could hide in them.
+# Control characters, what UTF-8 cannot hold, and marks that turn the direction of text, in which words can hide.
 UNPRINTABLE = re.compile(r"[\x00-\x20\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]+")
 
 

@@ -1,4 +1,4 @@
-"""The machine: what a child's environment holds, and what must be there before a run. Its faults are never an idea's."""
+"""The machine: what a child's environment holds, what must be there before a run, and who else uses the processors."""
 
 import contextlib
 import importlib.metadata

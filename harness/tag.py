@@ -154,7 +154,8 @@ class Tag:
             if error.errno not in WITHOUT_LOCKS:
                 raise
             remedy = "export AUTORESEARCH_LOCKS=FOLDER, a folder on a local disk, for every command on this tag"
-            raise UserError(f"{self._lock_path()}: its file system has no locks ({error.strerror}): {remedy}", 2) from error
+            problem = f"{self._lock_path()}: its file system has no locks ({error.strerror})"
+            raise UserError(f"{problem}: {remedy}", 2) from error
 
     def write_live(self, state: dict) -> None:
         """Tell `status` what the loop does. Nothing depends on it."""

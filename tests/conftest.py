@@ -139,7 +139,7 @@ def start_piped(command: list[str], env: dict[str, str], cwd: Path | None = None
 
 @functools.cache
 def template() -> Path:
-    """The checkout that every scratch one is a copy of, made once a process: with short waits, compiled and committed."""
+    """The checkout that every scratch one is a copy of, made once a process: short waits, compiled, committed."""
     folder = Path(tempfile.mkdtemp(prefix="autoresearch-checkout-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     checkout = Checkout.__new__(Checkout)

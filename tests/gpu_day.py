@@ -38,8 +38,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from harness.environment import OF_A_RUN
 from harness.files import read_tail, read_text, remove_folder, write_atomically
+from harness.machine import OF_A_RUN
 from harness.processes import find_processes, run_child
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -105,7 +105,8 @@ def test_tag_defaults_to_the_current_branchs_else_to_today(checkout):
 
 
 def test_unknown_profile_is_refused_with_the_evaluators_own_words(checkout):
-    assert refused(checkout, "--agent-cmd", "true", code=2, AUTORESEARCH_PROFILE="tiny") == "error: unknown profile 'tiny'"
+    error = refused(checkout, "--agent-cmd", "true", code=2, AUTORESEARCH_PROFILE="tiny")
+    assert error == "error: unknown profile 'tiny'"
 
 
 NO_SENSE = [
@@ -120,7 +121,10 @@ NO_SENSE = [
     (["try", "an idea", "--base"], "argument --base: not allowed with argument description"),
     (["try", "--again", "x"], "argument --again: invalid int value: 'x'"),
     (["--max-usd", "-1", "--agent-cmd", "true"], "--max-usd -1.0: give 0 or more"),
-    (["--max-usd", "5", "--agent", "codex"], "--max-usd 5: codex reports no dollars: claude, vibe, opencode, kilo, pi do"),
+    (
+        ["--max-usd", "5", "--agent", "codex"],
+        "--max-usd 5: codex reports no dollars: claude, vibe, opencode, kilo, pi do",
+    ),
     (["--patience", "0", "--agent-cmd", "true"], "--patience 0: give 1 or more"),
     (["--target", "nan", "--agent-cmd", "true"], "--target nan: give a val_bpb from 0.01 to 100"),
     (["--notify", " ", "--agent-cmd", "true"], "--notify ' ': give a shell command"),
@@ -145,7 +149,8 @@ def test_help_names_every_command(checkout):
 
 def test_terminal_that_is_not_utf_8_and_a_reader_that_has_read_enough_are_no_errors(checkout):
     checkout.home().mkdir(parents=True)
-    line = '{"number": 1, "commit": "1234567", "status": "keep", "purpose": "baseline", "score": 1.0, "description": "gr\u00f6\u00dfer"}'
+    line = '{"number": 1, "commit": "1234567", "status": "keep", "purpose": "baseline", "score": 1.0,'
+    line += ' "description": "gr\u00f6\u00dfer"}'
     (checkout.home() / "runs.jsonl").write_text(line + "\n")
     assert "gr??er" in checkout.loop("status", "--tag", "t", PYTHONIOENCODING="ascii").stdout
     for unbuffered in ("", "1"):  # written at the exit, or at once

@@ -33,7 +33,8 @@ seen, moves, busy = 0, 0, False
 def everything():
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
-            if int(pid) != os.getpid() and f"KILL_CHECKOUT={CHECKOUT}".encode() in open(f"/proc/{pid}/environ", "rb").read():
+            environment = open(f"/proc/{pid}/environ", "rb").read()
+            if int(pid) != os.getpid() and f"KILL_CHECKOUT={CHECKOUT}".encode() in environment:
                 os.kill(int(pid), 9)
         except OSError:
             pass
@@ -92,7 +93,7 @@ class Night:
         checkout.replace("train.py", "LR = 0.1", "\n\n\nLR = 300")
         checkout.replace("train.py", "SECONDS = 0.0", "\n\n\nSECONDS = 0.05")
         checkout.set_knob(DEPTH=3000)
-        with open(checkout.path / "train.py", "a") as file:  # what was measured, told by another witness than the ledger
+        with open(checkout.path / "train.py", "a") as file:  # what was measured, by another witness
             file.write(f'print("x", file=open({str(checkout.outside / "measured")!r}, "a"))\n')
         checkout.set_constant("harness/repository.py", "LOCK_PATIENCE", "0.3")
         checkout.commit("a fork with short waits")
@@ -189,7 +190,8 @@ class Night:
         best = [float(row[1]) for row in rows if row[3] == "keep"]
         assert best == sorted(best, reverse=True) and len(set(best)) == len(best), how
         # the numbers: none ever reused, every row's commit findable under its own
-        lines = checkout.git("for-each-ref", "--format=%(refname:lstrip=3) %(objectname) %(subject)", "refs/autoresearch/t")
+        layout = "--format=%(refname:lstrip=3) %(objectname) %(subject)"
+        lines = checkout.git("for-each-ref", layout, "refs/autoresearch/t")
         refs = {int(number): rest for number, rest in (line.split(" ", 1) for line in lines.splitlines())}
         for number, rest in refs.items():
             assert rest.split(" ", 1)[1].startswith(f"run {number:04d}: "), how

@@ -225,5 +225,6 @@ def test_description_of_any_edit_is_one_line(start, source):
 def test_description_names_old_and_new_values_of_each_block():
     start = b"DEPTH = 8  # layers\nLR = 0.1\nif X:\n    DEPTH = 2\n"
     assert describe_edit(start, start.replace(b"= 2", b"= 3"), "train.py") == "DEPTH 2 -> 3"
-    assert describe_edit(start, start.replace(b"= 8", b"= 9").replace(b"0.1", b"0.2"), "t") == "DEPTH 8 -> 9, LR 0.1 -> 0.2"
+    two = start.replace(b"= 8", b"= 9").replace(b"0.1", b"0.2")
+    assert describe_edit(start, two, "train.py") == "DEPTH 8 -> 9, LR 0.1 -> 0.2"
     assert describe_edit(start, b"", "train.py") == "edit of train.py"

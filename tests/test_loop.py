@@ -226,7 +226,8 @@ def test_simplification_is_kept_within_the_noise_and_strings_count(checkout: Che
         n = count()
         text = pathlib.Path("train.py").read_text()
         if n == 1:
-            text = text.replace("EXTRA = [1, 2, 3, 4, 5, 6, 7, 8]", "exec('EXTRA = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]')")
+            hidden = "exec('EXTRA = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]')"
+            text = text.replace("EXTRA = [1, 2, 3, 4, 5, 6, 7, 8]", hidden)
         else:
             text = text.replace("EXTRA = [1, 2, 3, 4, 5, 6, 7, 8]\\n", "")
         pathlib.Path("train.py").write_text(text)
@@ -271,7 +272,8 @@ def test_confirm_keeps_a_real_gain_and_no_lucky_one(checkout: Checkout):
     """The lucky edit looks good on the first seed alone."""
     agent = checkout.agent("""
         if count() == 1:
-            text = pathlib.Path("train.py").read_text().replace("* (seed - 42))", "* (seed - 42) - 0.05 * (seed == 42))")
+            text = pathlib.Path("train.py").read_text()
+            text = text.replace("* (seed - 42))", "* (seed - 42) - 0.05 * (seed == 42))")
             pathlib.Path("train.py").write_text(text)
         else:
             knob("DEPTH", 12)
@@ -289,7 +291,8 @@ def test_profile_without_a_known_noise_runs_its_baseline_twice(checkout: Checkou
     checkout.commit("a profile of one's own")
     checkout.loop(*BASELINE)
     assert [row[3] for row in checkout.rows()] == ["keep", "keep"]
-    assert [run.seed for run in checkout.runs()][0] == 42 and checkout.runs()[1].seed != 42
+    first, second = checkout.runs()
+    assert first.seed == 42 and second.seed != 42
 
 
 def test_training_sees_no_key_and_nothing_that_changes_python(checkout: Checkout):

@@ -15,9 +15,9 @@ import pytest
 from conftest import ROOT
 
 from harness import processes
+from harness.console import Interrupts, StopNow, duration, one_line, say, show_live_line
 from harness.files import open_regular, read_tail, read_text, write_atomically
 from harness.processes import Ending, find_processes, run_child, sweep
-from harness.console import Interrupts, StopNow, duration, one_line, say, show_live_line
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""One run: measure(job, place) on the tests' own evaluator. What it prints, leaves and does decides what is believed."""
+"""One run: measure(job, place) on the tests' own evaluator. What it prints and leaves decides what is believed."""
 
 import fcntl
 import io
