@@ -109,6 +109,7 @@ class Record:
     bytes: int | None = None  # that those tokens stand for
     busy_others: float | None = None  # share of the processors that others used meanwhile, 0 to 1
     device_others: int | None = None  # other processes on the device
+    weights_sha256: str | None = None  # of the model that was scored
     cache: str | None = None  # folder of the data that it read; None: the judge does not say
     test_score: float | None = None
     test_rows: int | None = None
