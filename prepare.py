@@ -345,14 +345,14 @@ def _source_state() -> str:
     """Number, size and newest time of a person's own files, by which a later run sees that the source has changed."""
     if SOURCE.startswith("python:"):
         return ""
-    try:
+    status = []
+    with contextlib.suppress(UserError):  # the source is gone
         status = [file.stat() for file in _local_files()]
-    except UserError:
-        return "nothing"
-    newest = time.ctime(max((one.st_mtime for one in status), default=0))
-    return (
-        f"{len(status)} files, {sum(one.st_size for one in status):,} bytes, the newest of {newest}" if status else ""
-    )
+    if not status:
+        return ""
+    num_bytes = sum(one.st_size for one in status)
+    newest = time.ctime(max(one.st_mtime for one in status))
+    return f"{len(status)} files, {num_bytes:,} bytes, the newest of {newest}"
 
 
 def _say_what_is_kept(folder):
@@ -360,7 +360,8 @@ def _say_what_is_kept(folder):
     now = _source_state()
     path = folder / "source.txt"  # earlier versions wrote none
     then = path.read_text(encoding="utf-8") if path.exists() else now
-    changed = f"; {SOURCE} has changed since it was read: it was {then}, now it is {now}" if now != then else ""
+    change = f"; {SOURCE} has changed since it was read: it was {then}, now it is {now or 'gone'}"
+    changed = change if now != then else ""
     print(f"kept {folder}{changed}: to read {SOURCE} anew, delete {CACHE} and run again")
 
 
@@ -633,9 +634,6 @@ class Tokenizer:
             meta = json.loads((directory / "tokenizer.json").read_bytes())
         except FileNotFoundError as error:
             raise UserError(_not_prepared(error.filename)) from error
-        except ValueError as error:
-            remedy = f"delete {directory} and run 'uv run prepare.py'"
-            raise UserError(f"{directory}/tokenizer.json is damaged ({error}): {remedy}") from error
         ranks = {}
         for line in lines:
             token, rank = line.split()
@@ -825,10 +823,12 @@ def check_data() -> dict[str, str]:
     return _check_files(_manifest())
 
 
-def _check_files(manifest):
+def _check_files(manifest, may_be_missing=False):
     found = {}
     for name, file in manifest["metric"]["files"].items():
         path = CACHE / name
+        if may_be_missing and not path.exists():
+            continue
         found[name] = _sha256(path) if path.exists() else "none"
         if found[name] != file["sha256"]:
             change = f"SHA-256 {found[name][:12]}, was {file['sha256'][:12]}"
@@ -1512,6 +1512,8 @@ def _devices(kind: str) -> dict[str, dict]:
 def _prepare(num_shards: int | None, workers: int) -> None:
     """Makes what is missing. What the metric depends on, once prepared, must come out as it was."""
     earlier = _manifest(may_change=SCORING) if (CACHE / "manifest.json").exists() else None
+    if earlier:
+        _check_files(earlier, may_be_missing=True)
     texts = _texts(num_shards, workers)
     train = [name for name in texts if name not in ("val", "test")]
     if not _has_tokenizer():

@@ -191,13 +191,6 @@ def test_run_is_evaluated_once_whatever_becomes_of_its_record(run, tmp_path):
     assert not (tmp_path / "result.json").exists()
 
 
-def test_record_of_an_earlier_run_is_not_overwritten(run, tmp_path):
-    (tmp_path / "result.json").write_text("{}")
-    start_clock(run)
-    refused(run, "a run is scored once, and .* holds this run's record", evaluate, run, Toy())
-    assert (tmp_path / "result.json").read_text() == "{}"
-
-
 def test_evaluation_that_the_model_breaks_off_is_the_only_one(run, evaluator):
     """Else a model could look at all rows, raise, and train on what it saw."""
     for prepare in (run, evaluator):

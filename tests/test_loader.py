@@ -6,7 +6,6 @@ Run: uv run pytest tests/test_loader.py
 import itertools
 import subprocess
 import sys
-import threading
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -111,15 +110,6 @@ def test_batches_stay_as_they_were_when_kept(tiny):
     kept = [(x, x.clone()) for x, _, _ in itertools.islice(loader, 20)]
     assert all(torch.equal(x, copy) for x, copy in kept)
     loader.close()
-
-
-def test_loader_closed_leaves_no_thread(tiny):
-    evaluator = load_prepare(tiny[0], "tiny", tiny[1])
-    loader = evaluator.make_dataloader(evaluator.Tokenizer.from_directory(), 4, 32, "train", device="cpu")
-    next(loader)
-    assert any("loader" in thread.name for thread in threading.enumerate())
-    loader.close()
-    assert not any("loader" in thread.name for thread in threading.enumerate())
 
 
 @pytest.mark.parametrize(("B", "T", "split"), [(0, 8, "train"), (4, 0, "train"), (4, 8, "dev")])

@@ -4,13 +4,11 @@ Run: uv run pytest tests/test_prepare.py
 """
 
 import hashlib
-import json
 import os
 import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from collections import Counter
 from functools import cache
@@ -28,7 +26,6 @@ from prepare_fixtures import (
     copy_prepare,
     die_at,
     english,
-    environment,
     error_line,
     load_prepare,
     profile_row,
@@ -195,13 +192,6 @@ def test_document_goes_to_the_split_that_its_digest_says(shared):
     assert found == expected
 
 
-def test_pieces_are_cut_at_line_ends(shared):
-    line = "x" * 39 + "\n"
-    assert list(shared._cut(line * 5, 100)) == [line * 2, line * 2, line]
-    assert list(shared._cut("y" * 250 + "\n" + line, 100)) == ["y" * 100, "y" * 100, "y" * 50 + "\n" + line]
-    assert list(shared._cut("", 100)) == []
-
-
 def test_local_files_of_every_kind_give_the_same_text_and_digest(tmp_path, shared):
     """In another folder than the shared profile's source: no path is part of the digest."""
     documents, folder = corpus(), tmp_path / "elsewhere"
@@ -217,19 +207,6 @@ def test_local_files_of_every_kind_give_the_same_text_and_digest(tmp_path, share
     evaluator = prepared(tmp_path, folder)
     assert texts_of(evaluator) == texts_of(shared)
     assert evaluator._manifest()["digest"] == shared._manifest()["digest"]
-
-
-def test_installed_packages_come_after_the_standard_library(tmp_path, monkeypatch):
-    standard, installed = ["lib/json/decoder.py"], ["lib/site-packages/pip.py", "platform/torch.py"]
-    for name in (*standard, *installed, "lib/dist-packages/apt.py", "lib/json/notes.txt"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    folders = {"stdlib": "lib", "purelib": "lib/site-packages", "platlib": "platform"}
-    paths = {key: str(tmp_path / folder) for key, folder in folders.items()}
-    monkeypatch.setattr("sysconfig.get_paths", lambda: paths)
-    evaluator = load_prepare(PREPARE, "code", tmp_path)
-    found = [str(file.relative_to(tmp_path)) for file in evaluator._local_files()]
-    assert found == standard + installed
 
 
 def test_another_torch_than_the_pinned_one_is_told(tmp_path, monkeypatch, capsys):
@@ -270,6 +247,8 @@ def test_short_text_and_jsonl_stay_whole_and_a_long_line_is_cut_hard(tmp_path, s
     assert len(list(shared._read_documents([path]))) == 1
 
 
+# Three letters with a space before each: too few pairs for a vocabulary.
+POOR = "".join(f'{{"text": " {" ".join("abc"[(i >> k) % 3] for k in range(12))}"}}\n' for i in range(4000)).encode()
 BAD_SOURCES = {  # file of the source and its bytes; the error line; {} stands for the file
     "jsonl": ("a.jsonl", b'{"text": "x"}\n{"body": 1}\n', "{}:2 is no JSON object with a string in 'text': mend it"),
     "number": ("a.jsonl", b'{"text": 5}\n', "{}:1 is no JSON object with a string in 'text': mend it"),
@@ -280,7 +259,11 @@ BAD_SOURCES = {  # file of the source and its bytes; the error line; {} stands f
         b"word " * 600,
         "split 'val' is empty (of 1 documents one in twenty is for 'val', one for",
     ),
-    "poor": ("a.txt", b"abc\n" * 60000, "316 are needed: give {} more text (about 0.2 MB, in many documents) and run"),
+    "poor": (
+        "a.jsonl",
+        POOR,
+        "316 are needed: give {} more text (about 0.2 MB, in many documents) and run again; text",
+    ),
     "little": (
         "a.jsonl",
         None,
@@ -294,7 +277,7 @@ def test_bad_source_is_one_error_line(tmp_path, capsys, kind):
     name, data, error = BAD_SOURCES[kind]
     path = tmp_path / name
     if data is None:
-        write_jsonl(path, corpus()[:150])
+        write_jsonl(path, corpus()[:100])
     else:
         path.write_bytes(data)
     evaluator = prepared(tmp_path, path, expect=1)
@@ -313,16 +296,6 @@ def test_missing_path_is_not_asked_of_the_hub(tmp_path, capsys, source):
     ) == f"error: source {os.path.expanduser(source)} does not exist: mend it in PROFILES".replace(
         "./no", "no", source.startswith("./")
     )
-
-
-def test_damaged_page_of_a_parquet_file_is_named(tmp_path, capsys):
-    path = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"text": corpus()}), path, compression="zstd")
-    data = bytearray(path.read_bytes())
-    data[1000:2000] = bytes(1000)
-    path.write_bytes(data)
-    prepared(tmp_path, path, expect=1)
-    assert error_line(capsys).startswith(f"error: {path} is damaged (")
 
 
 def test_bytes_that_are_no_text_and_nulls_are_told_with_file_and_count(tmp_path, capsys):
@@ -360,7 +333,7 @@ def test_changed_source_is_told_and_what_was_prepared_stays(tmp_path, capsys):
     )
     assert re.fullmatch(changed + rf"now it is 2 files, {size + 4:,} bytes, .*{remedy}", said())
     shutil.rmtree(path.parent)
-    assert re.fullmatch(changed + f"now it is nothing{remedy}", said())
+    assert re.fullmatch(changed + f"now it is gone{remedy}", said())
     assert snapshot(evaluator.CACHE) == before
 
 
@@ -377,14 +350,6 @@ def test_tokenizer_round_trips_and_keeps_special_strings_ordinary(shared):
     assert tokenizer.decode([V - 4, V - 1]) == "<|reserved_0|><|reserved_3|>"
     assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a�b"  # a lone surrogate
     assert tokenizer.decode(tokenizer.encode("\ud83d\ude42")) == "🙂"  # a pair
-
-
-def test_tokenizer_encodes_lists_and_prepends(shared):
-    tokenizer = shared.Tokenizer.from_directory()
-    one, two = tokenizer.encode("ba ke"), tokenizer.encode("lo")
-    assert tokenizer.encode(["ba ke", "lo"]) == [one, two]
-    assert tokenizer.encode("ba ke", prepend=7) == [7, *one]
-    assert tokenizer.encode(["ba ke", ""], prepend="<|reserved_0|>") == [[V - 4, *one], [V - 4]]
 
 
 def test_tokenizer_learns_from_the_training_split_only(shared):
@@ -453,25 +418,6 @@ def test_token_files_hold_every_document_and_batch(own, tmp_path):
     assert ends[-1] == len(shard.tokens)
 
 
-@pytest.mark.slow
-def test_document_of_50_mb_is_tokenized_in_little_memory(own, tmp_path):
-    text = "".join(corpus()[:50]) * 50
-    text *= 50_000_000 // len(text)
-    pq.write_table(pa.table({"text": [text, "a" * 10**7, " " * 10**7]}), tmp_path / "big.parquet")
-    code = (
-        "import resource, sys; sys.path.insert(0, sys.argv[1]); import prepare; from pathlib import Path\n"
-        "assert prepare.main([]) == 0\n"
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
-        "before = peak(); prepare._tokenize({'big': Path(sys.argv[2])}); print(peak() - before)\n"
-        "print(prepare._read_shard(prepare._tokens_path('big')).lengths.tolist())"
-    )
-    command = [sys.executable, "-c", code, os.path.dirname(own.__file__), str(tmp_path / "big.parquet")]
-    output = subprocess.run(command, env=environment(own), capture_output=True, text=True, check=True).stdout
-    *_, peak_mb, lengths = output.splitlines()
-    assert int(peak_mb) < 1000
-    assert len(json.loads(lengths)) == 3 and min(json.loads(lengths)) > 10**5
-
-
 @pytest.mark.parametrize("lost_bytes", [8, 24, 10**9])
 def test_truncated_token_file_is_named(shared, tmp_path, lost_bytes):
     path = tmp_path / "x.tokens"
@@ -481,15 +427,6 @@ def test_truncated_token_file_is_named(shared, tmp_path, lost_bytes):
 
 
 # ----- manifest and the whole preparation -----
-
-
-def test_damaged_tokenizer_is_named(own):
-    (own.CACHE / "tokenizer.json").chmod(0o644)
-    (own.CACHE / "tokenizer.json").write_text("{")
-    with pytest.raises(
-        own.UserError, match=r"tokenizer.json is damaged \(.*\): delete \S+ and run 'uv run prepare.py'"
-    ):
-        own.Tokenizer.from_directory()
 
 
 @pytest.mark.parametrize("text", ["", '{"metric": {}}', "[1]"])
@@ -522,10 +459,9 @@ def test_changed_metric_file_is_named_before_a_run_trains(own, capsys, name):
         own.check_data()
     with pytest.raises(own.UserError, match=changed):
         own.evaluate_bpb(None, SimpleNamespace(get_vocab_size=lambda: V), 1)
-    assert own.main(["--verify"]) == 1
-    assert error_line(capsys).startswith(f"error: {changed}")
-    assert own.main([]) == 1  # it becomes no new metric under the old name
-    assert error_line(capsys).startswith(f"error: {path} is ")
+    for arguments in (["--verify"], []):  # nor does it become a new metric under the old name
+        assert own.main(arguments) == 1
+        assert error_line(capsys).startswith(f"error: {changed}")
 
 
 def test_changed_constants_ask_for_a_new_preparation(own, tmp_path, capsys):
