@@ -100,7 +100,7 @@ AGENTS = {
         streams=True,
         check="--list-sessions",
         refused="exit code 41",
-        login="log-ins of consumers ended in June 2026: get a key, or export GEMINI_API_KEY",
+        login="export GEMINI_API_KEY (log-ins of consumers ended in June 2026)",
     ),
     "opencode": Agent("opencode run --auto --format json", f"{NPM} opencode-ai", True, True),
     "kilo": Agent("kilo run --auto --format json", f"{NPM} @kilocode/cli", True, True),

@@ -65,16 +65,19 @@ def with_values(source: str, hyperparameters: dict[str, Hyperparameter], values:
 
 def _block(source: str) -> tuple[int, int]:
     """The first and the last line, from 1, of what stands between the block's banner and the next banner."""
+    lines = source.splitlines()
     first = 0
     has_code = False
-    number = 0
-    for number, line in enumerate(source.splitlines(), 1):
+    for number, line in enumerate(lines, 1):
+        is_rule = RULE.match(line) is not None
         if not first:
-            first = number if BANNER.match(line) else 0
-        elif has_code and RULE.match(line):
+            is_banner = is_rule or (number > 1 and RULE.match(lines[number - 2]) is not None)
+            first = number if is_banner and BANNER.match(line) else 0
+        elif has_code and is_rule:
             return first, number
-        has_code = has_code or bool(first and line.strip() and not line.startswith("#"))
-    return (first, number) if first else (1, 0)
+        elif line.strip() and not line.startswith("#"):  # a banner may have a rule below it too
+            has_code = True
+    return (first, len(lines)) if first else (1, 0)
 
 
 def _collect(statements: list[ast.stmt], profile: str, found: dict[str, Hyperparameter]) -> None:

@@ -130,8 +130,7 @@ def _dead_ends(ledger: Ledger, discarded: list[Experiment]) -> list[tuple[Experi
         loss = ledger.domain.gain(one.score, base_score)
         if loss > DEAD_END_SIGMAS * sigma:
             than = f"{base.commit[:7]} ({one_line(base.description, 60)})"
-            words = ": ".join(filter(None, (one.run.reason, one.run.description)))
-            found.append((one, f"{words}: {ledger.domain.score_text(loss)} worse than {than}"))
+            found.append((one, f"{_words(one.run)}: {ledger.domain.score_text(loss)} worse than {than}"))
     return found
 
 
@@ -140,6 +139,10 @@ def _settled_since_keep(ledger: Ledger, experiments: list[Experiment]) -> int:
     champion = ledger.first_run_of(ledger.champion)
     since = champion.number if champion else 0
     return sum(one.status == "discard" and one.run.number > since and not one.is_busy for one in experiments)
+
+
+def _words(run: Run) -> str:
+    return f"{run.reason}: {run.description}" if run.reason else run.description
 
 
 def _bullets(lines: Iterable[str]) -> list[str]:

@@ -1,0 +1,144 @@
+"""harness/prompt.py: what an agent is told of the experiments before its own.
+
+uv run pytest tests/test_prompt.py
+"""
+
+import dataclasses
+import re
+
+from agent_fixtures import DOMAIN
+
+from harness.ledger import Ledger, Run
+from harness.prompt import (
+    DEAD_ENDS,
+    KEPT,
+    PLATEAU,
+    TASK_CHARS,
+    UNSETTLED,
+    conflict_task,
+    crash_task,
+    unified,
+    write_prompt,
+)
+
+HIGHER = dataclasses.replace(DOMAIN, lower_is_better=False)
+
+
+class Night:
+    """A ledger that is written one run after another; sigma is 0.01."""
+
+    def __init__(self, domain=DOMAIN, profile="pocket"):
+        self.ledger = Ledger(domain)
+        self.add("keep", 1.0, "baseline", purpose="baseline", base="", record={"profile": profile})
+
+    def add(self, status: str, score: float | None, description: str, commit: str = "", **values) -> str:
+        number = len(self.ledger.runs) + 1
+        commit = commit or f"{number:07x}"
+        values = {"base": self.ledger.champion} | values
+        self.ledger.add(Run(number, commit, status=status, score=score, description=description, **values))
+        return commit
+
+    def prompt(self, **values) -> str:
+        values = {"running": [], "verdicts": [], "refusal": "", "task": ""} | values
+        return write_prompt("Do it.\n", self.ledger, **values)
+
+    def told(self) -> dict[str, list[str]]:
+        """Heading of a part, up to its first comma or colon -> its lines."""
+        parts = self.prompt().split("\n\n")
+        return {re.split("[,:]", head)[0]: body.split("\n") for head, body in zip(parts, [*parts[1:], ""], strict=True)}
+
+
+def test_memory_counts_an_experiment_once_and_calls_no_crash_or_busy_discard_a_dead_end():
+    night = Night()
+    first = night.add("discard", 1.001, "idea 1")
+    for n in range(2, 14):
+        night.add("discard", 1.1 + n / 1000, f"idea {n}", busy_others=0.5 if n == 12 else 0.05)
+    gain = night.add("keep", 0.99, "gain", base=night.ledger.baseline)
+    night.add("discard", 0.992, "idea 1", commit=first, purpose="replicate")
+    night.add("crash", None, "idea", reason="boom")
+    night.add("keep", 0.994, "gain", commit=gain, purpose="replicate")  # the champion measured again: no new keep
+    night.add("discard", 1.5, "ran again on a later champion", is_stale=True)
+    told = night.told()
+    assert [line.split("\t")[:2] for line in told["Kept so far"]] == [[gain, "0.994000"]]  # fresh seeds
+    near = [line.split("\t") for line in told["Near misses"]]
+    assert [cells[4] for cells in near] == [f"idea {n}" for n in range(1, 11)]
+    assert near[0][:2] == [first, "0.992000"]
+    against = "worse than 0000001 (baseline)"
+    assert told["Dead ends"] == [f"- idea 11: 0.111000 {against}", f"- idea 13: 0.113000 {against}"]
+    assert told["Not settled"] == ["- the machine was busy: idea 12", "- it crashed: boom: idea"]
+
+
+def test_dead_end_names_the_champion_of_its_time_and_none_is_told_while_the_noise_is_unknown():
+    for profile, count in (("pocket", 1), ("of their own", 0)):
+        night = Night(profile=profile)
+        for n in range(10):
+            night.add("discard", 1.0, f"near {n}")
+        night.add("keep", 0.9, "a deeper model")
+        night.add("discard", 1.2, "no warm-up", reason="sensitivity 0.7 is below 0.9")
+        ends = night.told().get("Dead ends", [])
+        base = night.ledger.champion
+        told = f"- sensitivity 0.7 is below 0.9: no warm-up: 0.300000 worse than {base} (a deeper model)"
+        assert ends == [told] * count
+
+
+def test_memory_follows_the_direction_of_the_metric():
+    night = Night(HIGHER)
+    for n in range(1, 14):
+        night.add("discard", 0.9 - n / 1000, f"idea {n}")
+    told = night.told()
+    assert [line.split("\t")[4] for line in told["Near misses"]] == [f"idea {n}" for n in range(1, 11)]
+    assert [line.split(":")[0] for line in told["Dead ends"]] == ["- idea 11", "- idea 12", "- idea 13"]
+
+
+def test_memory_keeps_the_newest_of_each_kind_and_tells_a_plateau_as_it_begins():
+    night = Night()
+    late = night.add("discard", 1.1, "late bloomer")
+    night.add("keep", 0.9999, "late bloomer", commit=late, purpose="replicate")
+    for n in range(KEPT - 1):
+        night.add("keep", 0.99 - n / 1e6, f"kept {n}")
+    kept = night.told()["Kept so far"]
+    assert [kept[line].rpartition("\t")[2] for line in (0, -1)] == ["late bloomer", f"kept {KEPT - 2}"]
+    night.add("keep", 0.98, "last")
+    for n in range(PLATEAU):
+        assert "Nothing was kept" not in night.prompt()
+        night.add("discard", 1.2 + n / 1e6, f"worse {n}")
+    assert f"Nothing was kept in the last {PLATEAU} experiments: leave this neighbourhood" in night.prompt()
+    for n in range(DEAD_ENDS):
+        night.add("discard", 1.3, f"far worse {n}")
+    for n in range(UNSETTLED + 1):
+        night.add("crash", None, f"boom {n}")
+    told = night.told()
+    assert [told["Kept so far"][line].rpartition("\t")[2] for line in (0, -1)] == ["kept 0", "last"]
+    assert [line.split(":")[0] for line in told["Dead ends"]] == [f"- far worse {n}" for n in range(DEAD_ENDS)]
+    assert [line.rpartition(" ")[2] for line in told["Not settled"]] == [f"{n}" for n in range(1, UNSETTLED + 1)]
+
+
+def test_prompt_has_every_part_in_order_and_none_that_is_empty():
+    night = Night()
+    for n in range(30):
+        night.add("discard", 1.5 + n, f"idea {n}")
+    whole = night.prompt(
+        running=["idea\none"], verdicts=["first table", "second table"], refusal="it\nrepeats", task="Mend this."
+    )
+    parts = ["Do it.\n\n---", "Best val_bpb 1.0", "commit\tval_bpb\tmemory_gb", "idea 10\n", "idea 29\n", "Near misses"]
+    parts += ["Dead ends", "Nothing was kept", "first table\n\nsecond table", "\n- idea one\n"]
+    parts += ["The last proposal was refused: it repeats", "Mend this.", "Now: edit train.py once", "experiment.txt"]
+    places = [whole.find(part) for part in parts]
+    assert -1 not in places and places == sorted(places)
+    bare = Night().prompt()
+    words = ("verdict", "Running", "refused", "Kept", "Near", "Dead", "settled")
+    assert not [word for word in words if word in bare] and "\n\n\n" not in bare
+
+
+def test_prompt_stays_short_however_long_night_descriptions_and_logs_are():
+    night = Night()
+    for n in range(3000):
+        night.add(("discard", "crash", "keep")[n % 3], 2.0 - n / 1e5, "long " * 100, reason="why " * 200)
+    conflict = conflict_task("idea", "x" * 10**6, "y" * 10**6)
+    size = len(night.prompt(running=["wide " * 100] * 3000, refusal="r" * 10**5, task=conflict))
+    assert size < 2 * TASK_CHARS + 60_000
+    assert crash_task("train.py", "x" * 10**6 + "the error").endswith("the error")
+
+
+def test_difference_of_two_sources_is_that_of_their_lines():
+    assert unified(b"a\nb\n", b"a\nc\n").splitlines()[2:] == ["@@ -1,2 +1,2 @@", " a", "-b", "+c"]
