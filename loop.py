@@ -125,16 +125,16 @@ class Ratchet:
                     raise
                 try:
                     runs = self.measure(run, device)
+                    with self.lock:
+                        status, reason = self.decide(runs, edit)
+                        is_stale = status == "keep" and edit.base != self.tag.champion
+                        if is_stale:
+                            status, reason = "discard", STALE
+                        elif status == "keep" and self.domain.approve:
+                            status = "pending"
+                        run = self.record(runs, status, reason, is_stale)
                 finally:
                     self.in_flight.pop(run.fingerprint, None)
-                with self.lock:
-                    status, reason = self.decide(runs, edit)
-                    is_stale = status == "keep" and edit.base != self.tag.champion
-                    if status == "keep" and not is_stale and self.domain.approve:
-                        status = "pending"
-                    if is_stale:
-                        status, reason = "discard", STALE
-                    run = self.record(runs, status, reason, is_stale)
                 if status == "pending":
                     run, is_stale = self.ask_approval(run)
                 if not is_stale:
@@ -281,7 +281,8 @@ class Ratchet:
             if run.status == "crash":
                 decided.append(run)
             elif run.commit == runs[0].commit:
-                own = "discard" if status == "crash" else status  # a run beside the one that crashed
+                is_first = run.number == runs[0].number
+                own = status if is_first or status == "keep" else "discard"
                 decided.append(replace(run, status=own, reason=reason, is_stale=is_stale))
             else:
                 decided.append(replace(run, status="keep" if run.commit == self.tag.champion else "discard"))
@@ -305,11 +306,12 @@ class Ratchet:
             is_known = self.tag.ledger.sigma is not None and not (self.confirm and done < 2)
             if done >= 2 or (done == 1 and is_known):
                 return
-            source = self.repository.read(self.tag.champion, self.domain.editable)
+            commit = self.tag.ledger.baseline or self.tag.champion
+            source = self.repository.read(commit, self.domain.editable)
             seed = fresh_seed() if done else FIRST_SEED
             run = Run(
                 number=0,
-                commit=self.tag.champion,
+                commit=commit,
                 seed=seed,
                 purpose="replicate" if done else "baseline",
                 description=f"baseline (seed {seed})" if done else "baseline",
@@ -324,7 +326,8 @@ class Ratchet:
             if broken := broken_floor(run, self.domain):
                 say(f"note: the baseline has {broken}: nothing is kept before an edit mends that")
             with self.lock:
-                self.record([run], "keep")
+                is_champion = self.tag.ledger.champion in ("", commit)
+                self.record([run], "keep" if is_champion else "discard")
 
     def run_again(self, commit: str) -> Run:
         """A commit of an earlier run once more, on a fresh seed.

@@ -38,6 +38,7 @@ from harness.ledger import Run
 from harness.processes import Ending, run_child, sweep
 
 CLOCK_TOLERANCE = 2.0  # seconds by which the loop's clock around the training may exceed the evaluator's
+BUDGET_FACTOR = 1.01  # of the budget, that a run may train, and the tolerance
 MAX_MEMORY_MB = 1e7  # MiB, ten terabytes: more cannot be
 MAX_RECORD_BYTES = 2**20
 FREE_MEMORY_TOLERANCE = 1.0  # GB by which a GPU's free memory may differ from what it was at the start
@@ -240,6 +241,9 @@ def _believe(run: Run, job: Job, folder: Path, log: str, ending: Ending, clock: 
     if training_seconds > record.training_seconds + CLOCK_TOLERANCE:
         said = f"the evaluator counted {record.training_seconds:.1f} s"
         raise _Crashed(f"trained for {training_seconds:.1f} s by the loop's clock, {said}")
+    longest = max(training_seconds, record.training_seconds)
+    if longest > job.facts.time_budget * BUDGET_FACTOR + CLOCK_TOLERANCE:
+        raise _Crashed(f"trained for {longest:.1f} s, the budget is {job.facts.time_budget:g} s")
     return replace(
         run,
         score=round(record.score, domain.score_digits),

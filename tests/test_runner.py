@@ -140,6 +140,8 @@ def test_run_without_a_believable_result_is_a_crash_with_its_reason(runs: Runs, 
 def test_training_longer_than_the_evaluators_clock_says_is_a_crash(runs: Runs):
     run = runs.ending(f"time.sleep(3.2); {GOOD}")
     assert run.status == "crash" and "by the loop's clock, the evaluator counted 0.5 s" in run.reason
+    run = runs.ending("prepare.finish(0.5, training_seconds=4.0)")
+    assert run.status == "crash" and run.reason == "trained for 4.0 s, the budget is 1 s"
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,8 @@ def test_loop_goes_from_nothing_to_a_ledger(checkout):
 
     told = run(checkout, "loop.py", "audit", "--replicates", "1")
     assert told.returncode == 0, told.stderr
-    audited = [json.loads(line) for line in (checkout / ".git" / "autoresearch" / "whole" / "runs.jsonl").read_text().splitlines()]
+    lines = (checkout / ".git" / "autoresearch" / "whole" / "runs.jsonl").read_text().splitlines()
+    audited = [json.loads(line) for line in lines]
     audited = [one for one in audited if one["purpose"] == "audit"]
     assert audited
     for one in audited:  # rounding: each process may use another number of threads
