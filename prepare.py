@@ -102,11 +102,6 @@ MIN_ROWS = 64  # rows, that every split must give
 
 CACHE_ROOT = Path(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch").expanduser().absolute()
 CACHE = CACHE_ROOT / PROFILE
-CONSTANTS = _profile._asdict()
-MIN_ROWS = 64  # rows, that every split must give
-
-CACHE_ROOT = Path(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch").expanduser().absolute()
-CACHE = CACHE_ROOT / PROFILE
 # Not under the cache and not under TMPDIR: runs with other caches, and other users' runs, share the same devices.
 LOCKS = Path(os.environ.get("AUTORESEARCH_LOCKS") or "/tmp/autoresearch-locks").absolute()
 
@@ -1354,8 +1349,6 @@ def _probe(model, x, logits, rng) -> list[float]:
     change = _by_position(_change, logits, blind)
     change = np.where(after, 0, np.nan_to_num(change, nan=np.inf))
     row, position = np.unravel_index(change.argmax(), change.shape)
-    if change[row, position] > PROBE_TOLERANCE:
-        cause = "other rows" if begin[row] == T else f"tokens from position {begin[row]} on"
     if change[row, position] > PROBE_TOLERANCE:
         _check_repeats(model, x, logits)  # logits that move by themselves are no leak
         cause = "other rows" if begin[row] == T else f"tokens from position {begin[row]} on"
