@@ -316,15 +316,24 @@ def _busy_line(ledger: Ledger, run: Run) -> str:
 
 def _former_line(ledger: Ledger, run: Run) -> str:
     """That this verdict moved the champion back, or that a former champion is believed better now."""
+    if run.status != "keep":
+        return ""
     domain = ledger.domain
-    place = next((place for place, other in enumerate(ledger.runs) if other.number == run.number), len(ledger.runs))
-    kept = [other.commit for other in ledger.runs[:place] if other.status == "keep" and other.counts]
-    if run.status == "keep" and run.commit in kept and run.commit != kept[-1]:
-        scores = " against ".join(domain.score_text(ledger.believed(commit)) for commit in (run.commit, kept[-1]))
+    before = ""
+    was_kept = False
+    for other in ledger.runs:
+        if other.number == run.number:
+            break
+        if other.status == "keep" and other.counts:
+            before = other.commit
+            was_kept = was_kept or before == run.commit
+    if was_kept and before != run.commit:
+        scores = " against ".join(domain.score_text(ledger.believed(commit)) for commit in (run.commit, before))
         after = "what was kept after it has left the branch"
-        return f"the champion goes back from {kept[-1][:7]} to {run.commit[:7]}, believed {scores}: {after}"
-    former = ledger.better_former()
-    if run.commit != ledger.champion or run.base or not former:
+        return f"the champion goes back from {before[:7]} to {run.commit[:7]}, believed {scores}: {after}"
+    is_repeat = run.commit == ledger.champion and not run.base
+    former = ledger.better_former() if is_repeat else ""
+    if not former:
         return ""
     first = ledger.first_run_of(former)
     believed = domain.score_text(ledger.believed(former))

@@ -71,6 +71,7 @@ def progress_svg(ledger: Ledger) -> str:
 
 
 def _draw(ledger: Ledger, has_table: bool):
+    """The figure; with a table of the numbered changes on its right."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -408,7 +409,7 @@ def _run_values(ledger: Ledger, run: Run, tag) -> dict:
     if tag is not None:
         folder = tag.folder(run.number)
         text = read_head(folder / "change.diff", DIFF_CHARS + 1)
-        diff = [(_kind(line), line[:400]) for line in text[:DIFF_CHARS].split("\n")]
+        diff = [(_kind(line), line[:400]) for line in text[:DIFF_CHARS].rstrip().split("\n")]
         if len(text) > DIFF_CHARS:
             diff.append(("", f"… more in runs/{run.number:04d}/change.diff"))
         log = read_tail(folder / "run.log", LOG_LINES)
