@@ -22,7 +22,6 @@ if __name__ == "__main__":
     # Everything else comes from elsewhere: an agent may have left a json.py or a git.py here.
     sys.path.pop(0)
 
-import secrets
 import statistics
 import threading
 from collections.abc import Callable
@@ -31,10 +30,11 @@ from pathlib import Path
 
 from harness import cli, ledger
 from harness.compare import headline
-from harness.console import UserError, say
+from harness.console import say
 from harness.domain import Description, Domain
 from harness.edit import Dropped, Edit, compile_problem, fingerprint, syntax_size
 from harness.ledger import STALE, Run
+from harness.replicates import FIRST_SEED, broken_floor, fresh_seed
 from harness.runner import Job, Runner
 from harness.tag import Tag
 
@@ -81,13 +81,6 @@ DOMAIN = Domain(
     batch_pattern=r"batch (?P<size>[\d,]{1,20}) tokens = ",
     sample="sample",
 )
-
-FIRST_SEED = 42  # of every attempt's first run; further runs take seeds that no edit can foresee
-
-
-def fresh_seed() -> int:
-    return secrets.randbelow(10**9)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The ratchet
@@ -296,101 +289,6 @@ class Ratchet:
         say(f"  {headline(self.tag.ledger, first)}")
         self.on_decided(first)
         return first
-
-    # Runs of commits that exist
-
-    def run_baseline(self, packages: dict[str, str]) -> None:
-        """The first run of a tag; twice, where nothing is known of the noise. Raises UserError if it crashes."""
-        while True:
-            done = len(self.tag.ledger.scores(self.tag.ledger.baseline))
-            is_known = self.tag.ledger.sigma is not None and not (self.confirm and done < 2)
-            if done >= 2 or (done == 1 and is_known):
-                return
-            commit = self.tag.ledger.baseline or self.tag.champion
-            source = self.repository.read(commit, self.domain.editable)
-            seed = fresh_seed() if done else FIRST_SEED
-            run = Run(
-                number=0,
-                commit=commit,
-                seed=seed,
-                purpose="replicate" if done else "baseline",
-                description=f"baseline (seed {seed})" if done else "baseline",
-                fingerprint=fingerprint(source),
-                packages={} if done else packages,
-            )
-            with self.runner.device() as device:
-                run = self.execute(run, device)
-            if run.status == "crash":
-                log = self.tag.folder(run.number) / "run.log"
-                raise UserError(f"the baseline crashed: {run.reason} (log {log})")
-            if broken := broken_floor(run, self.domain):
-                say(f"note: the baseline has {broken}: nothing is kept before an edit mends that")
-            with self.lock:
-                is_champion = self.tag.ledger.champion in ("", commit)
-                self.record([run], "keep" if is_champion else "discard")
-
-    def run_again(self, commit: str) -> Run:
-        """A commit of an earlier run once more, on a fresh seed.
-
-        The champion is only measured, so that later candidates are compared with a better known score. Another commit
-        takes the title where it is believed better by all of its fresh runs, and stands on the present champion or was
-        a champion itself.
-        """
-        ledger_now = self.tag.ledger
-        seed = fresh_seed()
-        first = ledger_now.first_run_of(commit)
-        base = "" if commit in ledger_now.lineage() else first.base
-        run = Run(0, commit, base, seed, "replicate", description=f"{first.description} (again, seed {seed})")
-        with self.runner.device() as device:
-            run = self.execute(run, device)
-        with self.lock:
-            if run.status == "crash":
-                return self.record([run], "crash", run.reason)
-            scores = [*ledger_now.scores(commit), run.score]
-            fresh = scores if commit == ledger_now.baseline else scores[1:]
-            is_better = self.domain.gain(ledger_now.best, statistics.fmean(fresh)) > 0
-            was_kept = any(one.status == "keep" for one in ledger_now.runs_of(commit))
-            may_lead = was_kept or first.base == self.tag.champion
-            is_kept = commit == self.tag.champion or (is_better and may_lead)
-            if is_better and not may_lead:
-                say(f"note: it edits {first.base[:7]}, which is not the best any more: apply its diff and try that")
-            return self.record([run], "keep" if is_kept else "discard")
-
-    def check_run(self) -> Run:
-        """The champion's file once, for `check`: nothing is recorded."""
-        run = Run(0, self.tag.champion, purpose="baseline", description="check")
-        with self.runner.device() as device:
-            return self.execute(run, device)
-
-    def audit(self, replicates: int) -> str:
-        """Baseline and champion in alternation on fresh seeds, scored once more in a clean process; the group of the
-        audit's runs. What a stopped audit measured is in the ledger too."""
-        number = 1 + len({run.group.partition("/")[0] for run in self.tag.ledger.runs if run.purpose == "audit"})
-        commits = {"baseline": self.tag.ledger.baseline, "champion": self.tag.ledger.champion}
-        if commits["champion"] == commits["baseline"]:
-            del commits["champion"]
-        for _ in range(replicates):
-            seed = fresh_seed()
-            for role, commit in commits.items():
-                group = f"audit {number}/{role}"
-                run = Run(0, commit, seed=seed, purpose="audit", group=group, description=f"{role}, seed {seed}")
-                with self.runner.device() as device:
-                    run = self.execute(run, device)
-                if run.status == "crash":
-                    log = self.tag.folder(run.number) / "run.log"
-                    raise UserError(f"the audit of the {role} {commit[:7]} crashed: {run.reason} (log {log})")
-                with self.lock:
-                    self.record([run], "measured")
-        return f"audit {number}"
-
-
-def broken_floor(run: Run, domain: Domain) -> str:
-    """The first number of the record below its floor, "" if none is."""
-    for key, least in domain.floors.items():
-        value = run.record.get("floors", {}).get(key)
-        if not isinstance(value, int | float) or not value >= least:  # NaN too
-            return f"{key} {value} is below its floor {least:g}"
-    return ""
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from harness import machine, page, report
+from harness import machine, page, replicates, report
 from harness.agents import AGENTS, choose_agent
 from harness.compare import verdict
 from harness.console import ERROR_CHARS, Interrupts, StopNow, UserError, one_line, say
@@ -258,7 +258,7 @@ def try_edit(tag: Tag, ratchet: type, source: bytes, description: str) -> int:
     def work(loop) -> None:
         if not is_baseline and (problem := loop.find_problem(source)):
             raise UserError(f"refused: {problem}", 2)
-        loop.run_baseline(machine.installed_packages())
+        replicates.run_baseline(loop, machine.installed_packages())
         if not is_baseline:
             try:
                 loop.experiment(Edit(source, tag.champion, description))
@@ -273,7 +273,7 @@ def try_again(tag: Tag, ratchet: type, commit: str) -> int:
     """Measure a commit of an earlier run once more. An edit that is in the checkout stays there."""
     champion = tag.champion
     untouched = tag.repository.read(champion, tag.domain.editable)
-    one_session(tag, ratchet, lambda loop: loop.run_again(commit), edits_checkout=True)
+    one_session(tag, ratchet, lambda loop: replicates.run_again(loop, commit), edits_checkout=True)
     has_edit = put_back(tag, untouched)
     if has_edit and tag.champion != champion:
         name = tag.domain.editable
@@ -362,7 +362,7 @@ def command_audit(domain: Domain, checkout: Path, ratchet: type, args: argparse.
     with tag.locked():
         if not tag.ledger.baseline:
             raise UserError("there are no rows to audit: 'uv run loop.py --agent random' starts a run")
-        group = one_session(tag, ratchet, lambda loop: loop.audit(args.replicates))
+        group = one_session(tag, ratchet, lambda loop: replicates.audit(loop, args.replicates))
     text, doubts = report.audit_text(tag.ledger, group)
     print(text)
     for doubt in doubts:
@@ -403,7 +403,7 @@ def command_check(domain: Domain, checkout: Path, ratchet: type, args: argparse.
 
 
 def _check_run(session: Session, tag: Tag) -> None:
-    run = session.ratchet.check_run()
+    run = replicates.check_run(session.ratchet)
     if run.status == "crash":
         raise UserError(f"the run crashed: {run.reason}: 'uv run {tag.domain.editable}' shows all of it")
     scored = f"{tag.domain.metric} {tag.domain.score_text(run.score)}"

@@ -22,6 +22,7 @@ from harness.files import read_tail, read_text, remove_folder
 from harness.ledger import Run
 from harness.page import PageWriter
 from harness.processes import run_child, sweep
+from harness.replicates import run_baseline
 from harness.runner import LocalRunner, Runner, Stopped, log_end, unpack
 from harness.tag import Tag
 from harness.watch import Watch
@@ -345,7 +346,7 @@ class Session:
                 self.tag.repository.remove_worktree(worktree.folder)
 
     def _open(self) -> None:
-        self.ratchet.run_baseline(machine.installed_packages())
+        run_baseline(self.ratchet, machine.installed_packages())
         for run in self.tag.ledger.pending():
             _, is_stale = self.ratchet.ask_approval(run)
             if is_stale:

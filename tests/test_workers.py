@@ -16,6 +16,7 @@ import loop
 from harness.domain import Description
 from harness.edit import Dropped, Edit
 from harness.ledger import Run
+from harness.replicates import run_again, run_baseline
 from harness.runner import Job, MachineFault, Runner
 
 KNOBS = "ABCDEF"
@@ -61,7 +62,7 @@ def ratchet(tag, monkeypatch):
     tag.domain = domain
     tag.load()
     ratchet = loop.Ratchet(tag, FACTS, ChanceRunner(tag, 4, random.Random(1)))
-    ratchet.run_baseline({})
+    run_baseline(ratchet, {})
     return ratchet
 
 
@@ -149,10 +150,10 @@ def test_commit_that_runs_again_is_worth_all_its_runs_but_the_first(ratchet, mon
     baseline = ratchet.tag.ledger.baseline
     lucky = ratchet.experiment(knob_edit(ratchet, "C", 1))
     assert ratchet.tag.ledger.best == 0.9
-    ratchet.run_again(lucky.commit)
+    run_again(ratchet, lucky.commit)
     assert ratchet.tag.ledger.best == 1.5 and ratchet.tag.champion == lucky.commit
     assert ratchet.tag.ledger.better_former() == baseline
-    again = ratchet.run_again(baseline)
+    again = run_again(ratchet, baseline)
     assert again.status == "keep" and ratchet.tag.champion == baseline
 
 
