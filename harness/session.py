@@ -486,6 +486,9 @@ class Session:
             raise
         except Dropped as dropped:
             say(f"dropped: {edit.description}: {dropped}")
+            if not edit.again_of:
+                with self.ratchet.lock:
+                    self.begun -= 1
             return self._conflict_task(edit), str(dropped)
         is_mend = task is not None and task.mends
         if run.status == "crash" and not is_mend:  # a mend that crashes too ends it: else it goes on for ever
