@@ -271,7 +271,7 @@ class Ledger:
     # What was kept
 
     def lineage(self) -> list[str]:
-        """The commits of the branch: the baseline, every kept change that the champion stands on, the champion."""
+        """The commits of the branch: the baseline, the kept changes that the champion stands on, the champion."""
         commits = []
         commit = self.champion
         while commit and commit not in commits:
