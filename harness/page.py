@@ -295,8 +295,8 @@ UNSHOWABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\
 
 
 def write_page(ledger: Ledger, path: Path, tag=None) -> None:
-    """Write report.html. Without a tag (a results.tsv) it has no logs and diffs; while a loop is busy on the tag it
-    reloads itself."""
+    """Write report.html. Without a tag (a results.tsv) it has no logs and diffs; while a loop tells what it
+    does on the tag it reloads itself."""
     write_atomically(path, compose(ledger, tag), has_other_writers=True)
 
 
@@ -321,7 +321,7 @@ def compose(ledger: Ledger, tag=None) -> str:
     values = {
         "title": tag.branch if tag is not None else "a ledger",
         "written": time.strftime("%Y-%m-%d %H:%M"),
-        "refresh": PAGE_SECONDS if tag is not None and tag.is_busy() else 0,
+        "refresh": PAGE_SECONDS if tag is not None and tag.is_busy() and tag.read_live() else 0,
         "standing": ledger.standing(),
         "overview": [*better_elsewhere(ledger), kept_text(changes)] if is_known else [],
         "progress": Markup(progress_svg(ledger)) if ledger.rows else "",
@@ -466,8 +466,8 @@ class PageWriter:
             self._begin()
 
     def close(self) -> None:
-        """Begin the last rewrite, for which nobody waits. To be called once the tag's lock is free: the page tells by
-        that lock whether it is to reload itself."""
+        """Begin the last rewrite, for which nobody waits. To be called once the loop's status is cleared: by that the
+        page knows that it is not to reload itself any more."""
         if self._child is not None:
             self._child.kill()
             self._child.wait()

@@ -42,12 +42,16 @@ PLACE_SECONDS = 30  # for the first actor to be placed, before that is said
 STOP_SECONDS = 6  # for a run to end that is stopped
 CONNECT_SECONDS = 2  # for a port to answer
 CONNECT_TRIES = 3
-OBJECT_STORE_BYTES = 200 * 2**20  # a job carries some MB
+MAX_JOB_BYTES = 256 * 2**20  # a job carries the commit's files
+OBJECT_STORE_BYTES = 100 * 2**20  # for long logs that come back
 OF_RAY = {  # in the loop's environment, and in that of the processes of a Ray on this machine
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else Ray makes an environment anew for every worker
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_memory_monitor_refresh_ms": "0",  # the run that fills the memory is the one to end, not Ray's worker
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # what Ray would print on the loop's standard output
+    # A job goes straight to its actor, not through the node's object store: Ray ends a process whose store is gone.
+    "RAY_max_direct_call_object_size": str(MAX_JOB_BYTES),
+    "RAY_task_rpc_inlined_bytes_limit": str(MAX_JOB_BYTES),
 }
 OF_LOCAL_RAY = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # off, as on those, Ray listens on the loopback only
@@ -74,7 +78,6 @@ class Session:
 
     facts: Description  # what the evaluator said on the loop's machine
     domain: Domain
-    archive: bytes  # of a commit: every commit of the tag has the same evaluator
     mark: str
     python: str  # the loop's: in the domain's commands it stands for the node's
     versions: dict[str, str]
@@ -98,8 +101,8 @@ class Actor:
     def __init__(self):
         self.facts: Description | None = None  # of this node, once it is fit
 
-    def look(self, session: Session) -> Answer:
-        """Ask the node's evaluator, once if the node is fit."""
+    def look(self, session: Session, archive: bytes) -> Answer:
+        """Ask the node's evaluator, which is the same in every commit of the tag; once if the node is fit."""
         import ray
 
         node_id = ray.get_runtime_context().get_node_id()
@@ -108,7 +111,7 @@ class Actor:
         if self.facts is None:
             try:
                 self._set_up(session, node_id)
-                facts = self._describe()
+                facts = self._describe(archive)
                 refusal = _misfit(session, facts) or machine.busy_device(facts, self._device(facts))
                 if not refusal:
                     self.facts = facts
@@ -132,7 +135,7 @@ class Actor:
             commands[name] = tuple(sys.executable if word == session.python else word for word in words)
         self.domain = replace(session.domain, **commands)
 
-    def _describe(self) -> Description:
+    def _describe(self, archive: bytes) -> Description:
         variables = machine.variables_for_training(self.session.facts.profile)
         if self.session.facts.device == "cuda":
             variables["CUDA_VISIBLE_DEVICES"] = str(self.gpus[0])
@@ -140,7 +143,7 @@ class Actor:
             raise UserError(problem)
         with tempfile.TemporaryDirectory(dir=_own_folder()) as folder:
             tree = Path(folder, "tree")
-            unpack(self.session.archive, tree)
+            unpack(archive, tree)
             return machine.describe(self.domain, tree, variables)
 
     def _device(self, facts: Description) -> str:
@@ -150,7 +153,7 @@ class Actor:
         """The run or the MachineFault, and the files of its folder."""
         import ray
 
-        if refusal := self.look(session).refusal:  # asks where this actor was started again
+        if refusal := self.look(session, job.archive).refusal:  # asks where this actor was started again
             return MachineFault(refusal), {}
         cancellation = SimpleNamespace(is_set=ray.get_runtime_context().is_canceled)  # in place of an event
         with tempfile.TemporaryDirectory(dir=_own_folder(), ignore_cleanup_errors=True) as name:
@@ -240,32 +243,32 @@ class RayRunner(Runner):
         self._where = address or "this machine"
         self._folder = Path(tempfile.mkdtemp(prefix="ar-", dir="/tmp"))  # a path of Ray's sockets has 107 characters
         self._ray = self._start_ray(facts, address)
-        host, port = self._ray.get_runtime_context().gcs_address.rsplit(":", 1)
-        self._cluster = (host, int(port))
+        nodes = self._alive_nodes()
+        context = self._ray.get_runtime_context()
+        host, port = context.gcs_address.rsplit(":", 1)
+        self._ports = [(host, int(port)), _port_of(nodes, context.get_node_id())]  # of the cluster, of Ray on this node
         self._is_gone = False
         self._closing = threading.Event()
         self._seats: queue.Queue = queue.Queue()  # whose actors are placed, fit and idle
         self._unseated: queue.SimpleQueue = queue.SimpleQueue()  # (seat, why its node is to be left out or "")
         self._asked: dict = {}  # Ray's reference of an answer -> seat
         self._left_out: dict[str, tuple[str, float]] = {}  # node's id -> why, until when (time.monotonic())
-        session = Session(
+        self._archive = tag.repository.archive(tag.champion)
+        self._session = Session(
             facts=facts,
             domain=tag.domain,
-            archive=tag.repository.archive(tag.champion),
             mark=tag.mark,
             python=sys.executable,
             versions=installed_versions(),
             threads=os.environ.get("OMP_NUM_THREADS"),
             compile_cache=None if address else tag.compile_cache,
         )
-        self._session = self._ray.put(session)
-        nodes = self._alive_nodes()
         share = {"num_gpus": 1, "num_cpus": 0}
         if facts.device != "cuda":  # a whole node: where nodes differ, as much as the smallest one has
             share = {"num_cpus": min((cpus for node in nodes if (cpus := node["Resources"].get("CPU", 0))), default=1)}
         self._actor = self._ray.remote(max_restarts=-1, max_task_retries=0, **share)(Actor)
         gpus = sum(int(node["Resources"].get("GPU", 0)) for node in nodes)
-        say(f"Ray on {self._where}: {_counted(len(nodes), 'node')}, {_counted(gpus, 'GPU')}")
+        say(f"Ray on {self._where}: nodes {len(nodes)}, GPUs {gpus}")
         for number in range(workers):
             self._unseated.put((Seat(number), ""))
         self._thread = threading.Thread(target=self._tend, daemon=True)
@@ -321,8 +324,9 @@ class RayRunner(Runner):
             self._check_cluster()
             self._unseated.put((seat, ""))
             # A run may kill the process that measures it; that a whole node goes is not its fault.
-            last_line = one_line(str(error).strip().splitlines()[-1])
-            reason = f"the worker on node {seat.answer.name} was lost: {last_line}"
+            reason = f"the worker on node {seat.answer.name} was lost ({type(error).__name__})"
+            if isinstance(error, self._ray.exceptions.RayTaskError):  # a fault of our own, or of the node's Python
+                reason = f"the worker on node {seat.answer.name} failed: {one_line(str(error).splitlines()[-1])}"
             raise MachineFault(reason, is_suspect=_answers(*seat.port)) from error
         if isinstance(outcome, MachineFault):
             if outcome.is_suspect:
@@ -354,9 +358,8 @@ class RayRunner(Runner):
                 raise self._gone()
             if self.stop.is_set():
                 self._ray.cancel(reference)
-                self._ray.wait(
-                    [seat.actor.look.remote(self._session)], timeout=STOP_SECONDS
-                )  # it answers when the run has ended
+                answer = seat.actor.look.remote(self._session, self._archive)  # it comes when the run has ended
+                self._ray.wait([answer], timeout=STOP_SECONDS)
                 raise Stopped
         return self._ray.get(reference)
 
@@ -374,22 +377,27 @@ class RayRunner(Runner):
         while not self._closing.wait(LOOK_SECONDS):
             try:
                 self._check_cluster()
+                self._fill_seats()
             except UserError:
                 self._is_gone = True
                 self._free.put(-1)  # who waits for a device gets one, and learns it
                 return
-            while not self._unseated.empty():
-                seat, refusal = self._unseated.get()
-                if refusal:
-                    self._left_out[seat.answer.node_id] = (refusal, time.monotonic() + LEFT_OUT_SECONDS)
-                    self._drop_actor(seat)
-                self._ask(seat)
-            if self._asked:
-                self._take_answers()
+            except self._ray.exceptions.RayError:  # the next look tells whether the cluster is gone
+                continue
             if not self.devices and not self.waiting and time.monotonic() - began > PLACE_SECONDS:
                 self.waiting_since = time.time()
                 self.waiting = "no fit node of the cluster has a free device"
                 say(f"waiting: {self.waiting}")
+
+    def _fill_seats(self) -> None:
+        while not self._unseated.empty():
+            seat, refusal = self._unseated.get()
+            if refusal:
+                self._left_out[seat.answer.node_id] = (refusal, time.monotonic() + LEFT_OUT_SECONDS)
+                self._drop_actor(seat)
+            self._ask(seat)
+        if self._asked:
+            self._take_answers()
 
     def _ask(self, seat: Seat) -> None:
         now = time.monotonic()
@@ -398,7 +406,7 @@ class RayRunner(Runner):
             options = {"label_selector": {"ray.io/node-id": f"!in({','.join(left_out)})"}} if left_out else {}
             seat.actor = self._actor.options(**options).remote()
         seat.asked_at = now
-        self._asked[seat.actor.look.remote(self._session)] = seat
+        self._asked[seat.actor.look.remote(self._session, self._archive)] = seat
 
     def _take_answers(self) -> None:
         answered, waiting = self._ray.wait(list(self._asked), num_returns=len(self._asked), timeout=0)
@@ -418,9 +426,8 @@ class RayRunner(Runner):
                 self._unseated.put((seat, ""))
 
     def _take_answer(self, seat: Seat, answer: Answer) -> None:
-        ports = {node["NodeID"]: (node["NodeManagerAddress"], node["NodeManagerPort"]) for node in self._alive_nodes()}
         seat.answer = answer
-        seat.port = ports.get(answer.node_id, ("", 0))
+        seat.port = _port_of(self._alive_nodes(), answer.node_id)
         if answer.refusal:
             if answer.refusal != self._left_out.get(answer.node_id, ("", 0.0))[0]:
                 say(f"node {answer.name} is left out: {answer.refusal}")
@@ -428,6 +435,7 @@ class RayRunner(Runner):
             return
         self._seats.put(seat)
         if seat.number not in self.devices:
+            self.waiting = ""
             self.add_device(seat.number)
 
     def _drop_actor(self, seat: Seat) -> None:
@@ -440,7 +448,7 @@ class RayRunner(Runner):
     def _check_cluster(self) -> None:
         """Raises UserError where the cluster is gone. (Ray itself would end this process a minute later.)"""
         for _ in range(CONNECT_TRIES):
-            if _answers(*self._cluster):
+            if all(_answers(*port) for port in self._ports):
                 return
             time.sleep(LOOK_SECONDS)
         raise self._gone()
@@ -449,12 +457,13 @@ class RayRunner(Runner):
         return UserError(f"Ray on {self._where} is gone: the same command goes on once it is back")
 
 
+def _port_of(nodes: list[dict], node_id: str) -> tuple[str, int]:
+    ports = {node["NodeID"]: (node["NodeManagerAddress"], node["NodeManagerPort"]) for node in nodes}
+    return ports.get(node_id, ("", 0))
+
+
 def _answers(host: str, port: int) -> bool:
     """Whether somebody listens there."""
     with contextlib.suppress(OSError, ValueError), socket.create_connection((host, port), CONNECT_SECONDS):
         return True
     return False
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")

@@ -74,6 +74,7 @@ class StandInTag:
     home: Path
     ledger: Ledger
     live: dict = field(default_factory=dict)
+    is_locked: bool | None = None  # None: as `live` says
     name: str = "t"
     branch: str = "autoresearch/t"
     domain: Domain = DOMAIN
@@ -88,7 +89,7 @@ class StandInTag:
         return folder
 
     def is_busy(self) -> bool:
-        return bool(self.live)
+        return bool(self.live) if self.is_locked is None else self.is_locked
 
     def read_live(self) -> dict:
         return self.live

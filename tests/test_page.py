@@ -124,7 +124,9 @@ def test_page_reloads_itself_only_while_a_loop_runs(tmp_path):
     refresh = ("http-equiv", "refresh")
     tag = night_of(tmp_path, live=live_status())
     assert refresh in Reader(compose(tag.ledger, tag)).attributes
-    tag.live = {}
+    tag.live, tag.is_locked = {}, True  # it is ending
+    assert refresh not in Reader(compose(tag.ledger, tag)).attributes
+    tag.live, tag.is_locked = live_status(), False  # it was killed
     assert refresh not in Reader(compose(tag.ledger, tag)).attributes
 
 

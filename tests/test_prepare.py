@@ -226,7 +226,7 @@ def test_one_big_text_is_cut_into_documents_at_blank_lines(tmp_path, line_end):
     paragraphs = []
     size = 0
     while size < 1.5 * 20 * 4 * 64 * 32:
-        paragraphs.append(english(rng, 40).replace("\n", " ") + line_end)
+        paragraphs.append(re.sub(r"\s*\n\s*", line_end, english(rng, 40)).strip() + line_end)
         size += len(paragraphs[-1])
     path = tmp_path / "book.txt"
     path.write_bytes(line_end.join(paragraphs).encode())

@@ -105,7 +105,7 @@ def drive(path: str, address: str, devices: int, workers: int, runs: int) -> Non
         while thread.is_alive():  # a signal reaches a main thread that does not wait for ever
             thread.join(0.1)
     runner.close()
-    print("closed", flush=True)
+    print("the end", flush=True)
 
 
 class Field:
@@ -145,9 +145,9 @@ class Field:
             (cache / file).write_text(text)
         return cache
 
-    def loop(self, *, devices: int = 1, workers: int = 1, runs: int = 1, local: bool = False, **variables: str):
-        """Start `drive`."""
-        address = "" if local else self.cluster.address
+    def loop(self, *, devices: int = 1, workers: int = 1, runs: int = 1, address: str | None = None, **variables: str):
+        """Start `drive`, on the cluster unless an address is given."""
+        address = self.cluster.address if address is None else address
         call = f"{str(self.path)!r}, {address!r}, {devices}, {workers}, {runs}"
         here = Path(__file__).parent
         code = f"import sys; sys.path[:0] = [{str(here)!r}, {str(here.parent)!r}]; import test_ray_runner"
@@ -235,7 +235,7 @@ def test_lost_actor_and_node_make_the_run_again_and_a_late_node_is_used(field: F
     (field.cache / "hold").touch()
     field.loop(workers=2, runs=2, SOME_API_KEY="withheld")
     (pid,) = wait_for(field.training)
-    assert "Ray on" in field.hear("2 nodes, 1 GPU")
+    assert "Ray on" in field.hear("nodes 2, GPUs 1")
     actor = field.actor()
     assert b"withheld" in Path(f"/proc/{actor}/environ").read_bytes()
     environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
@@ -253,7 +253,7 @@ def test_lost_actor_and_node_make_the_run_again_and_a_late_node_is_used(field: F
     field.cluster.remove_node(first, allow_graceful=False)
     wait_for(lambda: again not in field.training(), 10)
     (field.cache / "hold").unlink()
-    said = field.hear("closed")
+    said = field.hear("the end")
     assert sorted(re.findall(r"run (\d): .*1.25 .*on .*, (\w{6})\)", said)) == [
         ("1", late.node_id[:6]),
         ("2", late.node_id[:6]),
@@ -338,7 +338,7 @@ def test_killed_loop_leaves_no_training_and_the_next_run_ends_what_hid(field: Fi
     loop = field.loop(workers=2, runs=9)
     wait_for(lambda: len(field.training()) == 2 and not daemons & set(field.training()))
     loop.terminate()  # Ray has not taken the signal from the loop
-    said = field.hear("closed")
+    said = field.hear("the end")
     assert said.count("stopped") == 2 and not field.training() and loop.wait() == 0
 
 
@@ -351,11 +351,11 @@ def test_cluster_that_goes_away_ends_the_loop_with_one_line(field: Field):
     wait_for(field.training)
     field.cluster.shutdown()
     wait_for(lambda: not field.training(), 10)
-    said = field.hear("closed")
+    said = field.hear("the end")
     assert f"error: Ray on {address} is gone: the same command goes on once it is back" in said
     assert loop.wait() == 0 and "Traceback" not in said and not field.of_ray()
 
-    loop = field.loop()
+    loop = field.loop(address=address)
     wait_for(lambda: loop.poll() is not None)
     assert (
         f"UserError: no Ray cluster at {address}: nobody answers there; 'ray start --address={address}'"
@@ -368,7 +368,7 @@ def test_ray_of_this_machine_is_the_loops_alone(field: Field):
     (field.cache / "hold").touch()
     field.env.pop("RAY_AUTH_MODE")
     os.environ.pop("RAY_AUTH_MODE")
-    loop = field.loop(devices=2, workers=2, runs=3, local=True)
+    loop = field.loop(devices=2, workers=2, runs=3, address="")
     wait_for(lambda: len(field.training()) == 2)
     listening = subprocess.run(["ss", "-ltnpH"], capture_output=True, text=True, check=True).stdout.splitlines()
     ours = [line.split()[3] for line in listening for pid in field.of_ray() if f"pid={pid}," in line]
@@ -381,12 +381,11 @@ def test_ray_of_this_machine_is_the_loops_alone(field: Field):
     }
     loop.kill()
     wait_for(lambda: not field.training(), 10)
-    wait_for(lambda: not field.of_ray())
-    shutil.rmtree(folder)
 
     (field.cache / "hold").unlink()
-    field.loop(devices=2, workers=2, runs=3, local=True)
-    said = field.hear("closed")
-    assert "Ray on this machine: 1 node, 2 GPUs" in said and said.count(" 1.25 ") == 3
-    assert [line for line in said.splitlines() if not re.match(r"run \d|Ray on|closed", line)] == []
-    wait_for(lambda: not field.of_ray(), 10)
+    field.loop(devices=2, workers=2, runs=3, address="")
+    said = field.hear("the end")
+    assert "Ray on this machine: nodes 1, GPUs 2" in said and said.count(" 1.25 ") == 3
+    assert [line for line in said.splitlines() if not re.match(r"run \d|Ray on|the end", line)] == []
+    wait_for(lambda: not field.of_ray())  # what the killed loop left of Ray too
+    shutil.rmtree(folder)
