@@ -218,9 +218,9 @@ def commit_to_repeat(tag: Tag, number: int | None) -> str:
         return ledger.champion
     if number not in ledger:
         raise UserError(f"--again {number}: there is no such run, the last one is {ledger.runs[-1].number}", 2)
-    if ledger[number].purpose in ("audit", "ablation"):
+    if ledger[number].purpose == "audit":
         remedy = "give the number of an experiment's run, or --base for the champion"
-        raise UserError(f"--again {number}: that run was part of an {ledger[number].purpose}: {remedy}", 2)
+        raise UserError(f"--again {number}: that run was part of an audit: {remedy}", 2)
     return ledger[number].commit
 
 
@@ -345,6 +345,7 @@ def command_report(domain: Domain, checkout: Path, ratchet: type, args: argparse
             say(f"warning: {bad} lines of {path} are no rows")
         print(report.report_text(ledger))
         page.draw_progress(ledger, Path("progress.png"))
+        page.write_page(ledger, Path("report.html"))
         return 0
     tag = open_tag(checkout, domain, args.tag)
     if not tag.ledger.rows:

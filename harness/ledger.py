@@ -29,13 +29,13 @@ class Run:
     commit: str
     base: str = ""  # the commit that it is compared with; "" for the baseline, audits and runs of the champion
     seed: int = 42
-    purpose: str = "experiment"  # baseline, experiment, replicate (a commit once more), audit, ablation
-    status: str = ""  # keep, discard, crash; pending (a gain that waits for approval); measured (audit, ablation)
+    purpose: str = "experiment"  # baseline, experiment, replicate (a commit once more), audit
+    status: str = ""  # keep, discard, crash; pending (a gain that waits for approval); measured (audit)
     description: str = ""
     reason: str = ""  # why it crashed, or was discarded although it gained
     is_stale: bool = False  # it gained on a former champion, and is to run again on the present one
     again_of: int = 0  # the stale run whose edit runs again here
-    group: str = ""  # of an audit or an ablation: which one, and what the run is in it
+    group: str = ""  # of an audit: which one, and which side of it
     fingerprint: str = ""  # of the edited file's syntax tree
     score: float | None = None
     test_score: float | None = None  # audit: on the held-out test split
@@ -63,7 +63,7 @@ class Run:
 
     @property
     def counts(self) -> bool:
-        """Whether its score is one of those by which commits are compared; an audit's and an ablation's is not."""
+        """Whether its score is one of those by which commits are compared; an audit's is not."""
         return self.score is not None and self.purpose in ("baseline", "experiment", "replicate")
 
     def row(self, domain: Domain) -> str:
@@ -112,7 +112,7 @@ class Ledger:
         self._by_number: dict[int, int] = {}  # number -> index in runs
         self._first: dict[str, Run] = {}  # commit -> its first run that counts, or crashed
         self._counting: dict[str, list[Run]] = {}  # commit -> its runs whose scores count, in order
-        self._all_scores: dict[str, list[float]] = {}  # audits' and ablations' too
+        self._all_scores: dict[str, list[float]] = {}  # audits' too
         self._speeds: dict[str, list[float]] = {}
         self._fingerprints: dict[str, Run] = {}
         self._kept: list[Run] = []
@@ -139,7 +139,7 @@ class Ledger:
             self._all_scores.setdefault(run.commit, []).append(run.score)
         if run.tokens_per_second:
             self._speeds.setdefault(run.commit, []).append(run.tokens_per_second)
-        if run.purpose in ("audit", "ablation") or run.status == "pending":
+        if run.purpose == "audit" or run.status == "pending":
             return
         self._first.setdefault(run.commit, run)
         if run.counts:
@@ -159,7 +159,7 @@ class Ledger:
     @property
     def rows(self) -> list[Run]:
         """The runs that are lines of results.tsv."""
-        return [run for run in self.runs if run.status in STATUSES and run.purpose not in ("audit", "ablation")]
+        return [run for run in self.runs if run.status in STATUSES and run.purpose != "audit"]
 
     @property
     def profile(self) -> str:

@@ -131,7 +131,6 @@ def test_report_of_a_long_night_shows_the_largest_gains():
     text = report_text(Ledger(DOMAIN, runs))
     assert "39  0040  " in text  # numbered as in the picture
     assert "the 20 smallest gains are left out" in text
-    assert "  uv run loop.py ablate " in text
 
 
 def test_agent_without_a_model_says_nothing_of_dollars():
