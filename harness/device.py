@@ -187,24 +187,20 @@ def flash_attention_of(kernel) -> Callable:
 
 
 def fetch_attention_kernel() -> str:
-    """Fetch the attention kernel for this machine's GPU, unless one is here that works. For prepare.py.
+    """Fetch the attention kernel for this machine's GPU, unless one is here that works; its name. For prepare.py.
 
-    Returns a line for the person, "" where no kernel is built for this machine. Raises nothing: without the kernel a
-    run takes another back-end.
+    "" where no kernel is built for this machine. Raises whatever the hub raises: no network, no build for this torch.
     """
     if not is_flash_built_for_this_gpu():
         return ""
     from kernels import get_kernel
 
     try:
-        try:
-            name, _ = load_flash_attention()
-        except FileNotFoundError:
-            get_kernel(FLASH_REPO, version=FLASH_VERSION)
-            name, _ = load_flash_attention()
-    except Exception as error:  # no network, no build for this torch, a full disk
-        return f"attention: flash-attention-3 cannot be fetched, runs take another back-end: {one_line(error)}"
-    return f"attention: {name} is here"
+        name, _ = load_flash_attention()
+    except FileNotFoundError:
+        get_kernel(FLASH_REPO, version=FLASH_VERSION)
+        name, _ = load_flash_attention()
+    return name
 
 
 def probe_attention(backend: Callable, T: int, window: int, head_dim: int, device: torch.device) -> None:

@@ -99,12 +99,11 @@ def test_exported_model_gives_the_same_logits_and_holds_only_torchs_operators(mo
         expected = model(x)
         monkeypatch.setattr(device, "attention_backend", function)
         monkeypatch.setattr(device, "_masks", {})
-        graph = torch.export.export(model, (x,))
+        graph = torch.export.export(model, (x,)).run_decompositions({})  # writes out what autocast does
         torch.testing.assert_close(graph.module()(x), expected, rtol=1e-6, atol=1e-6)
-    parts = [part for part in graph.graph_module.modules() if isinstance(part, torch.fx.GraphModule)]  # autocast's too
-    called = {str(node.target) for part in parts for node in part.graph.nodes if node.op == "call_function"}
+    called = {str(node.target) for node in graph.graph.nodes if node.op == "call_function"}
     assert "aten.scaled_dot_product_attention.default" in called
-    assert not [name for name in called if not name.startswith(("aten.", "wrap_with_autocast", "<built-in"))]
+    assert not [name for name in called if not name.startswith("aten.")]
     assert device._masks == {}  # a mask of the tracer's would break the model later
 
 
@@ -215,7 +214,7 @@ def test_run_takes_the_newest_kernel_that_loads_from_the_local_cache_and_names_i
     assert capsys.readouterr().err.startswith(f"attention: no kernel in {damaged}: ")
 
 
-def test_kernel_is_fetched_once_and_what_prevents_it_is_said_in_one_line(h100, monkeypatch):
+def test_kernel_is_fetched_once(h100, monkeypatch):
     asked = []
 
     def get_kernel(*args, **options):
@@ -223,17 +222,9 @@ def test_kernel_is_fetched_once_and_what_prevents_it_is_said_in_one_line(h100, m
         fake_snapshot(h100, "abc1234def", 1, age=5, body=CALLS_SDPA)
 
     monkeypatch.setattr(kernels, "get_kernel", get_kernel)
-    assert device.fetch_attention_kernel() == "attention: flash-attention-3@abc1234 is here"
-    assert device.fetch_attention_kernel() == "attention: flash-attention-3@abc1234 is here"
+    assert device.fetch_attention_kernel() == "flash-attention-3@abc1234"
+    assert device.fetch_attention_kernel() == "flash-attention-3@abc1234"
     assert asked == [(("kernels-community/flash-attn3",), {"version": 1})]
-
-    def no_network(*args, **options):
-        raise ConnectionError("no route\nto the hub")
-
-    monkeypatch.setenv("KERNELS_CACHE", str(h100 / "empty"))
-    monkeypatch.setattr(kernels, "get_kernel", no_network)
-    problem = "attention: flash-attention-3 cannot be fetched, runs take another back-end: "
-    assert device.fetch_attention_kernel() == problem + "ConnectionError: no route to the hub"
 
 
 def test_kernel_is_neither_fetched_nor_looked_for_on_a_device_that_it_is_not_built_for(h100, monkeypatch):
