@@ -8,6 +8,7 @@
     repository   git: candidates, archives, merges, worktrees, refs
     edit         an edit: whether it compiles, what it repeats, how much it says
     ledger       runs.jsonl; the champion, believed scores, noise, the rules
+    replicates   runs of commits that exist: the baseline, one once more, the two sides of an audit
     tag          one tag: its folder, branch, refs and lock
     knob_search  the agent without a model: a program of its own
     agents       the CLIs and their worktrees: a prompt in, a proposal (or why none) and its cost out

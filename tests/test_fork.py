@@ -9,7 +9,8 @@ from conftest import ROOT, Checkout
 
 PAGE = (ROOT / "docs" / "fork.md").read_text()
 BLOCKS = dict(re.findall(r"```\w+ ([\w.]+)\n(.*?)```", PAGE, re.DOTALL))  # file -> its code
-BLOCK_OF_LOOP = re.compile(r"(# What a fork for another domain changes[^\n]*\n\n).*?(?=\nFIRST_SEED)", re.DOTALL)
+BANNER = "# What a fork for another domain changes"
+BLOCK_OF_LOOP = re.compile(rf"({BANNER}.*?\n\n).*?^DOMAIN = Domain\(\n.*?^\)\n", re.DOTALL | re.MULTILINE)
 
 
 def make_fork(checkout: Checkout) -> None:
