@@ -1,35 +1,27 @@
-"""What loop.py stands on: a room a file. A room imports only rooms that stand above it; nothing imports loop.py.
+"""What loop.py stands on: one module a file, here in an order in which each imports only those above it.
 
-    contract       what a fork changes; what the judge says of itself and of a run
-    screen         messages, the live line, durations
-    files          read without a hang, written whole, locked
-    costs          what an agent's CLI prints in its JSON mode: its words, tokens and dollars
-    notify         tells a person, by a command of theirs
-    page           how text gets onto report.html, safely and cut to size
-    processes      children: started with a mark, watched, ended for certain
-    interrupts     how a person stops a loop: Ctrl-C, SIGTERM, a file STOP
-    agents         how each coding agent's CLI is called
-    random_search  the agent without a model: a program of its own
-    ledger         rows, noise, the decision: pure functions
-    curve          the training curve in a run's log: the run's own words
-    environment    the machine: variables that a child gets, the installed packages, disk, data, devices
-    repository     git
-    picture        progress.png and the loss curves
-    bench          one run on this machine: measure(Job, Place) -> Measurement, Crash or Unavailable
-    store          one tag's folder: ledger, attempts, run folders, timeline
-    desk           a checkout that one agent edits: asked, it gives a proposal or says why there is none
-    fleet          where jobs run: submit(Job) -> Future
-    ray_node       what a node of a Ray cluster does with a job
-    ray_driver     the process that has Ray: a program of its own
-    ray_fleet      the fleet on Ray, on one machine or many
-    opening        the start of a session: what a killed loop, an agent or a person left behind is put right
-    verdict        what stands beside a score: marks, and how and why it differs from its base
-    prompt         what an agent is told
-    proposers      the desks together, and the gate that an edit must pass
-    watch          whether a session has done enough, and what a person is told meanwhile
-    report         status, report and audit as text
-    morning        what report.html says
-    live_page      rewrites report.html while a loop runs
-    commands       arguments and exit codes
-    device         what a training run needs of its device: attention kernels, warm-up, what fits (imports torch)
+    domain       what a fork changes; what the evaluator says of itself and of a run
+    console      messages, the live line, durations, Ctrl-C
+    files        read without a hang, written whole, locked
+    processes    children: started with a mark, limited, ended for certain
+    machine      what a child's environment holds; disk, packages, others' use of the processors
+    repository   git: candidates, archives, merges, worktrees, refs
+    edit         an edit: whether it compiles, what it repeats, how much it says
+    ledger       runs.jsonl; the champion, believed scores, noise, the rules
+    replicates   runs of commits that exist: the baseline, one once more, the two sides of an audit
+    tag          one tag: its folder, branch, refs and lock
+    knob_search  the agent without a model: a program of its own
+    agents       the CLIs and their worktrees: a prompt in, a proposal (or why none) and its cost out
+    prompt       what an agent is told
+    compare      a run beside its base: the verdict
+    runner       one run on this machine, and who gets which device
+    ray_runner   the same on a Ray cluster
+    watch        whether a session has done enough, and what a person is told meanwhile
+    report       status, report and audit as text
+    page         progress.png and report.html
+    session      a session: its opening, its workers, a person's signals
+    cli          arguments, commands, exit codes
+    device       what a training run needs of its device: attention kernels, warm-up, what fits, peak FLOP/s
+
+train.py imports device, and with it this file: it imports nothing.
 """

@@ -314,7 +314,7 @@ class Ledger:
     # In one line
 
     def standing(self) -> str:
-        """`Best val_bpb 1.354 (abc1234), 0.348 better than the baseline; 37 runs: 14 kept, ...`."""
+        """`Best SCORE 1.354 (abc1234), 0.348 better than the baseline; 37 runs: 14 kept, ...`."""
         if not self._kept:
             return "No run yet: the baseline comes first."
         best = self.best

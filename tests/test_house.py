@@ -1,0 +1,105 @@
+"""The house in order: what stands where, which way imports run, what an agent must read, what documents promise.
+
+uv run pytest tests/test_house.py
+"""
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from harness.cli import parse_arguments
+
+ROOT = Path(__file__).resolve().parents[1]
+TOP_LEVEL = {
+    ".ci", ".gitignore", "CONTRIBUTING.md", "LICENSE", "README.md", "docs", "harness", "loop.py", "prepare.py",
+    "program.md", "pyproject.toml", "tests", "train.py", "uv.lock",
+}  # fmt: skip
+CHARACTERS_PER_TOKEN = 3.6
+MODULES = {path.stem: ast.parse(path.read_text()) for path in (ROOT / "harness").glob("*.py")}
+LIST = MODULES.pop("__init__")
+
+
+def tracked_files() -> list[str]:
+    listing = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return listing.stdout.split("\n")[:-1]
+
+
+def imported_modules(tree: ast.AST) -> set[str]:
+    """Every module that a file imports, wherever in the file: "harness.page", "torch"."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return found
+
+
+def test_top_level_holds_exactly_what_it_should():
+    assert {name.split("/")[0] for name in tracked_files()} == TOP_LEVEL
+
+
+def test_what_an_agent_must_read_stays_small():
+    characters = sum(len((ROOT / name).read_text()) for name in ("program.md", "train.py"))
+    assert characters / CHARACTERS_PER_TOKEN < 10_000  # tokens
+
+
+def test_imports_of_harness_run_one_way_in_the_order_of_its_list():
+    listed = re.findall(r"^    ([a-z_]+)  +", ast.get_docstring(LIST, clean=False), re.MULTILINE)
+    assert sorted(listed) == sorted(MODULES), "the list in harness/__init__.py lacks modules, or has more"
+    for number, name in enumerate(listed):
+        modules = imported_modules(MODULES[name])
+        assert not {"loop", "train", "prepare"} & {module.split(".")[0] for module in modules}, name
+        too_early = {other for other in listed[number:] if f"harness.{other}" in modules}
+        assert not too_early, f"{name} imports {too_early}: a circle, or listed too early"
+
+
+def test_loop_imports_neither_torch_nor_the_evaluator():
+    """It would take seconds, and memory of the GPU; what it must know it asks in a child process."""
+    code = "import sys, loop; print({'torch', 'numpy', 'matplotlib', 'prepare', 'train'} & set(sys.modules))"
+    child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert child.stdout == "set()\n"
+
+
+def documented_commands() -> set[str]:
+    texts = [(ROOT / name).read_text() for name in tracked_files() if name.endswith((".md", ".sbatch"))]
+    texts.append(ast.get_docstring(ast.parse((ROOT / "loop.py").read_text())))
+    pattern = r"uv run (?:--extra ray )?loop\.py([^\n`'#]*)"
+    return {command.strip() for text in texts for command in re.findall(pattern, text)}
+
+
+STAND_INS = {"RUN": "12", "NAME": "claude"}
+
+
+@pytest.mark.parametrize("command", sorted(documented_commands()))
+def test_documented_loop_command_is_accepted(command):
+    words = [STAND_INS.get(word, word) for word in shlex.split(re.sub(r"[\[\]]", "", command))]
+    if words == ["try"]:  # named in passing, without its description
+        words.append("an idea")
+    parse_arguments(words)  # argparse ends the test with SystemExit where it is not
+
+
+LEFTOVERS = [
+    "results.tsv", "run.log", "runs", "experiment.txt", "STOP", "progress.png", "report.html", ".autoresearch/nov20/1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEFTOVERS)
+def test_what_a_run_leaves_is_ignored_by_git(name):
+    assert subprocess.run(["git", "check-ignore", "-q", name], cwd=ROOT).returncode == 0
+
+
+def test_no_file_names_a_registry_a_machine_or_what_a_clone_does_not_have():
+    nowhere = re.compile("pypi" + r"\.org|registry\.npm" + "js|/ro" + "ot/|/wo" + "rk/")
+    of_the_project = re.compile("MODEL" + r"\.md|DESIGN" + r"( \d|\.md)|STYLE" + r"\.md|\bissue " + r"#?\d")
+    for name in tracked_files():
+        if name == "uv.lock" or name.endswith(".png"):
+            continue
+        text = (ROOT / name).read_text()
+        assert not nowhere.search(text), name
+        assert name.startswith("tests/") or not of_the_project.search(text), name
