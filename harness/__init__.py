@@ -12,8 +12,8 @@
     tag          one tag: its folder, branch, refs and lock
     knob_search  the agent without a model: a program of its own
     agents       the CLIs and their worktrees: a prompt in, a proposal (or why none) and its cost out
-    prompt       what an agent is told
     compare      a run beside its base: the verdict
+    prompt       what an agent is told
     runner       one run on this machine, and who gets which device
     ray_runner   the same on a Ray cluster
     watch        whether a session has done enough, and what a person is told meanwhile

@@ -201,7 +201,7 @@ def check_place_of_try(tag: Tag) -> None:
 
 
 def check_loop_is_champions(tag: Tag) -> None:
-    """Raises UserError where loop.py or harness/ were edited: then an edit of the rules would judge itself."""
+    """Raises UserError where loop.py or harness/ were edited: then an edit of the rules would decide about itself."""
     changed = tag.repository.changed_files(tag.checkout, tag.champion)
     edited = [name for name in changed if name == "loop.py" or name.startswith("harness/")]
     if edited and tag.ledger.runs:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from harness.agents import DESCRIPTION_FILE
+from harness.compare import is_busy
 from harness.console import one_line
 from harness.domain import Domain
 from harness.ledger import Ledger, Run
@@ -18,7 +19,6 @@ NEAR_MISSES = 10  # best discards
 DEAD_ENDS = 15  # newest of them
 DEAD_END_SIGMAS = 3  # a loss that two single runs tell from chance
 UNSETTLED = 5  # newest crashes, and discards on a busy machine
-BUSY = 0.1  # of the processors used by others: from here on a discard says little
 PLATEAU = 15  # experiments without a keep
 RUNNING = 50  # newest
 TASK_CHARS = 20_000  # of a crash's log, of a diff
@@ -113,7 +113,7 @@ def _experiments(ledger: Ledger) -> list[Experiment]:
         statuses = {run.status for run in runs}
         status = next(status for status in ("keep", "discard", "crash") if status in statuses)
         decisive = [run for run in runs if run.status == status]
-        is_busy = all((run.busy_others or 0.0) > BUSY for run in decisive)
+        is_busy = all(is_busy(run) for run in decisive)
         found.append(Experiment(decisive[0], status, ledger.believed(commit), is_busy))
     return found
 
