@@ -113,8 +113,8 @@ def _experiments(ledger: Ledger) -> list[Experiment]:
         statuses = {run.status for run in runs}
         status = next(status for status in ("keep", "discard", "crash") if status in statuses)
         decisive = [run for run in runs if run.status == status]
-        is_busy = all(is_busy(run) for run in decisive)
-        found.append(Experiment(decisive[0], status, ledger.believed(commit), is_busy))
+        was_busy = all(is_busy(run) for run in decisive)
+        found.append(Experiment(decisive[0], status, ledger.believed(commit), was_busy))
     return found
 
 
