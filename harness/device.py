@@ -354,18 +354,19 @@ def seconds_of(function: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def time_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> dict[str, float]:
+def time_step(
+    model: nn.Module, forward: Callable, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor
+) -> dict[str, float]:
     """Milliseconds of each part of a micro-step, and of the optimizer's step: medians of three.
 
-    The forward pass ends at the logits and keeps nothing for a gradient: it is what evaluation runs, and compiled
-    already. The loss is what model(x, y) takes beyond it.
+    forward(x) is run as in evaluation, without a gradient. The loss is what model(x, y) takes beyond it.
     """
     seconds = {"forward": [], "loss": [], "backward": [], "optimizer": []}
     losses = []
     for _ in range(3):
         with torch.no_grad():
             model.eval()
-            seconds["forward"].append(seconds_of(lambda: model(x)))
+            seconds["forward"].append(seconds_of(lambda: forward(x)))
         model.train()
         seconds["loss"].append(seconds_of(lambda: losses.append(model(x, y))))
         seconds["backward"].append(seconds_of(lambda: losses.pop().backward()))
@@ -378,6 +379,7 @@ def time_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: 
 
 def warm_up(
     model: nn.Module,
+    forward: Callable,
     optimizer: torch.optim.Optimizer,
     vocab_size: int,
     row_length: int,
@@ -390,7 +392,7 @@ def warm_up(
     device batch that fits: a divisor of total_rows, at most upper_bound.
 
     Parameters and buffers are left as they were found, the (fresh) optimizer without state. `kind` is what the batch
-    that fits depends on: model, back-end, hyperparameters.
+    that fits depends on: model, back-end, hyperparameters. `forward` is what is timed as the model without its loss.
     """
     tensors = [*model.parameters(), *model.buffers()]
     device = tensors[0].device
@@ -433,7 +435,7 @@ def warm_up(
     y = random_batch(rows)
     if device.type == "cpu" and not compiled:  # compiled code has its number of threads written into it
         choose_threads(lambda: model(x, y).backward())
-    parts = [f"{part} {ms:.3g}" for part, ms in time_step(model, optimizer, x, y).items()]
+    parts = [f"{part} {ms:.3g}" for part, ms in time_step(model, forward, optimizer, x, y).items()]
     log(f"milliseconds of a micro-step of {rows} rows: {', '.join(parts)} (once a step)")
     forget()
     with torch.no_grad():

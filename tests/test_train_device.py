@@ -339,7 +339,7 @@ def test_warm_up_trains_and_evaluates_says_where_time_goes_and_leaves_no_trace(c
     optimizer = model.setup_optimizer()
     before, changed, step = snapshot(model), [], optimizer.step
     optimizer.step = lambda: (step(), changed.append(not torch.equal(model.lm_head.weight, before["lm_head.weight"])))
-    assert device.warm_up(model, optimizer, 31, 16, total_rows=8, upper_bound=8, compiled=False, kind="") == rows
+    assert device.warm_up(model, model, optimizer, 31, 16, total_rows=8, upper_bound=8, compiled=False, kind="") == rows
     assert all(changed) and changed  # real steps were made, and undone
     after = snapshot(model)
     assert before.keys() == after.keys()

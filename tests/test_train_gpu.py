@@ -36,7 +36,7 @@ def choose_attention(config: train.GPTConfig, compiled: bool = True) -> str:
 
 
 def warm_up(runner, optimizer, total_rows: int) -> int:
-    return device.warm_up(runner, optimizer, 8192, 2048, total_rows, total_rows, compiled=True, kind="a test")
+    return device.warm_up(runner, runner, optimizer, 8192, 2048, total_rows, total_rows, compiled=True, kind="a test")
 
 
 @pytest.mark.parametrize("window", [100, 1024, 2048])

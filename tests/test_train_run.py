@@ -56,7 +56,7 @@ def fresh() -> tuple[GPT, train.MuonAdamW]:
 
 
 def warm(model, optimizer, rows: int = 8) -> int:
-    return device.warm_up(model, optimizer, 31, 16, total_rows=8, upper_bound=rows, compiled=False, kind="")
+    return device.warm_up(model, model, optimizer, 31, 16, total_rows=8, upper_bound=rows, compiled=False, kind="")
 
 
 class Clock:
