@@ -58,7 +58,7 @@ while (prepare.CACHE / "hold").exists():  # a test wants to meet it here
 pathlib.Path(result + ".stopped").touch()
 record = {
     "val_bpb": 1.25, "profile": "fake", "split": "val", "seed": int(os.environ["AUTORESEARCH_SEED"]), "rows": 7,
-    "training_seconds": 600, "digest": "d" * 64, "device_name": "H100", "prepare_sha256": "p",
+    "training_seconds": 60, "digest": "d" * 64, "device_name": "H100", "prepare_sha256": "p",
 }
 pathlib.Path(result).write_text(json.dumps(record))
 print("---\\nval_bpb: 1.250000\\npeak_vram_mb: 512.0")

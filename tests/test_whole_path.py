@@ -66,7 +66,8 @@ def test_loop_goes_from_nothing_to_a_ledger(checkout):
     assert (checkout / "progress.png").stat().st_size > 10_000
 
     told = run(checkout, "loop.py", "audit", "--replicates", "1")
-    assert told.returncode == 0, told.stderr
+    assert "Traceback" not in told.stderr  # 1 where a busy machine moved two seconds of training far: that is doubted
+    assert told.returncode in (0, 1), told.stderr
     lines = (checkout / ".git" / "autoresearch" / "whole" / "runs.jsonl").read_text().splitlines()
     audited = [json.loads(line) for line in lines]
     audited = [one for one in audited if one["purpose"] == "audit"]
