@@ -63,6 +63,7 @@ record = {
 pathlib.Path(result).write_text(json.dumps(record))
 print("---\\nval_bpb: 1.250000\\npeak_vram_mb: 512.0")
 """
+pytestmark = pytest.mark.xdist_group("ray")  # one cluster after another: two cores carry no more
 DOMAIN = Domain(
     metric="val_bpb", test_metric="", lower_is_better=True, unit="bpb", score_name="bits", score_range=(0.01, 100),
     editable="train.py", instructions="program.md", describe_command=(sys.executable, "prepare.py"),
