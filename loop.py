@@ -141,7 +141,7 @@ class Ratchet:
             if edit.base != champion:
                 of_champion = self.repository.read(champion, self.domain.editable)
                 of_base = self.repository.read(edit.base, self.domain.editable)
-                merged = self.repository.merge(of_champion, of_base, edit.source)
+                merged = self.repository.merge(of_champion, of_base, edit.source, edit.wins)
                 if merged is None:
                     raise Dropped(f"it conflicts with the new champion {champion[:7]}")
                 edit = replace(edit, source=merged, base=champion)

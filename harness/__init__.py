@@ -10,7 +10,8 @@
     ledger       runs.jsonl; the champion, believed scores, noise, the rules
     replicates   runs of commits that exist: the baseline, one once more, the two sides of an audit
     tag          one tag: its folder, branch, refs and lock
-    knob_search  the agent without a model: a program of its own
+    knob_search  the agent `random`, without a model: a program of its own
+    tpe          the agent `tpe`, the same by Optuna, from the ledger; suggestions for a model
     agents       the CLIs and their worktrees: a prompt in, a proposal (or why none) and its cost out
     compare      a run beside its base: the verdict
     prompt       what an agent is told

@@ -84,6 +84,11 @@ def _reader_is_gone() -> bool:
 def command_run(domain: Domain, checkout: Path, ratchet: type, args: argparse.Namespace) -> int:
     options = read_options(args, domain)
     agent = choose_agent(args.agent, args.agent_cmd)
+    if args.suggest:
+        choose_agent(args.suggest, None)  # it must be installed too
+        if not agent.has_model:
+            problem = f"--suggest {args.suggest}: --agent {args.agent} reads no prompt"
+            raise UserError(f"{problem}: choose an agent with a model", 2)
     if args.approve:
         domain = replace(domain, approve=args.approve)
     tag = open_tag(checkout, domain, args.tag)
@@ -141,6 +146,7 @@ def read_options(args: argparse.Namespace, domain: Domain) -> Options:
         patience=args.patience,
         target=args.target,
         notify=args.notify or "",
+        suggest=args.suggest is not None,
     )
 
 
@@ -440,6 +446,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     patience_help = "stop after N experiments of this session without a keep"
     run.add_argument("--patience", type=int, default=math.inf, metavar="N", help=patience_help)
     run.add_argument("--target", type=float, metavar="SCORE", help="stop once the champion's score is as good")
+    suggest_help = "TPE's next three suggestions are in the agent's prompt (needs the extra tpe)"
+    run.add_argument("--suggest", choices=["tpe"], help=suggest_help)
     notify_help = "shell command that gets a text on standard input: of a keep, of the end, of a wait of half an hour"
     run.add_argument("--notify", metavar="CMD", help=notify_help)
     approve_help = "shell command that must exit 0 before a keep stands: the run as JSON on standard input"

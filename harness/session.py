@@ -13,7 +13,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from harness import compare, machine, prompt
+from harness import compare, machine, prompt, tpe
 from harness.agents import Agent, BackOff, Cost, NoProposal, Worktree
 from harness.console import Interrupts, StopNow, UserError, duration, is_terminal, one_line, say, show_live_line
 from harness.domain import Description
@@ -49,6 +49,7 @@ class Options:
     patience: float = math.inf  # experiments without a keep
     target: float | None = None  # score that is enough
     notify: str = ""  # a shell command that tells a person; "": nobody is told
+    suggest: bool = False  # TPE's next three suggestions are in an agent's prompt
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -410,8 +411,9 @@ class Session:
             task.base = self.tag.champion
             task.start = self.tag.repository.read(task.base, self.domain.editable)
         self._set_doing("proposing")
+        suggestions = tpe.suggest(self.tag, self.facts.profile) if self.options.suggest else []
         with self.ratchet.lock:
-            text = self._prompt(task, refusal)
+            text = self._prompt(task, refusal, suggestions)
         answer = worktree.propose(
             agent,
             task.base,
@@ -432,7 +434,12 @@ class Session:
         if answer.touched:
             say(f"note: the agent also changed {', '.join(answer.touched)}: undone")
         edit = Edit(
-            answer.source, task.base, answer.description, touched=answer.touched, cost=cost.as_dict()
+            answer.source,
+            task.base,
+            answer.description,
+            touched=answer.touched,
+            cost=cost.as_dict(),
+            wins=not agent.has_model,
         )
         problem = self.ratchet.find_problem(edit.source) if edit.base == self.tag.champion else ""
         if problem:
@@ -449,7 +456,7 @@ class Session:
         reason = f"no new dependency is allowed, and {', '.join(changes[:3])} was installed: put back"
         return NoProposal(reason, "refused edit", answer.cost)
 
-    def _prompt(self, task: Task, refusal: str) -> str:
+    def _prompt(self, task: Task, refusal: str, suggestions: list[str]) -> str:
         name = self.domain.instructions
         instructions = read_text(self.tag.checkout / name)  # the person's: an edit counts from now on
         if not instructions:
@@ -458,7 +465,12 @@ class Session:
         latest = [run for run in ledger.rows[-LATEST_VERDICTS:] if run.purpose == "experiment"]
         verdicts = [compare.verdict(ledger, run) for run in latest]
         running = list(self.ratchet.in_flight.values())
-        return prompt.write_prompt(instructions, ledger, running, verdicts, refusal, task.text)
+        return prompt.write_prompt(
+            instructions, ledger, running, verdicts, refusal, task.text, suggestions, self._read_editable
+        )
+
+    def _read_editable(self, commit: str) -> bytes:
+        return self.tag.repository.read(commit, self.domain.editable)
 
     def _rest(self, no_proposal: NoProposal, back_off: BackOff, worktree: Worktree) -> None:
         """Say why there is no proposal, and let this worker rest: longer for every failure in a row."""
