@@ -18,13 +18,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import loop
 from harness import knob_search, tpe
 from harness.ledger import Ledger, read_runs
 
+ROOT = Path(loop.__file__).parent
 PROFILE = "pocket"
 SIGMA = 0.014  # standard deviation between seeds
 BOWL = 0.1  # by which the baseline is worse than the lowest point

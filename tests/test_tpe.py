@@ -4,16 +4,16 @@ uv run pytest tests/test_tpe.py
 """
 
 import importlib.util
+import itertools
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import ended, errors, hear, wait_for
-from optuna.trial import TrialState
 
 from harness.agents import choose_agent
 from harness.console import UserError
-from harness.knob_search import NOTHING_TO_TURN, NothingToTurn
+from harness.knob_search import NothingToTurn
 from harness.tpe import Search, make_range, round_value, search_ledger
 
 TRAIN = (Path(__file__).resolve().parents[1] / "train.py").read_bytes()
@@ -61,7 +61,7 @@ def test_edit_changes_only_the_champions_values_and_every_description_names_them
     search = Search(baseline, "fake", "minimize", seed=1)
     search.tell(champion, "mark", "COMPLETE", 1.0)
     assert search.study.trials[0].params == {"LR": 0.2}  # GONE is not there, DEPTH out of its range
-    edits = [edit for edit, _ in zip(search.propose(champion), range(20), strict=False)]
+    edits = list(itertools.islice(search.propose(champion), 20))
     assert len({source for source, _ in edits}) == 20
     for source, description in edits:
         found = dict(part.split(" ", 1) for part in description.split(", "))
@@ -75,10 +75,11 @@ def test_edit_changes_only_the_champions_values_and_every_description_names_them
 
 
 def test_real_block_is_searched_but_for_what_changes_memory_alone():
-    by_profile = {profile: Search(TRAIN, profile, "minimize").ranges for profile in ("climbmix", "pocket")}
-    assert {"DEPTH", "MATRIX_LR", "COMPILE", "WINDOW_PATTERN"} < set(by_profile["pocket"]) == set(by_profile["climbmix"])
-    assert not {"DEVICE_BATCH_SIZE", "LOSS_CHUNK"} & set(by_profile["pocket"])
-    assert (by_profile["climbmix"]["DEPTH"].high, by_profile["pocket"]["DEPTH"].high) == (32, 4)
+    for profile, deepest in (("climbmix", 32), ("pocket", 4)):
+        ranges = Search(TRAIN, profile, "minimize").ranges
+        assert {"MATRIX_LR", "COMPILE", "WINDOW_PATTERN"} < set(ranges)
+        assert not {"DEVICE_BATCH_SIZE", "LOSS_CHUNK"} & set(ranges)
+        assert ranges["DEPTH"].high == deepest
 
 
 # Whole loops: of the fake train.py only DEPTH can be turned, from 1 to 4; deeper is better, and 3 crashes.
@@ -115,9 +116,8 @@ def test_search_goes_on_from_the_ledger_alone_improves_and_ends_where_nothing_is
     tag.commit(99, b"# ---- Knobs ----\nDEPTH = 2\n", "it trains", tag.champion)  # as of a run without a verdict
     trials = search_ledger(tag, "minimize", "fake").study.trials
     told = sorted((trial.params["DEPTH"], trial.state.name, trial.values) for trial in trials)
-    assert [entry[:2] for entry in told] == [(1, "COMPLETE"), (2, "COMPLETE"), (2, "RUNNING"), (3, "FAIL"), (4, "COMPLETE")]
-    assert [values for *_, values in told] == [[1.12], [1.11], None, None, [1.09]]
-    assert trials[0].state == TrialState.COMPLETE and trials[0].params == {"DEPTH": 1}
+    measured = [(1, "COMPLETE", [1.12]), (2, "COMPLETE", [1.11]), (4, "COMPLETE", [1.09])]
+    assert told == sorted([*measured, (2, "RUNNING", None), (3, "FAIL", None)])
 
 
 def test_workers_propose_what_no_other_trains_and_the_best_of_them_becomes_champion(four):
@@ -138,7 +138,6 @@ def test_fork_without_anything_to_turn_is_told_so(checkout):
     checkout.commit("a fork")
     error = errors(checkout.loop(*TPE, code=1))[0]
     assert "train.py has no hyperparameter to turn" in error and "use an agent with a model" in error
-    assert NOTHING_TO_TURN == 3
 
 
 def test_suggestions_are_in_the_prompt_of_a_model(four):
