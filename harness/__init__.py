@@ -4,6 +4,7 @@
     console      messages, the live line, durations, Ctrl-C
     files        read without a hang, written whole, locked
     processes    children: started with a mark, limited, ended for certain
+    isolation    what a run sees of the machine, and what it can change
     machine      what a child's environment holds; disk, packages, others' use of the processors
     repository   git: candidates, archives, merges, worktrees, refs
     edit         an edit: whether it compiles, what it repeats, how much it says

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from harness import machine, page, replicates, report
+from harness import isolation, machine, page, replicates, report
 from harness.agents import AGENTS, choose_agent
 from harness.compare import verdict
 from harness.console import ERROR_CHARS, Interrupts, StopNow, UserError, one_line, say
@@ -257,7 +257,7 @@ def one_session(tag: Tag, ratchet: type, work: Callable, edits_checkout: bool = 
 
 def try_edit(tag: Tag, ratchet: type, source: bytes, description: str) -> int:
     """Measure one edit; the baseline first, where there is none."""
-    champions = tag.repository.read(tag.champion, tag.domain.editable)
+    champions = tag.source(tag.champion)
     is_baseline = not tag.ledger.baseline and source == champions
     description = description or describe_edit(champions, source, tag.domain.editable)
 
@@ -278,7 +278,7 @@ def try_edit(tag: Tag, ratchet: type, source: bytes, description: str) -> int:
 def try_again(tag: Tag, ratchet: type, commit: str) -> int:
     """Measure a commit of an earlier run once more. An edit that is in the checkout stays there."""
     champion = tag.champion
-    untouched = tag.repository.read(champion, tag.domain.editable)
+    untouched = tag.source(champion)
     one_session(tag, ratchet, lambda loop: replicates.run_again(loop, commit), edits_checkout=True)
     has_edit = put_back(tag, untouched)
     if has_edit and tag.champion != champion:
@@ -393,6 +393,8 @@ def command_check(domain: Domain, checkout: Path, ratchet: type, args: argparse.
             print(f"profile: {facts.profile} ({facts.reason}), {facts.time_budget:g} s a run")
             print(f"device: {facts.device_name}, {len(facts.devices)} of them ({', '.join(facts.devices)})")
             print(f"data: {facts.problem or f'prepared in {facts.cache}'}")
+            machine.try_isolation(domain, folder, machine.variables_for_training(), facts)
+            print(f"isolation: {isolation.why_not() or 'runs are isolated by bubblewrap'}")
             if problem := machine.lacking_disk(checkout):
                 raise UserError(problem)
             if not facts.prepared:

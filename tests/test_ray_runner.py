@@ -133,6 +133,7 @@ class Field:
         """One more node, with an environment of its own."""
         from ray.cluster_utils import Cluster
 
+        Path("/tmp/ray").mkdir(exist_ok=True)  # where Ray notes the newest cluster, whatever temp_dir says
         self.cluster = self.cluster or Cluster()
         self.temporary = getattr(self, "temporary", None) or tempfile.mkdtemp(prefix="rt-", dir="/tmp")
         return self.cluster.add_node(
