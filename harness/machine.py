@@ -24,6 +24,7 @@ SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH|_PAT$", re.IGNORECA
 OF_A_RUN = (  # the loop sets these anew for each child: what its own environment says of them is not handed on
     "AUTORESEARCH_RESULT", "AUTORESEARCH_AUDIT", "AUTORESEARCH_SEED", "AUTORESEARCH_MARK",
 )  # fmt: skip
+OF_TPE = {"optuna", "alembic", "colorlog", "mako", "sqlalchemy"}  # may come and go: a tag takes up --agent tpe later
 
 
 def variables_for_agent(profile: str) -> dict[str, str]:
@@ -101,8 +102,9 @@ def busy_device(facts: Description, device: str) -> str:
 
 
 def installed_packages() -> dict[str, str]:
-    """Name -> version of every distribution that Python finds."""
-    return {str(one.name).lower(): one.version for one in importlib.metadata.distributions() if one.name}
+    """Name -> version of every distribution that Python finds, the extra tpe aside."""
+    found = {str(one.name).lower(): one.version for one in importlib.metadata.distributions() if one.name}
+    return {name: version for name, version in found.items() if name not in OF_TPE}
 
 
 def changed_packages(before: dict[str, str]) -> list[str]:

@@ -3,6 +3,7 @@
 uv run pytest tests/test_tpe.py
 """
 
+import importlib.metadata
 import importlib.util
 import itertools
 import sys
@@ -14,6 +15,7 @@ from conftest import ended, errors, hear, wait_for
 from harness.agents import choose_agent
 from harness.console import UserError
 from harness.knob_search import NothingToTurn
+from harness.machine import OF_TPE, installed_packages
 from harness.tpe import Search, make_range, round_value, search_ledger
 
 TRAIN = (Path(__file__).resolve().parents[1] / "train.py").read_bytes()
@@ -158,3 +160,8 @@ def test_missing_optuna_is_refused_with_the_command(monkeypatch):
     command = "uv run --extra tpe loop.py --agent claude --suggest tpe"
     assert str(refused.value).startswith(f"tpe is not installed: '{command}' (installed here: ")
     assert refused.value.code == 2
+
+
+def test_tag_begun_without_the_extra_may_go_on_with_it():
+    assert all(importlib.metadata.version(name) for name in OF_TPE)  # they are installed here, and
+    assert not OF_TPE & installed_packages().keys()  # are not compared with what the baseline had
