@@ -7,8 +7,9 @@
 
 The ranges lie around the values in the baseline's train.py. A trial is a run's score with the values in that run's
 train.py, whoever wrote it. The study is made from the ledger for every proposal and kept nowhere. Runs without a
-verdict are told as running, so that several workers get different proposals; crashes as failed. A program of its own,
-as knob_search.py: finding the block that counts evaluates a condition that an agent may have written.
+verdict are told as running, so that several workers get different proposals; crashes as failed, from which Optuna
+learns nothing but that they are no score. A program of its own, as knob_search.py: finding the block that counts
+evaluates a condition that an agent may have written.
 """
 
 import itertools
