@@ -6,6 +6,7 @@
     uv run loop.py status [--wait]            # where the run stands
     uv run loop.py report [LEDGER]            # the morning read: what was kept, progress.png, report.html
     uv run loop.py audit                      # baseline and champion again: fresh seeds, held-out split, clean process
+    uv run loop.py ablate                     # which of the kept changes are real: the champion without each of them
     uv run loop.py check [--agent NAME]       # is everything there that a night needs?
 
 A worker is a thread that does one experiment after another. One lock guards ledger, branch and refs. Every decided run

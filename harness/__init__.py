@@ -20,6 +20,7 @@
     ray_runner   the same on a Ray cluster
     watch        whether a session has done enough, and what a person is told meanwhile
     report       status, report and audit as text
+    ablation     which of the kept changes are real: the champion without each of them
     page         progress.png and report.html
     session      a session: its opening, its workers, a person's signals
     cli          arguments, commands, exit codes

@@ -18,14 +18,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from harness import isolation, machine, page, replicates, report
+from harness import ablation, isolation, machine, page, replicates, report
 from harness.agents import AGENTS, choose_agent
 from harness.compare import verdict
 from harness.console import ERROR_CHARS, Interrupts, StopNow, UserError, one_line, say
 from harness.domain import Domain
 from harness.edit import Edit, describe_edit
 from harness.files import open_regular, read_tail, read_text, write_atomically
-from harness.ledger import parse_tsv
+from harness.ledger import MEASURED, parse_tsv
 from harness.repository import leave_git_variables
 from harness.runner import unpack
 from harness.session import Options, Session, clean_worktrees, make_runner, open_session
@@ -125,18 +125,9 @@ def read_options(args: argparse.Namespace, domain: Domain) -> Options:
         value = getattr(args, name)
         if value is not None and not value.strip():
             raise UserError(f"--{name} {value!r}: give a shell command", 2)
-    ray = args.ray
-    if ray is None and args.workers > 1:
-        ray = ""  # on this machine
-    if ray == "off":
-        ray = None
-    if ray is not None:
-        from harness.ray_runner import check_ray
-
-        check_ray(args.workers, ray)
     return Options(
         workers=args.workers,
-        ray=ray,
+        ray=choose_ray(args),
         ahead=args.ahead,
         confirm=args.confirm,
         max_experiments=args.max_experiments,
@@ -148,6 +139,20 @@ def read_options(args: argparse.Namespace, domain: Domain) -> Options:
         notify=args.notify or "",
         suggest=args.suggest is not None,
     )
+
+
+def choose_ray(args: argparse.Namespace) -> str | None:
+    """The address of --ray, "" for Ray on this machine, None for no Ray. Raises UserError where Ray is missing."""
+    ray = args.ray
+    if ray is None and args.workers > 1:
+        ray = ""
+    if ray == "off":
+        return None
+    if ray is not None:
+        from harness.ray_runner import check_ray
+
+        check_ray(args.workers, ray)
+    return ray
 
 
 # try
@@ -224,9 +229,9 @@ def commit_to_repeat(tag: Tag, number: int | None) -> str:
         return ledger.champion
     if number not in ledger:
         raise UserError(f"--again {number}: there is no such run, the last one is {ledger.runs[-1].number}", 2)
-    if ledger[number].purpose == "audit":
+    if ledger[number].purpose in MEASURED:
         remedy = "give the number of an experiment's run, or --base for the champion"
-        raise UserError(f"--again {number}: that run was part of an audit: {remedy}", 2)
+        raise UserError(f"--again {number}: that run was part of an {ledger[number].purpose}: {remedy}", 2)
     return ledger[number].commit
 
 
@@ -239,12 +244,12 @@ def _detach(log: Path) -> None:
     os.dup2(output, 2)
 
 
-def one_session(tag: Tag, ratchet: type, work: Callable, edits_checkout: bool = False):
-    """A session without an agent: `work(ratchet)` on the first device of this machine; what it returned."""
+def one_session(tag: Tag, ratchet: type, work: Callable, edits_checkout: bool = False, options: Options = Options()):  # noqa: B008
+    """A session without an agent: `work(ratchet)`; what it returned."""
     with Interrupts(tag.checkout / "STOP") as interrupts:
         facts = open_session(tag, interrupts.were_sent, edits_checkout)
-        runner = make_runner(tag, facts, Options(), interrupts)
-        session = Session(ratchet(tag, facts, runner), Options(), interrupts)
+        runner = make_runner(tag, facts, options, interrupts)
+        session = Session(ratchet(tag, facts, runner), options, interrupts)
         results = []
         try:
             session.supervise({"work": lambda: results.append(work(session.ratchet))})
@@ -357,6 +362,8 @@ def command_report(domain: Domain, checkout: Path, ratchet: type, args: argparse
     if not tag.ledger.rows:
         raise UserError(f"{tag.branch} has no rows yet: 'uv run loop.py --agent random' starts a run")
     print(report.report_text(tag.ledger))
+    if group := ablation.last_ablation(tag.ledger):
+        print(f"\n{ablation.ablation_text(tag, group)}")
     page.draw_progress(tag.ledger, checkout / "progress.png")
     page.write_page(tag.ledger, checkout / "report.html", tag)
     return 0
@@ -375,6 +382,23 @@ def command_audit(domain: Domain, checkout: Path, ratchet: type, args: argparse.
     for doubt in doubts:
         say(f"error: {doubt}")
     return 1 if doubts else 0
+
+
+def command_ablate(domain: Domain, checkout: Path, ratchet: type, args: argparse.Namespace) -> int:
+    for name in ("replicates", "workers"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: give 1 or more", 2)
+    options = Options(workers=args.workers, ray=choose_ray(args))
+    tag = open_tag(checkout, domain, args.tag)
+    with tag.locked():
+        if not tag.ledger.baseline:
+            raise UserError("there are no rows to ablate: 'uv run loop.py --agent random' starts a run", 2)
+        work = ablation.run_ablation(args.replicates, args.workers, args.apply)
+        group = one_session(tag, ratchet, work, options=options)
+    print(ablation.ablation_text(tag, group))
+    if args.apply:
+        say(tag.ledger.standing())
+    return 0
 
 
 def command_check(domain: Domain, checkout: Path, ratchet: type, args: argparse.Namespace) -> int:
@@ -425,6 +449,7 @@ COMMANDS = {
     "status": command_status,
     "report": command_report,
     "audit": command_audit,
+    "ablate": command_ablate,
     "check": command_check,
 }
 
@@ -458,9 +483,6 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     run.add_argument("--confirm", type=int, default=0, metavar="N", help=confirm_help)
     ahead_help = "workers that propose while others train (default: one for each device on CUDA, else 0)"
     run.add_argument("--ahead", type=int, metavar="N", help=ahead_help)
-    run.add_argument("--workers", type=int, default=1, metavar="N", help="experiments at a time (default 1)")
-    ray_help = "a Ray cluster to run them on (default: Ray on this machine; off: without Ray)"
-    run.add_argument("--ray", metavar="ADDRESS", help=ray_help)
 
     trying = commands.add_parser("try", help="one experiment on the edit now in the editable file")
     what = trying.add_mutually_exclusive_group(required=True)
@@ -477,11 +499,20 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     audit = commands.add_parser("audit", help="baseline and champion again: fresh seeds, held-out split, clean process")
     audit.add_argument("--replicates", type=int, default=3, metavar="N", help="seeds each (default 3)")
 
+    ablate = commands.add_parser("ablate", help="which kept changes are real: the champion without each of them")
+    ablate.add_argument("--replicates", type=int, default=3, metavar="N", help="seeds for each change (default 3)")
+    ablate.add_argument("--apply", action="store_true", help="then take out what does not carry, if nothing is lost")
+
+    ray_help = "a Ray cluster to run them on (default: Ray on this machine; off: without Ray)"
+    for command in (run, ablate):
+        command.add_argument("--workers", type=int, default=1, metavar="N", help="runs at a time (default 1)")
+        command.add_argument("--ray", metavar="ADDRESS", help=ray_help)
+
     check = commands.add_parser("check", help="is everything there that a night needs? One short run")
     check.add_argument("--agent", metavar="NAME", help="look for this agent and its log-in too")
     check.add_argument("--agent-cmd", metavar="CMD")
 
-    for command in (run, status, reading, audit):
+    for command in (run, status, reading, audit, ablate):
         command.add_argument("--tag", help="name of the run (default: the current branch's, else today's date)")
     is_named = bool(argv) and argv[0] in (*commands.choices, "-h", "--help")
     is_word = bool(argv) and not argv[0].startswith("-")

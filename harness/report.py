@@ -289,6 +289,9 @@ def next_lines(ledger: Ledger, changes: list[Change]) -> list[str]:
         lines.append("  uv run loop.py try --base    the best once more: how much seeds differ is not known yet")
     if in_branch and not any(run.purpose == "audit" and run.commit == ledger.champion for run in ledger.runs):
         lines.append("  uv run loop.py audit         baseline and champion on fresh seeds and on the held-out split")
+    ablated = {run.commit for run in ledger.runs if run.purpose == "ablation"}
+    if len(in_branch) > 1 and not ablated & set(ledger.lineage()[-2:]):  # --apply adds one change
+        lines.append("  uv run loop.py ablate        which of the kept changes are real: the champion without each")
     return lines if len(lines) > 1 else ["next: uv run loop.py --agent NAME goes on"]
 
 

@@ -129,7 +129,7 @@ NO_SENSE = [
     (["--target", "nan", "--agent-cmd", "true"], "--target nan: give a val_bpb from 0.01 to 100"),
     (["--notify", " ", "--agent-cmd", "true"], "--notify ' ': give a shell command"),
     (["--confirm", "-1", "--agent-cmd", "true"], "--confirm -1: give 0 or more"),
-    (["frobnicate"], "no command 'frobnicate': use one of run, try, status, report, audit, check"),
+    (["frobnicate"], "no command 'frobnicate': use one of run, try, status, report, audit, ablate, check"),
     (["status", "--agent", "x"], "unrecognized arguments: --agent x"),
 ]
 
