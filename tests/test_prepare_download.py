@@ -303,17 +303,6 @@ def test_unknown_source_says_both_things_it_is_not(hub, tmp_path, capsys):
     assert error_line(capsys).startswith("error: source 'no/where' is no local path, and http")
 
 
-@pytest.mark.slow
-def test_killed_preparation_is_completed_from_the_shards_that_are_there(evaluator, hub, tmp_path):
-    die_at(evaluator, ["tokenizer.tiktoken", "val.tokens", "manifest.json"], "--num-shards", "1")
-    requests = hub.requests
-    assert evaluator.main(["--num-shards", "1"]) == 0 and evaluator.main(["--verify"]) == 0
-    assert hub.requests == requests
-    whole = load_prepare(evaluator.__file__, "web", tmp_path / "whole")
-    assert whole.main(["--num-shards", "1"]) == 0
-    assert evaluator._manifest() == whole._manifest()
-
-
 def test_two_preparations_at_once_do_the_work_once(evaluator, hub, capsys):
     """A lock is held by an open file, so two threads stand for two processes."""
     with ThreadPoolExecutor(2) as pool:
