@@ -5,7 +5,6 @@ Run: uv run pytest -n 0 -m 'slow or not slow' tests/test_gpu_day.py
 """
 
 import json
-import os
 import random
 import re
 import shutil
@@ -187,7 +186,7 @@ def test_day_on_text_of_ones_own_goes_from_nothing_to_an_audited_ledger(tmp_path
     for name, value in (own | {"AUTORESEARCH_CACHE": str(tmp_path / "cache")}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(gpu_day, "ROOT", tree)
-    monkeypatch.setattr(gpu_day, "EXPERIMENTS", 1)
+    monkeypatch.setattr(gpu_day, "LOOP_RUNS", 3)
     for name in ("out", "scratch"):
         (tmp_path / name).mkdir()
     day = Day(tmp_path / "out", 9, tmp_path / "scratch", "own", {"profiles": {"own": 2}})

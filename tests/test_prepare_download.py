@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from prepare_fixtures import copy_prepare, die_at, english, error_line, load_prepare, profile_row
+from prepare_fixtures import copy_prepare, english, error_line, load_prepare, profile_row
 
 SHARDS = 6  # of the hub data set: four to train on, then test, then validation
 

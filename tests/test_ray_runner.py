@@ -135,7 +135,7 @@ class Field:
         from ray.cluster_utils import Cluster
 
         if not self.cluster:
-            self.temporary = Path(tempfile.mkdtemp(prefix="rt-", dir="/tmp"))  # short: a socket's path has 107 characters
+            self.temporary = Path(tempfile.mkdtemp(prefix="rt-", dir="/tmp"))  # a socket's path is short
             (self.temporary / "ray").mkdir()
             os.environ["RAY_TMPDIR"] = str(self.temporary)
             self.cluster = Cluster()
