@@ -89,6 +89,10 @@ class StageResult:
     figures: dict[str, float | str] = field(default_factory=dict)
     log_end: str = ""  # where it failed
 
+    @property
+    def has_failed(self) -> bool:
+        return self.status not in ("ok", "skipped")
+
 
 class Day:
     """One run of this program: the time that is left, the folders, what every step is told."""
@@ -393,15 +397,15 @@ def read_facts() -> dict:
 
     import train
 
+    cpu = re.findall(r"^model name\s*: (.*)$", read_text(Path("/proc/cpuinfo")), re.MULTILINE)
     facts = {
         "torch": torch.__version__,
         "cuda_of_torch": torch.version.cuda or "none",
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}",
-        "cpu": cpu_name(),
+        "cpu": cpu[0] if cpu else platform.machine(),
         "cores": os.cpu_count(),
-        "commit": commit_name(),
-        "package_of_flash_attention": package_version("kernels"),
+        "commit": output_of("git", "describe", "--always", "--dirty") or "unknown: no git repository here",
         "gpu": "",
         "profiles": {name: row.time_budget for name, row in train.prepare.PROFILES.items()},
         "climbmix_is_prepared": (train.prepare.CACHE_ROOT / "climbmix" / "manifest.json").exists(),
@@ -420,28 +424,6 @@ def read_facts() -> dict:
     return facts
 
 
-def cpu_name() -> str:
-    names = re.findall(r"^model name\s*: (.*)$", read_text(Path("/proc/cpuinfo")), re.MULTILINE)
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def commit_name() -> str:
-    commit = output_of("git", "rev-parse", "--short", "HEAD")
-    if not commit:
-        return "unknown: no git repository here"
-    changed = output_of("git", "status", "--porcelain")
-    return f"{commit}, with uncommitted changes" if changed else commit
-
-
-def package_version(name: str) -> str:
-    from importlib import metadata
-
-    try:
-        return f"{name} {metadata.version(name)}"
-    except metadata.PackageNotFoundError:
-        return f"{name} is not installed"
-
-
 def output_of(*command: str) -> str:
     """What a command prints, "" where it fails."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
@@ -450,21 +432,14 @@ def output_of(*command: str) -> str:
     return ""
 
 
-def ask_facts() -> tuple[dict, StageResult]:
-    result = StageResult("machine")
-    began = time.monotonic()
-    facts = {}
+def ask_facts() -> dict:
+    """The facts; where they cannot be read, that they cannot."""
     try:
         command = [PYTHON, __file__, "--facts"]
         child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=FACTS_SECONDS)
-        result.log_end = "\n".join(child.stderr.splitlines()[-LOG_END_LINES:])
-        facts = json.loads(child.stdout.splitlines()[-1])
-        result.log_end = ""
+        return json.loads(child.stdout.splitlines()[-1])
     except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
-        result.status = "failed"
-        result.problem = f"the machine's facts could not be read: {type(error).__name__}"
-    result.seconds = time.monotonic() - began
-    return facts, result
+        return {"machine": f"its facts could not be read: {type(error).__name__}"}
 
 
 def choose_profile(asked: str | None, facts: dict) -> str:
@@ -483,15 +458,13 @@ def shown(value: object) -> str:
     """A value in a cell of a table."""
     if isinstance(value, float):
         value = f"{value:,.0f}" if value == int(value) else f"{value:,.7g}"
-    elif isinstance(value, int) and not isinstance(value, bool):
-        value = f"{value:,}"
     return " ".join(str(value).split()).replace("|", "\\|")
 
 
 def report_text(day: Day) -> str:
     machine = {key: value for key, value in day.facts.items() if key not in ("profiles", "climbmix_is_prepared")}
     where = day.facts.get("gpu") or f"a CPU, {day.facts.get('cpu', 'unknown')}"
-    bad = [result for result in day.results if result.status not in ("ok", "skipped")]
+    bad = [result for result in day.results if result.has_failed]
     lines = [f"# The GPU day: profile {day.profile} on {where}", ""]
     if not day.facts.get("gpu"):
         lines += ["**No GPU was here: these figures say nothing about one.**"]
@@ -526,7 +499,10 @@ def write_report(day: Day) -> None:
 # The command
 
 
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
+def main(argv: list[str]) -> int:
+    if argv == ["--facts"]:
+        print(json.dumps(read_facts()))
+        return 0
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="gpu_day.py", description=__doc__, formatter_class=layout)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the report and the logs")
@@ -538,28 +514,16 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not 0 < args.minutes < 10_000:
         parser.error(f"--minutes {args.minutes}: give a number over 0")
-    return args
-
-
-def main(argv: list[str]) -> int:
-    if argv == ["--facts"]:
-        print(json.dumps(read_facts()))
-        return 0
-    args = parse_arguments(argv)
-    facts, machine = ask_facts()
-    if args.profile and facts and args.profile not in facts["profiles"]:
-        print(f"error: --profile {args.profile!r}: use one of {', '.join(facts['profiles'])}", file=sys.stderr)
-        return 2
+    began = time.monotonic()
+    facts = ask_facts()
+    profiles = facts.get("profiles", {args.profile: 300.0})
+    if args.profile and args.profile not in profiles:
+        parser.error(f"--profile {args.profile!r}: use one of {', '.join(profiles)}")
     out = args.out.absolute()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        print(f"error: OUT {args.out} cannot be made ({error}): name another folder", file=sys.stderr)
-        return 2
+    out.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix="gpu-day-"))
     day = Day(out, args.minutes, scratch, choose_profile(args.profile, facts), facts)
-    day.deadline -= machine.seconds
-    day.results.append(machine)
+    day.deadline -= time.monotonic() - began
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: day.stop.set())  # the step that runs is ended, the report is written
     try:
@@ -569,8 +533,7 @@ def main(argv: list[str]) -> int:
         remove_folder(scratch)
     print(report_text(day))
     print(f"written to {out / 'report.md'}", file=sys.stderr)
-    has_failed = any(result.status not in ("ok", "skipped") for result in day.results)
-    return 1 if has_failed else 0
+    return 1 if any(result.has_failed for result in day.results) else 0
 
 
 if __name__ == "__main__":

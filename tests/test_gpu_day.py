@@ -103,21 +103,18 @@ def test_stage_is_skipped_out_of_time_or_stopped_and_odd_output_harms_nothing(tm
     assert gpu_day.run_stage(day, gpu_day.STAGES[-1]).problem == "stopped by a signal"
 
 
-def test_loop_takes_a_shorter_profile_where_four_runs_no_longer_fit(tmp_path):
+def test_profile_is_the_largest_one_that_has_its_data_and_for_the_loop_one_whose_runs_fit(tmp_path):
+    on_gpu = {"gpu": "NVIDIA H200", "climbmix_is_prepared": False}
+    assert gpu_day.choose_profile(None, on_gpu) == "code"
+    assert gpu_day.choose_profile(None, on_gpu | {"climbmix_is_prepared": True}) == "climbmix"
+    assert gpu_day.choose_profile(None, {}) == "pocket"
+    assert gpu_day.choose_profile("smoke", on_gpu) == "smoke"
     day = Day(tmp_path, 30, tmp_path, "code", {"profiles": {"code": 300, "pocket": 30, "smoke": 2}})
     assert gpu_day.loop_profile(day) == "code"
     day.deadline -= 600
     assert gpu_day.loop_profile(day) == "pocket"
     day.profile = "smoke"
     assert gpu_day.loop_profile(day) == "smoke"
-
-
-def test_profile_is_the_largest_one_that_has_its_data():
-    on_gpu = {"gpu": "NVIDIA H200", "climbmix_is_prepared": False}
-    assert gpu_day.choose_profile(None, on_gpu) == "code"
-    assert gpu_day.choose_profile(None, on_gpu | {"climbmix_is_prepared": True}) == "climbmix"
-    assert gpu_day.choose_profile(None, {}) == "pocket"
-    assert gpu_day.choose_profile("smoke", on_gpu) == "smoke"
 
 
 def test_figures_are_read_from_what_the_benches_and_a_run_print():
@@ -220,3 +217,16 @@ def test_day_on_text_of_ones_own_goes_from_nothing_to_an_audited_ledger(tmp_path
     for run in audited:  # rounding: each process may use another number of threads
         assert run["clean_score"] == pytest.approx(run["score"], abs=2e-6)
         assert run["clean_test_score"] == pytest.approx(run["test_score"], abs=2e-6)
+
+
+def test_command_reads_the_machine_skips_what_needs_a_gpu_and_prints_the_report(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_day, "ask_facts", gpu_day.read_facts)  # without its child
+    monkeypatch.setattr(gpu_day.signal, "signal", lambda *_: None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert gpu_day.main([str(tmp_path / "out"), "--profile", "smoke", "--only", "tests"]) == 0
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "| tests | skipped | 0.0 | no CUDA device here |" in report and "| torch | " in report
+    assert capsys.readouterr().out.strip() == report.strip()
+    with pytest.raises(SystemExit):
+        gpu_day.main([str(tmp_path / "out"), "--profile", "none"])
+    assert "--profile 'none': use one of climbmix, code, pocket, smoke" in capsys.readouterr().err
