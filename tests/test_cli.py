@@ -9,45 +9,59 @@ import shutil
 import stat
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import BASELINE, errors
 
+import loop
+from harness import cli
 
-def refused(checkout, *args, code, **env) -> str:
+
+@pytest.fixture
+def command(checkout, monkeypatch, capsys):
+    """Calls a command in this process, where no signal and no import matters: its output and its exit code."""
+
+    def call(*args: str, code: int, **env: str) -> SimpleNamespace:
+        with monkeypatch.context() as patch:
+            for name, value in (checkout.env | env).items():
+                patch.setenv(name, value)
+            patch.setattr(sys, "argv", ["loop.py", *args])
+            try:
+                found = cli.main(loop.DOMAIN, checkout.path, loop.Ratchet)
+            except SystemExit as error:  # argparse's
+                found = error.code
+        out, err = capsys.readouterr()
+        assert found == code, err
+        return SimpleNamespace(stdout=out, stderr=err)
+
+    return call
+
+
+@pytest.fixture
+def refused(command):
     """The one error line of a command that must fail, and that prints nothing for a script to read."""
-    done = checkout.loop(*args, code=code, **env)
-    assert len(errors(done)) == 1 and done.stdout == "", done.stderr
-    return errors(done)[0]
+
+    def call(*args: str, code: int, **env: str) -> str:
+        done = command(*args, code=code, **env)
+        assert len(errors(done)) == 1 and done.stdout == "", done.stderr
+        return errors(done)[0]
+
+    return call
 
 
-# ---- Which agent -----------------------------------------------------------------------------------------------------
+# ---- Which agent, where, which tag ----------------------------------------------------------------------------------
 
 
-def test_run_without_an_agent_lists_the_installed_ones(checkout):
-    error = refused(checkout, code=2)
+def test_agent_that_is_missing_unknown_or_cannot_start_is_refused_before_anything_is_made(checkout, refused):
+    error = refused(code=2)
     assert "no agent given" in error and "--agent NAME (installed here: " in error and "random" in error
     assert "--agent-cmd" in error
-
-
-def test_unknown_agent_is_named_and_the_installed_ones_listed(checkout):
-    error = refused(checkout, "--agent", "hal9000", code=2)
+    error = refused("--agent", "hal9000", code=2)
     assert "unknown agent 'hal9000'" in error and "random" in error
-
-
-def test_agent_command_that_cannot_be_started_is_refused_before_anything_is_made(checkout):
-    for command in ("", "'unfinished", "no-such-agent --yes"):
-        refused(checkout, "--agent-cmd", command, "--tag", "t", code=2)
+    for words in ("", "'unfinished", "no-such-agent --yes"):
+        refused("--agent-cmd", words, "--tag", "t", code=2)
     assert not checkout.home().exists() and checkout.git("symbolic-ref", "--short", "HEAD") == "main"
-
-
-def test_explicit_run_and_bare_options_are_the_same_command(checkout):
-    for words in (("run",), ()):
-        checkout.loop(*words, *BASELINE)
-    assert checkout.statuses() == ["keep"]
-
-
-# ---- Where it is started ---------------------------------------------------------------------------------------------
 
 
 def test_python_without_the_packages_is_an_error_that_names_uv_run(checkout):
@@ -57,90 +71,64 @@ def test_python_without_the_packages_is_an_error_that_names_uv_run(checkout):
     assert (process.returncode, process.stderr) == (1, expected)
 
 
-def test_folder_that_is_no_git_repository_is_an_error(checkout):
-    shutil.rmtree(checkout.path / ".git")
-    assert "is not the top level of a git repository" in refused(checkout, "--agent-cmd", "true", code=1)
-
-
-def test_copy_inside_another_repository_is_an_error(checkout):
+def test_folder_that_is_no_repository_with_a_commit_of_its_own_is_an_error(checkout, refused):
     inner = checkout.path / "inner"
     shutil.copytree(checkout.path, inner, ignore=shutil.ignore_patterns(".git", "inner"))
-    process = subprocess.run(
-        [sys.executable, inner / "loop.py", "status"], env=checkout.env, capture_output=True, text=True, cwd=inner
-    )
-    assert process.returncode == 1 and "is not the top level of a git repository" in process.stderr
-
-
-def test_repository_without_a_commit_is_an_error(checkout):
+    outer, checkout.path = checkout.path, inner
+    assert "is not the top level of a git repository" in refused("status", code=1)
+    checkout.path = outer
     shutil.rmtree(checkout.path / ".git")
+    assert "is not the top level of a git repository" in refused("--agent-cmd", "true", code=1)
     checkout.git("init", "-q")
-    assert "has no commit at HEAD: run 'git add -A && git commit" in refused(checkout, "--agent-cmd", "true", code=1)
+    assert "has no commit at HEAD: run 'git add -A && git commit" in refused("--agent-cmd", "true", code=1)
 
 
 def test_machine_without_git_is_an_error(checkout):
-    for command in (["--agent-cmd", sys.executable], ["try", "x"], ["status"]):
-        assert "git is not installed" in refused(checkout, *command, code=1, PATH=str(checkout.outside))
+    done = checkout.loop("--agent-cmd", sys.executable, code=1, PATH=str(checkout.outside))
+    assert len(errors(done)) == 1 and "git is not installed" in errors(done)[0]
 
 
-def test_dirty_instructions_and_untracked_files_are_no_error(checkout):
-    (checkout.path / "program.md").write_text("mine\n")
-    (checkout.path / "notes.txt").write_text("mine\n")
-    checkout.loop(*BASELINE)
-
-
-# ---- Tags, profiles, numbers -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_tag_that_is_no_branch_name_is_refused(checkout):
+def test_tag_is_a_branch_name_and_defaults_to_the_current_branchs_else_to_today(checkout, command, refused):
     for tag in ("a b", "..", "a/b", "x.lock", "a~1", "a:b", "é\x07", "@{", 101 * "x"):
-        assert "is not a valid branch name" in refused(checkout, "status", f"--tag={tag}", code=2)
-    assert "is not a valid branch name" in refused(checkout, "--agent-cmd", "true", "--tag=..", code=2)
-
-
-def test_tag_defaults_to_the_current_branchs_else_to_today(checkout):
-    assert re.match(r"autoresearch/[a-z]{3}\d\d: ", checkout.loop("status").stdout)
+        assert "is not a valid branch name" in refused("status", f"--tag={tag}", code=2)
+    assert "is not a valid branch name" in refused("--agent-cmd", "true", "--tag=..", code=2)
+    assert re.match(r"autoresearch/[a-z]{3}\d\d: ", command("status", code=0).stdout)
     checkout.git("checkout", "-q", "-b", "autoresearch/mine")
-    assert checkout.loop("status").stdout.startswith("autoresearch/mine: ")
+    assert command("status", code=0).stdout.startswith("autoresearch/mine: ")
 
 
-def test_unknown_profile_is_refused_with_the_evaluators_own_words(checkout):
-    error = refused(checkout, "--agent-cmd", "true", code=2, AUTORESEARCH_PROFILE="tiny")
+def test_unknown_profile_is_refused_with_the_evaluators_own_words(refused):
+    error = refused("--agent-cmd", "true", code=2, AUTORESEARCH_PROFILE="tiny")
     assert error == "error: unknown profile 'tiny'"
 
 
+RUN = ["--agent-cmd", "true"]
 NO_SENSE = [
     (["--max-experiments", "many"], "argument --max-experiments: invalid int value: 'many'"),
-    (["--hours", "x"], "argument --hours: invalid float value: 'x'"),
-    (["--agent-timeout", ""], "argument --agent-timeout: invalid float value: ''"),
     (["audit", "--replicates", "1.5"], "argument --replicates: invalid int value: '1.5'"),
-    (["--workers", "0", "--agent-cmd", "true"], "--workers 0: give 1 or more"),
-    (["--ahead", "-1", "--agent-cmd", "true"], "--ahead -1: give 0 or more"),
-    (["--hours", "nan", "--agent-cmd", "true"], "--hours nan: give 0 or more"),
+    (["--workers", "0", *RUN], "--workers 0: give 1 or more"),
+    (["--ahead", "-1", *RUN], "--ahead -1: give 0 or more"),
+    (["--hours", "nan", *RUN], "--hours nan: give 0 or more"),
     (["try"], "one of the arguments description --again --base is required"),
     (["try", "an idea", "--base"], "argument --base: not allowed with argument description"),
-    (["try", "--again", "x"], "argument --again: invalid int value: 'x'"),
-    (["--max-usd", "-1", "--agent-cmd", "true"], "--max-usd -1.0: give 0 or more"),
+    (["--max-usd", "-1", *RUN], "--max-usd -1.0: give 0 or more"),
     (
         ["--max-usd", "5", "--agent", "codex"],
         "--max-usd 5: codex reports no dollars: claude, vibe, opencode, kilo, pi do",
     ),
-    (["--patience", "0", "--agent-cmd", "true"], "--patience 0: give 1 or more"),
-    (["--target", "nan", "--agent-cmd", "true"], "--target nan: give a val_bpb from 0.01 to 100"),
-    (["--notify", " ", "--agent-cmd", "true"], "--notify ' ': give a shell command"),
-    (["--confirm", "-1", "--agent-cmd", "true"], "--confirm -1: give 0 or more"),
+    (["--patience", "0", *RUN], "--patience 0: give 1 or more"),
+    (["--target", "nan", *RUN], "--target nan: give a val_bpb from 0.01 to 100"),
+    (["--notify", " ", *RUN], "--notify ' ': give a shell command"),
+    (["--confirm", "-1", *RUN], "--confirm -1: give 0 or more"),
     (["frobnicate"], "no command 'frobnicate': use one of run, try, status, report, audit, ablate, check"),
     (["status", "--agent", "x"], "unrecognized arguments: --agent x"),
 ]
 
 
-def test_arguments_that_make_no_sense_are_a_usage_error(checkout):
+def test_arguments_that_make_no_sense_are_a_usage_error_and_help_names_every_command(command):
     for args, told in NO_SENSE:
-        assert checkout.loop(*args, code=2).stderr.splitlines()[-1].endswith(f"error: {told}")
-
-
-def test_help_names_every_command(checkout):
-    told = checkout.loop("--help").stdout
+        assert command(*args, code=2).stderr.splitlines()[-1].endswith(f"error: {told}")
+    told = command("--help", code=0).stdout
     assert all(f"    {name} " in told for name in ("run", "try", "status", "report", "audit", "check"))
 
 
@@ -152,7 +140,8 @@ def test_terminal_that_is_not_utf_8_and_a_reader_that_has_read_enough_are_no_err
     line = '{"number": 1, "commit": "1234567", "status": "keep", "purpose": "baseline", "score": 1.0,'
     line += ' "description": "gr\u00f6\u00dfer"}'
     (checkout.home() / "runs.jsonl").write_text(line + "\n")
-    assert "gr??er" in checkout.loop("status", "--tag", "t", PYTHONIOENCODING="ascii").stdout
+    nowhere = dict.fromkeys(("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"), "/nonexistent")  # as in a git hook
+    assert "gr??er" in checkout.loop("status", "--tag", "t", PYTHONIOENCODING="ascii", **nowhere).stdout
     for unbuffered in ("", "1"):  # written at the exit, or at once
         process = checkout.popen("status", "--tag", "t", PYTHONUNBUFFERED=unbuffered)
         process.stdout.close()
@@ -162,24 +151,23 @@ def test_terminal_that_is_not_utf_8_and_a_reader_that_has_read_enough_are_no_err
 # ---- Places that cannot be written -----------------------------------------------------------------------------------
 
 
-def test_home_that_cannot_be_made_is_an_error(checkout):
-    (checkout.path / ".git" / "autoresearch").write_text("a file where the loop's folder should be")
-    refused(checkout, "--agent-cmd", "true", "--tag", "t", code=1)
-
-
-def test_ledgers_copy_that_cannot_be_written_is_only_a_warning(checkout):
+def test_places_that_cannot_be_written_are_an_error_or_a_warning_for_a_mere_copy(checkout, refused):
+    home = checkout.path / ".git" / "autoresearch"
+    home.write_text("a file where the loop's folder should be")
+    refused("--agent-cmd", "true", "--tag", "t", code=1)
+    home.unlink()
     (checkout.path / "results.tsv").mkdir()
     (checkout.path / "results.tsv" / "mine.txt").write_text("a person's")
-    done = checkout.loop(*BASELINE)
+    done = checkout.loop("run", *BASELINE)
     assert "or its copy could not be written" in done.stderr
     assert checkout.statuses() == ["keep"] and (checkout.path / "results.tsv" / "mine.txt").exists()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
-def test_checkout_that_is_read_only_is_an_error(checkout):
+def test_checkout_that_is_read_only_is_an_error(checkout, refused):
     mode = stat.S_IMODE((checkout.path / ".git").stat().st_mode)
     (checkout.path / ".git").chmod(0o555)
-    refused(checkout, "--agent-cmd", "true", "--tag", "t", code=1)
+    refused("--agent-cmd", "true", "--tag", "t", code=1)
     (checkout.path / ".git").chmod(mode)
 
 
@@ -191,12 +179,7 @@ def test_preparation_that_fails_is_an_error_with_its_problem(checkout):
     assert done.stderr.splitlines()[1:] == ["error: no network", "error: the preparation failed: no manifest"]
 
 
-def test_variables_of_a_git_hook_do_not_lead_the_loop_elsewhere(checkout):
-    checkout.loop("status", GIT_DIR="/nonexistent", GIT_WORK_TREE="/nonexistent", GIT_INDEX_FILE="/nonexistent")
-
-
-@pytest.mark.slow
-def test_harness_of_this_checkout_wins_over_an_installed_one_and_the_desks_files_shadow_nothing(checkout):
+def test_harness_of_this_checkout_wins_over_an_installed_one_and_files_beside_it_shadow_nothing(checkout):
     """An installed package `harness`, and a json.py and a git.py that an agent left in the checkout."""
     installed = checkout.outside / "harness"
     installed.mkdir()

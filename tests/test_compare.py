@@ -50,9 +50,9 @@ NONSENSE = {
 }
 
 
-@pytest.mark.parametrize("text", NONSENSE.values(), ids=NONSENSE)
-def test_log_that_says_nothing_of_use_leaves_facts_unknown(text):
-    assert set(training_facts(text, DOMAIN, 30.0).values()) == {None}
+def test_log_that_says_nothing_of_use_leaves_facts_unknown():
+    for name, text in NONSENSE.items():
+        assert set(training_facts(text, DOMAIN, 30.0).values()) == {None}, name
 
 
 def test_huge_log_is_read_at_both_ends():
@@ -95,26 +95,6 @@ speed: 11.1% fewer tokens a second, by the edit or the busy machine
 learning: not comparable, 11% fewer tokens mean another stage of the schedule
 others used 30% of the machine during this run: its score is weak \
 ('uv run loop.py try --again 4' measures it once more)"""
-    )
-
-
-def test_verdict_of_the_baseline_has_the_same_rows_and_where_its_time_went():
-    ledger = small_ledger()
-    assert (
-        verdict(ledger, ledger[1])
-        == """\
-run 0001 keep: baseline
-                                                     run 0001
-val_bpb                                              1.720000
-steps                                                     500
-tokens a second                                        20,000
-peak memory, GB                                           2.0
-training loss at half, nats (bits a byte)     4.0000 (1.9236)
-training loss at the end, nats (bits a byte)  3.5000 (1.6831)
-start-up 5.0 s, training 30.0 s (the budget), evaluation 4.0 s
-it says: num_params_M 11.5, depth 4
-sigma, the standard deviation between seeds, is 0.015, from 2 repeats of commits here, \
-pooled with 0.014 as measured before for pocket"""
     )
 
 
@@ -181,12 +161,6 @@ def test_slow_machine_is_named_where_the_same_code_ran_slower():
     slow = made(17, BASELINE, 1.7, "keep", "again", purpose="replicate", tokens_per_second=18_000.0)
     text = verdict(small_ledger(*runs, slow), slow)
     assert "speed: 10.1% fewer tokens a second than earlier runs of the same code: the machine was slow" in text
-
-
-def test_busy_machine_of_the_base_makes_the_difference_weak():
-    first = made(1, BASELINE, 1.7, "keep", "baseline", busy_others=0.5)
-    second = made(2, WIDER, 1.6, "keep", "wider", base=BASELINE)
-    assert "busy when the base was measured" in verdict(Ledger(DOMAIN, [first, second]), second)
 
 
 def test_verdict_that_moves_the_champion_back_says_so():

@@ -1,7 +1,7 @@
 """Kill -9 at every step: the loop, its agent, its training, or all of them at once as when the plug is pulled.
 
     uv run pytest tests/test_kill.py                      # a kill while an agent works
-    uv run pytest tests/test_kill.py -m slow              # 100: at state transitions, at random, of children
+    uv run pytest tests/test_kill.py -m slow              # 20: at state transitions, at random, of children
     KILLS=150 uv run pytest tests/test_kill.py -m slow    # 300
 
 A state transition is whatever loop.py does to the outside: a process started (git, agent, training), a file of the
@@ -21,7 +21,7 @@ from conftest import Checkout, ended, wait_for
 
 from harness.files import is_locked
 
-KILLS = int(os.environ.get("KILLS", 30))  # with one worker, and as many with four
+KILLS = int(os.environ.get("KILLS", 10))  # with one worker, and as many with four
 HOOK = """
 import os, sys
 

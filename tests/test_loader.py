@@ -4,8 +4,6 @@ Run: uv run pytest tests/test_loader.py
 """
 
 import itertools
-import subprocess
-import sys
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -13,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prepare_fixtures import PREPARE, load_prepare, plain_rows, started
+from prepare_fixtures import load_prepare, plain_rows, started
 
 import prepare as any_prepare  # for RowStream, which depends on no profile
 
@@ -171,13 +169,3 @@ def test_pinned_slots_survive_a_slow_device(tiny):
     for x in batches:
         assert np.array_equal(x.cpu().numpy(), plain.take(64)[:, :-1])
     loader.close()
-
-
-@pytest.mark.slow
-def test_import_is_quiet_and_starts_neither_cuda_nor_what_training_does_not_need():
-    code = (
-        "import sys, torch, prepare; print(torch.cuda.is_initialized(), "
-        "sorted({'pyarrow', 'requests', 'rustbpe'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=PREPARE.parent, capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == ("False []\n", "")

@@ -1,4 +1,7 @@
-"""loop.py as a person meets it: real git, real processes, a fake evaluator. One worker unless a test says otherwise."""
+"""loop.py as a person meets it: real git, real processes, a fake evaluator, one worker.
+
+Two nights are scripted, step by step, and the first tests look at what they left. uv run pytest tests/test_loop.py
+"""
 
 import json
 import re
@@ -11,64 +14,233 @@ from conftest import BASELINE, DEEPER, Checkout, ended, errors, hear, wait_for
 
 ONE = "--tag", "t", "--max-experiments", "1", "--agent-cmd"
 
+# What an agent does in its n-th call. It keeps what it found: the file, then the prompt.
+GOOD_AND_BAD_IDEAS = """
+    n = count()
+    path = pathlib.Path("train.py")
+    text = path.read_text()
+    (OUTSIDE / f"found{n}").write_text(text + prompt)
+    say(f"idea {n}")
+    if n == 1:
+        knob("DEPTH", 5)
+    elif n == 2:
+        knob("DEPTH", 3)
+    elif n == 3:
+        knob("DEPTH", 3)
+        path.write_text(path.read_text() + "# another comment\\n\\n'and words'\\n")
+    elif n == 4:
+        knob("DEPTH", "1/0")
+    elif n == 6:
+        knob("DEPTH", "2/0")
+    elif n == 7:
+        say("")
+        knob("DEPTH", 6)
+    elif n == 8:
+        say("simplify: in a string")
+        path.write_text(text.replace("EXTRA = [1, 2, 3, 4, 5, 6, 7, 8]", "exec('EXTRA = [1, 2, 3, 4, 5, 6, 7, 8, 9]')"))
+    elif n == 9:
+        say("simplify: without it")
+        path.write_text(text.replace("EXTRA = [1, 2, 3, 4, 5, 6, 7, 8]\\n", ""))
+    elif n == 10:
+        knob("DEPTH", 7)
+        pathlib.Path("prepare.py").write_text("raise SystemExit(9)")
+        pathlib.Path("new.py").write_text("")
+"""
+WORTHLESS = [  # what an agent leaves, and what it hears: none of it costs a row
+    ("knob('DEPTH', '(')", "train.py does not compile"),
+    ("os.unlink('train.py'); os.mkfifo('train.py')", "train.py is not a regular file"),
+    ("os.unlink('train.py'); os.symlink('prepare.py', 'train.py')", "train.py is not a regular file"),
+    ("os.unlink('train.py'); os.mkdir('train.py')", "train.py is not a regular file"),
+    ("open('train.py', 'a').write('# a comment')", "train.py is the champion's"),
+    ("pass", "left train.py as it was"),
+    ("print('no more credit on this planet'); sys.exit(7)", "no more credit on this planet"),
+    ("time.sleep(600)", "timeout after"),
+    ("install_evil(); knob('DEPTH', 5)", "evil none -> 1.0"),
+]
 
-def test_night_keeps_what_is_better_and_drops_the_rest(checkout: Checkout):
+
+@pytest.fixture(scope="module")
+def module_checkout(tmp_path_factory):
+    checkouts = []
+
+    def make(name: str) -> Checkout:
+        checkouts.append(Checkout(tmp_path_factory.mktemp(name)))
+        return checkouts[-1]
+
+    yield make
+    for checkout in checkouts:
+        checkout.end()
+
+
+@pytest.fixture(scope="module")
+def night(module_checkout) -> Checkout:
+    """Eight experiments of GOOD_AND_BAD_IDEAS, with a floor that DEPTH 6 falls below."""
+    night = module_checkout("night")
+    night.replace("train.py", "# ---- The rest", "EXTRA = [1, 2, 3, 4, 5, 6, 7, 8]\n# ---- The rest")
+    night.replace("train.py", "* (seed - 42))", "* (seed - 42), accuracy=0.5 if DEPTH == 6 else 0.95)")
+    night.replace("loop.py", "floors={}", 'floors={"accuracy": 0.9}')
+    night.commit("something to remove, and a floor")
+    command = ["--tag", "t", "--agent-cmd", night.agent(GOOD_AND_BAD_IDEAS), "--max-experiments", "8"]
+    night.said = night.loop(*command, timeout=120).stderr
+    return night
+
+
+def test_night_keeps_what_is_better_and_drops_the_rest(night: Checkout):
     """Baseline first; a gain moves branch and checkout; a loss and a crash leave them where they were."""
-    agent = checkout.agent("""
-        n = count()
-        if n == 1:
-            knob("DEPTH", 5)
-        elif n == 2:
-            knob("DEPTH", 3)
-        else:
-            knob("DEPTH", "1/0")
-        say(f"idea {n}")
-    """)
-    done = checkout.loop("--tag", "t", "--agent-cmd", agent, "--max-experiments", "3")
-    rows = checkout.rows()
-    assert [row[3] for row in rows] == ["keep", "keep", "discard", "crash"]
-    assert [row[1] for row in rows] == ["1.080000", "1.070000", "1.090000", "0.000000"]
-    assert [row[4] for row in rows[:3]] == ["baseline", "idea 1", "idea 2"]
-    assert rows[3][4] == "ZeroDivisionError: division by zero (exit code 1): idea 3"
-    assert rows[1][2] == "0.5"
-    kept = checkout.git("rev-parse", "refs/heads/autoresearch/t")
-    assert kept.startswith(rows[1][0])
-    assert checkout.git("symbolic-ref", "HEAD") == "refs/heads/autoresearch/t"
-    assert "DEPTH = 5" in (checkout.path / "train.py").read_text()
-    assert checkout.git("status", "--porcelain", "--untracked-files=no") == ""
-    assert checkout.git("log", "-1", "--format=%s %an", kept) == "run 0002: idea 1 autoresearch"
-    assert checkout.git("show", "--name-only", "--format=", kept) == "train.py"
-    assert "best" in done.stderr.lower() and "all experiments are done" in done.stderr
-    folder = checkout.path / "runs" / "0002"
+    rows = night.rows()
+    words = ["baseline", "idea 1", "idea 2", "idea 4", "idea 6", "DEPTH 5 -> 6", "in a string", "without it", "idea 10"]
+    kinds = ["keep", "keep", "discard", "crash", "crash", "discard", "discard", "keep", "keep"]
+    assert [row[3] for row in rows] == kinds
+    assert [float(row[1]) for row in rows] == [1.08, 1.07, 1.09, 0, 0, 1.06, 1.07, 1.07, 1.05]
+    assert rows[0][1:3] == ["1.080000", "0.5"]
+    assert [row[4].rpartition(": ")[2] for row in rows] == words
+    kept = night.git("rev-parse", "refs/heads/autoresearch/t")
+    assert kept.startswith(rows[-1][0])
+    assert night.git("symbolic-ref", "HEAD") == "refs/heads/autoresearch/t"
+    assert "DEPTH = 7" in (night.path / "train.py").read_text()
+    assert night.git("status", "--porcelain", "--untracked-files=no") == ""
+    assert night.git("log", "-1", "--format=%s %an", kept) == "run 0009: idea 10 autoresearch"
+    assert "Best val_bpb" in night.said and "all experiments are done" in night.said
+    folder = night.path / "runs" / "0002"
     assert "DEPTH = 5" in (folder / "change.diff").read_text()
     assert "val_bpb" in (folder / "run.log").read_text()
     assert json.loads((folder / "result.json").read_text())["val_bpb"] == 1.07
-    assert (checkout.path / "results.tsv").read_text() == (checkout.home() / "results.tsv").read_text()
-    assert checkout.orphans() == []
-    assert not (checkout.path / ".autoresearch" / "t" / "1").exists()
+    assert (night.path / "results.tsv").read_text() == (night.home() / "results.tsv").read_text()
+    first, second = night.runs()[:2]
+    assert (first.purpose, second.purpose, second.base) == ("baseline", "experiment", first.commit)
+    assert second.record["weights_sha256"] == "w" * 64 and first.packages["pytest"]
+    assert night.orphans() == []
+    assert not (night.path / ".autoresearch" / "t" / "1").exists()
 
 
-def test_runs_jsonl_alone_carries_the_state(checkout: Checkout):
-    checkout.loop(*ONE, checkout.agent(DEEPER))
+def found(night: Checkout, call: int) -> str:
+    return (night.outside / f"found{call}").read_text()
+
+
+def test_repeat_by_syntax_tree_is_refused_and_the_agent_is_told(night: Checkout):
+    assert "repeats run 3 (discard: idea 2)" in found(night, 4)
+    assert "idea 3" not in (night.path / "results.tsv").read_text()
+
+
+def test_crash_is_handed_back_until_it_was_mended_once_then_the_champions_file_again(night: Checkout):
+    """Call 5 does nothing, so the task stays; call 6 crashes too."""
+    assert night.rows()[3][4] == "ZeroDivisionError: division by zero (exit code 1): idea 4"
+    assert ["DEPTH = 1/0" in found(night, call) for call in (4, 5, 6, 7)] == [False, True, True, False]
+    assert "an experiment that crashed" in found(night, 5) and "an experiment that crashed" not in found(night, 7)
+    assert "DEPTH = 5" in found(night, 7)
+
+
+def test_floor_discards_a_gain_with_its_reason_first(night: Checkout):
+    assert night.rows()[5][4] == "accuracy 0.5 is below its floor 0.9: DEPTH 5 -> 6"
+
+
+def test_simplification_is_kept_within_the_noise_and_strings_count(night: Checkout):
+    assert [row[3:] for row in night.rows()[6:8]] == [
+        ["discard", "simplify: in a string"], ["keep", "simplify: without it"],
+    ]  # fmt: skip
+
+
+def test_agents_other_edits_are_undone_and_said(night: Checkout):
+    assert "the agent also changed prepare.py: undone" in night.said
+    assert night.runs()[-1].touched == ("prepare.py",)
+    assert night.git("show", "--name-only", "--format=", "autoresearch/t") == "train.py"
+
+
+@pytest.fixture(scope="module")
+def rough_night(module_checkout) -> Checkout:
+    """WORTHLESS; then an agent that hides things and gains; then a run with another attention kernel.
+
+    uv is a stand-in here: what it is asked for is what counts, the real environment stays as it is.
+    """
+    night = module_checkout("rough")
+    packages = night.outside / "packages"
+    packages.mkdir()
+    uv = night.outside / "bin" / "uv"
+    uv.parent.mkdir()
+    uv.write_text(f'#!/bin/sh\necho "$@" >> {night.outside}/uv-calls\nrm -rf {packages}/evil-1.0.dist-info\n')
+    uv.chmod(0o755)
+    night.replace("train.py", "import os, time", "import os, sys, time\nprint(sorted(os.environ), sys.path[0])")
+    night.commit("look at the environment")
+    secrets = dict.fromkeys(("ANTHROPIC_API_KEY", "HF_TOKEN", "MY_PASSWORD"), "x")
+    env = secrets | {"PYTHONPATH": str(packages), "PATH": f"{uv.parent}:{night.env['PATH']}"}
+    agent = night.agent(f"""
+        def install_evil():
+            folder = pathlib.Path({str(packages)!r}, "evil-1.0.dist-info")
+            folder.mkdir(parents=True)
+            (folder / "METADATA").write_text("Metadata-Version: 2.1\\nName: evil\\nVersion: 1.0\\n")
+
+        n = count()
+        worthless = {[left for left, _ in WORTHLESS]!r}
+        path = pathlib.Path("train.py")
+        hide = "subprocess.Popen(['sleep', '600'], start_new_session=True)"
+        if n <= len(worthless):
+            exec(worthless[n - 1])
+        elif n == len(worthless) + 1:
+            exec(hide)
+            git = pathlib.Path(subprocess.check_output(["git", "rev-parse", "--git-common-dir"], text=True).strip())
+            (git / "hooks" / "post-checkout").write_text("#!/bin/sh\\ntouch " + str(OUTSIDE / "hooked"))
+            (git / "hooks" / "post-checkout").chmod(0o755)
+            pathlib.Path("json.py").write_text("raise SystemExit(9)")
+            pathlib.Path(".gitattributes").write_text("train.py filter=evil\\n")
+            subprocess.run(["git", "config", "filter.evil.clean", "sed s/DEPTH/depth/"])
+            path.write_text(path.read_text().replace("import prepare", "import prepare, subprocess; " + hide))
+            knob("DEPTH", 5)
+        else:
+            path.write_text(path.read_text().replace("* (seed - 42))", "* (seed - 42), attention='slow')"))
+    """)
+    command = ["--tag", "t", "--agent-cmd", agent, "--max-experiments", "2", "--agent-timeout", "6"]
+    night.said = night.loop(*command, timeout=120, **env).stderr
+    return night
+
+
+def test_edit_that_is_not_worth_a_run_costs_no_row_and_is_named(rough_night: Checkout):
+    for _, reason in WORTHLESS:
+        assert reason in rough_night.said, reason
+    assert rough_night.said.count("train.py is not a regular file") == 3
+    assert [run.number for run in rough_night.runs()] == [1, 2, 3]
+    calls = (rough_night.outside / "uv-calls").read_text()
+    assert "pip uninstall" in calls and "evil" in calls
+
+
+def test_nothing_that_an_agent_or_a_run_left_lives_on_or_reaches_a_run(rough_night: Checkout):
+    """Processes, files, hooks and settings; the evaluator is the commit's."""
+    assert rough_night.statuses() == ["keep", "keep", "crash"]
+    assert rough_night.orphans() == []
+    assert not (rough_night.outside / "hooked").exists()
+
+
+def test_training_sees_no_key_and_nothing_that_changes_python(rough_night: Checkout):
+    log = (rough_night.home() / "runs" / "0001" / "run.log").read_text()
+    assert "AUTORESEARCH_SEED" in log
+    assert not re.search("API_KEY|HF_TOKEN|PASSWORD|PYTHONPATH", log)
+
+
+def test_run_with_another_attention_kernel_is_made_again_and_then_a_crash(rough_night: Checkout):
+    assert rough_night.said.count("attention is slow, the baseline's is sdpa") > 1
+    assert rough_night.rows()[2][4].startswith("attention is slow")
+
+
+# What a tag goes on from
+
+
+def test_tag_goes_on_from_runs_jsonl_alone_and_only_where_scores_compare(checkout: Checkout):
+    checkout.loop(*BASELINE)
     before = (checkout.path / "results.tsv").read_text()
     for path in (checkout.path / "results.tsv", checkout.home() / "results.tsv"):
         path.unlink()
+    runs = checkout.home() / "runs.jsonl"
+    with open(runs, "a") as file:
+        file.write('{"number": 2, "comm')  # torn by a kill
     checkout.loop(*BASELINE)
     assert (checkout.path / "results.tsv").read_text() == before
-    first, second = checkout.runs()
-    assert (first.purpose, second.purpose, second.base) == ("baseline", "experiment", first.commit)
-    assert second.record["weights_sha256"] == "w" * 64
-    assert first.packages["pytest"]
-
-
-def test_torn_last_line_is_cut_and_a_broken_one_is_named(checkout: Checkout):
-    checkout.loop(*BASELINE)
-    path = checkout.home() / "runs.jsonl"
-    with open(path, "a") as file:
-        file.write('{"number": 2, "comm')
-    checkout.loop(*BASELINE)
-    assert len(path.read_text().splitlines()) == 1
-    path.write_text("no run\n" + path.read_text())
+    assert len(runs.read_text().splitlines()) == 1
+    for variable, told in {
+        "AUTORESEARCH_PROFILE": "begun with profile 'fake', this is 'other'",
+        "FAKE_DEVICE_NAME": "begun with device_name 'cpu', this is 'other'",
+    }.items():
+        (error,) = errors(checkout.loop(*BASELINE, code=2, **{variable: "other"}))
+        assert told in error and "--tag" in error
+    runs.write_text("no run\n" + runs.read_text())
     (error,) = errors(checkout.loop(*BASELINE, code=1))
     assert "runs.jsonl:1 is not a run" in error and "mend or delete that line" in error
 
@@ -82,169 +254,7 @@ def test_tag_of_an_older_loop_is_refused_and_its_ledger_can_still_be_read(checko
     assert "1.000000" in checkout.loop("report", str(old)).stdout
 
 
-@pytest.mark.parametrize(
-    ("edit", "reason"),
-    [
-        ("knob('DEPTH', '(')", "train.py does not compile"),
-        ("pathlib.Path('train.py').unlink(); os.mkfifo('train.py')", "train.py is not a regular file"),
-        ("pathlib.Path('train.py').unlink(); os.symlink('prepare.py', 'train.py')", "train.py is not a regular file"),
-        ("pathlib.Path('train.py').unlink(); os.mkdir('train.py')", "train.py is not a regular file"),
-        ("open('train.py', 'a').write('# a comment')", "train.py is the champion's"),
-        ("pass", "left train.py as it was"),
-    ],
-)
-def test_edit_that_is_not_worth_a_run_costs_no_row(checkout: Checkout, edit: str, reason: str):
-    agent = checkout.agent(f"""
-        if count() == 1:
-            {edit}
-        else:
-            knob("DEPTH", 5)
-    """)
-    done = checkout.loop(*ONE, agent)
-    assert reason in done.stderr
-    assert checkout.statuses() == ["keep", "keep"]
-
-
-def test_repeat_by_syntax_tree_is_refused_and_the_agent_is_told(checkout: Checkout):
-    agent = checkout.agent("""
-        n = count()
-        (OUTSIDE / f"prompt{n}").write_text(prompt)
-        knob("DEPTH", 3 if n < 3 else 5)
-        if n == 2:
-            with open("train.py", "a") as file:
-                file.write("# another comment\\n\\n'and words'\\n")
-        say(f"idea {n}")
-    """)
-    checkout.loop("--tag", "t", "--agent-cmd", agent, "--max-experiments", "2")
-    assert [row[4] for row in checkout.rows()] == ["baseline", "idea 1", "idea 3"]
-    assert "repeats run 2 (discard: idea 1)" in (checkout.outside / "prompt3").read_text()
-
-
-def test_crash_is_handed_to_the_next_proposal_once(checkout: Checkout):
-    """The agent finds the crashed file and its log; when the mend crashes too, it gets the champion's file again."""
-    agent = checkout.agent("""
-        n = count()
-        (OUTSIDE / f"start{n}").write_text(pathlib.Path("train.py").read_text() + prompt)
-        text = pathlib.Path("train.py").read_text()
-        pathlib.Path("train.py").write_text(f"raise SystemExit('no such table {n}')\\n" + text)
-    """)
-    checkout.loop("--tag", "t", "--agent-cmd", agent, "--max-experiments", "3")
-    starts = [(checkout.outside / f"start{n}").read_text() for n in (1, 2, 3)]
-    assert [text.count("raise SystemExit") for text in starts] == [0, 1, 0]
-    assert "an experiment that crashed" in starts[1]
-    assert checkout.statuses() == ["keep", "crash", "crash", "crash"]
-
-
-def test_crash_task_survives_an_agent_that_does_nothing_once(checkout: Checkout):
-    agent = checkout.agent("""
-        n = count()
-        (OUTSIDE / f"start{n}").write_text(pathlib.Path("train.py").read_text())
-        if n == 1:
-            text = pathlib.Path("train.py").read_text()
-            pathlib.Path("train.py").write_text("raise SystemExit(3)\\n" + text)
-        elif n == 3:
-            text = pathlib.Path("train.py").read_text().replace("raise SystemExit(3)", "")
-            pathlib.Path("train.py").write_text(text)
-            knob("DEPTH", 5)
-    """)
-    checkout.loop("--tag", "t", "--agent-cmd", agent, "--max-experiments", "2")
-    assert "SystemExit" in (checkout.outside / "start3").read_text()
-    assert checkout.statuses() == ["keep", "crash", "keep"]
-
-
-def test_agents_that_fail_rest_and_say_what_they_said(checkout: Checkout):
-    agent = checkout.agent("""
-        if count() < 3:
-            print("no more credit on this planet")
-            sys.exit(7)
-        knob("DEPTH", 5)
-    """)
-    done = checkout.loop(*ONE, agent)
-    assert done.stderr.count("no more credit on this planet") == 2
-    assert checkout.statuses() == ["keep", "keep"]
-
-
-def test_agents_other_edits_are_undone_and_said(checkout: Checkout):
-    agent = checkout.agent("""
-        pathlib.Path("prepare.py").write_text("raise SystemExit(9)")
-        pathlib.Path("new.py").write_text("")
-        knob("DEPTH", 5)
-    """)
-    done = checkout.loop(*ONE, agent)
-    assert "prepare.py" in done.stderr and "undone" in done.stderr
-    assert checkout.statuses() == ["keep", "keep"]
-    assert checkout.runs()[1].touched == ("prepare.py",)
-    assert checkout.git("show", "--name-only", "--format=", "autoresearch/t") == "train.py"
-
-
-def test_agent_that_installs_a_package_has_its_edit_refused_and_the_night_goes_on(checkout: Checkout, tmp_path):
-    """uv is a stand-in here: what it is asked for is what counts, the real environment stays as it is."""
-    packages = tmp_path / "packages"
-    calls = tmp_path / "uv-calls"
-    uv = tmp_path / "bin" / "uv"
-    uv.parent.mkdir()
-    uv.write_text(f'#!/bin/sh\necho "$@" >> {calls}\nrm -rf {packages}/evil-1.0.dist-info\n')
-    uv.chmod(0o755)
-    agent = checkout.agent(f"""
-        if count() == 1:
-            folder = pathlib.Path({str(packages)!r}, "evil-1.0.dist-info")
-            folder.mkdir(parents=True)
-            (folder / "METADATA").write_text("Metadata-Version: 2.1\\nName: evil\\nVersion: 1.0\\n")
-        knob("DEPTH", knob("DEPTH") + count())
-    """)
-    packages.mkdir()
-    env = {"PYTHONPATH": str(packages), "PATH": f"{uv.parent}:{checkout.env['PATH']}"}
-    done = checkout.loop(*ONE, agent, **env)
-    assert "evil none -> 1.0" in done.stderr
-    assert "pip uninstall" in calls.read_text() and "evil" in calls.read_text()
-    assert checkout.statuses() == ["keep", "keep"]
-
-
-def test_another_profile_device_or_data_is_refused_in_one_line(checkout: Checkout):
-    checkout.loop(*BASELINE)
-    (error,) = errors(checkout.loop(*BASELINE, code=2, AUTORESEARCH_PROFILE="other"))
-    assert "begun with profile 'fake', this is 'other'" in error and "--tag" in error
-    (error,) = errors(checkout.loop(*BASELINE, code=2, FAKE_DEVICE_NAME="tpu"))
-    assert "device_name 'cpu', this is 'tpu'" in error
-
-
-def test_run_with_another_attention_kernel_is_made_again_and_then_a_crash(checkout: Checkout):
-    agent = checkout.agent("""
-        text = pathlib.Path("train.py").read_text().replace("* (seed - 42))", "* (seed - 42), attention='slow')")
-        pathlib.Path("train.py").write_text(text)
-    """)
-    done = checkout.loop(*ONE, agent)
-    assert "attention is slow, the baseline's is sdpa" in done.stderr
-    assert checkout.statuses() == ["keep", "crash"]
-    assert checkout.rows()[1][4].startswith("attention is slow")
-
-
-def test_simplification_is_kept_within_the_noise_and_strings_count(checkout: Checkout):
-    checkout.replace("train.py", "# ---- The rest", "EXTRA = [1, 2, 3, 4, 5, 6, 7, 8]\n# ---- The rest")
-    checkout.commit("something to remove")
-    agent = checkout.agent("""
-        n = count()
-        text = pathlib.Path("train.py").read_text()
-        if n == 1:
-            hidden = "exec('EXTRA = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]')"
-            text = text.replace("EXTRA = [1, 2, 3, 4, 5, 6, 7, 8]", hidden)
-        else:
-            text = text.replace("EXTRA = [1, 2, 3, 4, 5, 6, 7, 8]\\n", "")
-        pathlib.Path("train.py").write_text(text)
-        say(f"simplify: idea {n}")
-    """)
-    checkout.loop("--tag", "t", "--agent-cmd", agent, "--max-experiments", "2")
-    assert checkout.statuses() == ["keep", "discard", "keep"]
-
-
-def test_floor_discards_with_its_reason_first(checkout: Checkout):
-    checkout.replace("loop.py", "floors={}", 'floors={"accuracy": 0.9}')
-    checkout.replace("train.py", "* (seed - 42))", "* (seed - 42), accuracy=0.95 if DEPTH == 4 else 0.5)")
-    checkout.commit("a floor")
-    checkout.loop(*ONE, checkout.agent(DEEPER))
-    assert checkout.rows()[1][1:] == [
-        "1.070000", "0.5", "discard", "accuracy 0.5 is below its floor 0.9: DEPTH 4 -> 5.0",
-    ]  # fmt: skip
+# Gains that are asked about
 
 
 def test_approval_decides_whether_a_gain_stands(checkout: Checkout):
@@ -286,139 +296,78 @@ def test_confirm_keeps_a_real_gain_and_no_lucky_one(checkout: Checkout):
     assert len(set(seeds)) >= 3 and 42 not in seeds
 
 
-def test_profile_without_a_known_noise_runs_its_baseline_twice(checkout: Checkout):
-    checkout.replace("loop.py", ', "fake": 0.0004}', "}")
-    checkout.commit("a profile of one's own")
-    checkout.loop(*BASELINE)
-    assert [row[3] for row in checkout.rows()] == ["keep", "keep"]
-    first, second = checkout.runs()
-    assert first.seed == 42 and second.seed != 42
-
-
-def test_training_sees_no_key_and_nothing_that_changes_python(checkout: Checkout):
-    checkout.replace("train.py", "import os, time", "import os, sys, time\nprint(sorted(os.environ), sys.path[0])")
-    checkout.commit("look")
-    secrets = {"ANTHROPIC_API_KEY": "x", "HF_TOKEN": "x", "MY_PASSWORD": "x", "PYTHONPATH": str(checkout.outside)}
-    checkout.loop(*BASELINE, **secrets)
-    log = (checkout.home() / "runs" / "0001" / "run.log").read_text()
-    assert "AUTORESEARCH_SEED" in log
-    assert not re.search("API_KEY|HF_TOKEN|PASSWORD|PYTHONPATH", log)
-
-
-def test_evaluator_of_the_commit_scores_whatever_an_agent_left(checkout: Checkout):
-    """Files, hooks and settings that an agent leaves in its worktree do not reach the run."""
-    agent = checkout.agent("""
-        hook = pathlib.Path(subprocess.check_output(["git", "rev-parse", "--git-common-dir"], text=True).strip())
-        (hook / "hooks" / "post-checkout").write_text("#!/bin/sh\\ntouch " + str(OUTSIDE / "hooked"))
-        (hook / "hooks" / "post-checkout").chmod(0o755)
-        pathlib.Path("json.py").write_text("raise SystemExit(9)")
-        pathlib.Path(".gitattributes").write_text("train.py filter=evil\\n")
-        subprocess.run(["git", "config", "filter.evil.clean", "sed s/DEPTH/depth/"])
-        knob("DEPTH", 5)
-    """)
-    checkout.loop(*ONE, agent)
-    assert checkout.statuses() == ["keep", "keep"]
-    assert not (checkout.outside / "hooked").exists()
-
-
-def test_processes_that_an_agent_or_a_run_leaves_are_ended(checkout: Checkout):
-    hide = "subprocess.Popen(['sleep', '600'], start_new_session=True)"
-    agent = checkout.agent(f"""
-        {hide}
-        text = pathlib.Path("train.py").read_text()
-        pathlib.Path("train.py").write_text(text.replace("import os, time", "import os, subprocess, time\\n{hide}"))
-        knob("DEPTH", 5)
-    """)
-    checkout.loop(*ONE, agent)
-    assert checkout.statuses() == ["keep", "keep"]
-    assert checkout.orphans() == []
-
-
 # How a person stops it
 
 
-def test_ctrl_c_once_finishes_what_runs(checkout: Checkout):
-    checkout.loop(*BASELINE)
+def test_person_stops_a_night_once_at_once_and_by_closing_the_terminal(checkout: Checkout):
+    command = ["--tag", "t", "--agent-cmd", checkout.agent(DEEPER)]
     checkout.hold.touch()
-    process = checkout.popen("--tag", "t", "--agent-cmd", checkout.agent(DEEPER))
-    hear(process, "run 0002")
+
+    # Ctrl-C once finishes what runs. Meanwhile a second loop is refused, and a person can look.
+    process = checkout.popen(*command)
+    hear(process, "run 0001")
+    (error,) = errors(checkout.loop(*BASELINE, code=2))
+    assert "tag t is busy" in error
+    assert "baseline" in checkout.loop("status", "--tag", "t").stdout
     process.send_signal(signal.SIGINT)
     hear(process, "finishing what runs")
     checkout.hold.unlink()
     ended(process)
-    assert checkout.statuses() == ["keep", "keep"]
+    assert checkout.statuses() == ["keep"]
 
-
-@pytest.mark.parametrize("signals", [[signal.SIGINT, signal.SIGINT], [signal.SIGTERM]])
-def test_ctrl_c_twice_or_term_stops_now(checkout: Checkout, signals):
-    checkout.loop(*BASELINE)
+    # Ctrl-C twice, or SIGTERM, stops now.
     checkout.hold.touch()
-    process = checkout.popen("--tag", "t", "--agent-cmd", checkout.agent(DEEPER))
-    hear(process, "run 0002")
-    for number in signals[:-1]:
-        process.send_signal(number)
-        hear(process, "finishing what runs")
-    process.send_signal(signals[-1])
-    done = ended(process)
-    assert "stopped" in done.stderr
-    assert checkout.statuses() == ["keep"] and checkout.orphans() == []
-    checkout.hold.unlink()
-    checkout.loop("--tag", "t", "--agent-cmd", checkout.agent(DEEPER), "--max-experiments", "1")
-    assert checkout.statuses() == ["keep", "keep"] and checkout.runs()[1].number == 3
+    for number, signals in ((2, [signal.SIGINT, signal.SIGINT]), (3, [signal.SIGTERM])):
+        process = checkout.popen(*command)
+        hear(process, f"run {number:04d}")
+        for one in signals[:-1]:
+            process.send_signal(one)
+            hear(process, "finishing what runs")
+        process.send_signal(signals[-1])
+        assert "stopped" in ended(process).stderr
+        assert checkout.statuses() == ["keep"] and checkout.orphans() == []
 
-
-def test_stop_file_hours_patience_and_target_end_a_night(checkout: Checkout):
-    worse = checkout.agent('knob("DEPTH", 3 - count() * 0.1)')
-    done = checkout.loop("--tag", "t", "--agent-cmd", worse, "--patience", "2")
-    assert "no keep in 2 experiments (--patience)" in done.stderr and checkout.statuses()[1:] == ["discard"] * 2
-    done = checkout.loop("--tag", "t", "--agent-cmd", checkout.agent(DEEPER), "--target", "1.065")
-    assert "reaches --target 1.065" in done.stderr and checkout.rows()[-1][1] == "1.060000"
-    done = checkout.loop("--tag", "t", "--agent-cmd", checkout.agent(DEEPER), "--hours", "0")
-    assert "--hours 0 are over" in done.stderr
-    agent = checkout.agent(DEEPER + '\nopen(os.environ["CHECKOUT"] + "/STOP", "w")')
-    checkout.loop("--tag", "t", "--agent-cmd", agent, CHECKOUT=str(checkout.path))
-
-
-def test_hangup_and_a_terminal_that_goes_away_end_nothing(checkout: Checkout):
-    checkout.hold.touch()
-    process = checkout.popen(*ONE, checkout.agent(DEEPER))
-    hear(process, "run 0001")
+    # A terminal that goes away ends nothing.
+    process = checkout.popen(*command, "--max-experiments", "1")
+    hear(process, "run 0004")
     process.send_signal(signal.SIGHUP)
     process.stderr.close()
     process.stdout.close()
     checkout.hold.unlink()
     assert process.wait(30) == 0
-    assert checkout.statuses() == ["keep", "keep"]
+    assert checkout.statuses() == ["keep", "keep"] and checkout.runs()[1].number == 4
 
 
-def test_silent_agent_is_ended_at_the_time_limit_and_costs_no_row(checkout: Checkout):
-    agent = checkout.agent("""
-        if count() == 1:
-            time.sleep(600)
-        knob("DEPTH", 5)
-    """)
-    done = checkout.loop(*ONE, agent, "--agent-timeout", "0.5")
-    assert "timeout after" in done.stderr and checkout.statuses() == ["keep", "keep"]
-
-
-def test_notify_hears_of_a_keep_and_of_the_end(checkout: Checkout):
+def test_patience_target_hours_and_the_stop_file_end_a_night_and_notify_hears_of_it(checkout: Checkout):
+    worse = checkout.agent('knob("DEPTH", 3 - count() * 0.1)')
+    done = checkout.loop("--tag", "t", "--agent-cmd", worse, "--patience", "2")
+    assert "no keep in 2 experiments (--patience)" in done.stderr and checkout.statuses()[1:] == ["discard"] * 2
     heard = checkout.outside / "heard"
-    checkout.loop(*ONE, checkout.agent(DEEPER), "--notify", f"cat >> {heard}")
-    text = heard.read_text()
-    assert "kept val_bpb 1.070000 (run 0002)" in text and "the loop ended: all experiments are done" in text
+    command = ["--tag", "t", "--agent-cmd", checkout.agent(DEEPER)]
+    done = checkout.loop(*command, "--target", "1.075", "--notify", f"cat >> {heard}")
+    assert "reaches --target 1.075" in done.stderr and checkout.rows()[-1][1] == "1.070000"
+    assert "kept val_bpb 1.070000 (run 0004)" in heard.read_text() and "the loop ended: " in heard.read_text()
+    assert "--hours 0 are over" in checkout.loop(*command, "--hours", "0").stderr
+    agent = checkout.agent(DEEPER + '\nopen(os.environ["CHECKOUT"] + "/STOP", "w")')
+    checkout.loop("--tag", "t", "--agent-cmd", agent, CHECKOUT=str(checkout.path))
+    assert not (checkout.path / "STOP").exists()
 
 
 # The checkout of a person
 
 
-def test_persons_files_stay_as_they_are_while_the_branch_moves(checkout: Checkout):
+def test_persons_files_stay_as_they_are_and_their_instructions_count_at_once(checkout: Checkout):
     checkout.loop(*BASELINE)
     (checkout.path / "prepare.py").write_text((checkout.path / "prepare.py").read_text() + "# mine\n")
     (checkout.path / "notes.txt").write_text("mine")
-    checkout.loop(*ONE, checkout.agent(DEEPER))
+    (checkout.path / "program.md").write_text("Try depth.\n")
+    checkout.loop(*ONE, checkout.agent('(OUTSIDE / "prompt").write_text(prompt); knob("DEPTH", 5)'))
     assert checkout.statuses() == ["keep", "keep"]
     assert (checkout.path / "prepare.py").read_text().endswith("# mine\n")
+    assert (checkout.path / "notes.txt").exists()
     assert checkout.git("rev-parse", "autoresearch/t").startswith(checkout.rows()[1][0])
+    assert (checkout.outside / "prompt").read_text().startswith("Try depth.")
+    assert (checkout.path / "program.md").read_text() == "Try depth.\n"
 
 
 def test_first_start_wants_a_clean_checkout_and_a_free_branch(checkout: Checkout):
@@ -430,29 +379,6 @@ def test_first_start_wants_a_clean_checkout_and_a_free_branch(checkout: Checkout
     checkout.git("checkout", "-q", "main")
     (error,) = errors(checkout.loop(*BASELINE, code=2))
     assert "branch autoresearch/t exists" in error and "another --tag" in error
-
-
-def test_instructions_edited_by_a_person_count_at_once_and_are_never_reset(checkout: Checkout):
-    agent = checkout.agent("""
-        (OUTSIDE / "prompt").write_text(prompt)
-        knob("DEPTH", 5)
-    """)
-    (checkout.path / "program.md").write_text("Try depth.\n")
-    checkout.loop(*ONE, agent)
-    assert (checkout.outside / "prompt").read_text().startswith("Try depth.")
-    assert (checkout.path / "program.md").read_text() == "Try depth.\n"
-
-
-def test_second_loop_on_a_tag_is_refused_while_the_first_runs(checkout: Checkout):
-    checkout.hold.touch()
-    process = checkout.popen(*BASELINE)
-    hear(process, "run 0001")
-    (error,) = errors(checkout.loop(*BASELINE, code=2))
-    assert "tag t is busy" in error
-    status = checkout.loop("status", "--tag", "t").stdout
-    assert "baseline" in status
-    checkout.hold.unlink()
-    ended(process)
 
 
 def test_file_system_without_locks_is_one_line_that_says_where_the_lock_can_live(checkout: Checkout):

@@ -26,25 +26,17 @@ def on_paper(cache: Path, *options: str) -> dict:
 
 
 def test_climbmix_run_compiles_once_without_a_break_and_stays_within_the_memory_goal(tmp_path):
-    result = on_paper(tmp_path)
+    result = on_paper(tmp_path, "--weigh")
     assert result["attention"] == "flex_attention"
     # The compiler's trial, the probe of attention, training, evaluation, and Muon's update of four shapes: each once,
     # all before the first step.
     assert result["graphs_warm"] == result["graphs"] == 4 + 4
     assert result["graph_breaks"] == {}
-    assert result["kernels"] > 50
-    assert result["largest_shared"] <= result["shared_limit"]
     assert result["evaluation_mb"] < result["training_mb"] < GOAL_MB
 
 
-def test_run_without_a_compiler_goes_through(tmp_path):
-    result = on_paper(tmp_path, "--eager", "--rows", "8")
-    assert (result["attention"], result["graphs"], result["kernels"]) == ("sdpa_attention", 0, 0)
-
-
-@pytest.mark.parametrize("capability", [80, 89, 100, 120])
-def test_attention_kernels_fit_into_the_shared_memory_of_other_architectures(tmp_path, capability):
-    result = on_paper(tmp_path, "--attention", "--capability", str(capability))
+def test_attention_kernels_fit_into_the_smallest_shared_memory_of_an_architecture(tmp_path):
+    result = on_paper(tmp_path, "--attention", "--capability", "120")
     assert result["attention"] == "flex_attention"
     assert result["kernels"] >= 3  # forward, and two passes backward
     assert 0 < result["largest_shared"] <= result["shared_limit"]

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from prepare_fixtures import copy_prepare, die_at, english, error_line, load_prepare, profile_row
+from prepare_fixtures import copy_prepare, english, error_line, load_prepare, profile_row
 
 SHARDS = 6  # of the hub data set: four to train on, then test, then validation
 
@@ -301,17 +301,6 @@ def test_unknown_source_says_both_things_it_is_not(hub, tmp_path, capsys):
     hub.listing = dict
     assert evaluator.main([]) == 1
     assert error_line(capsys).startswith("error: source 'no/where' is no local path, and http")
-
-
-@pytest.mark.slow
-def test_killed_preparation_is_completed_from_the_shards_that_are_there(evaluator, hub, tmp_path):
-    die_at(evaluator, ["tokenizer.tiktoken", "val.tokens", "manifest.json"], "--num-shards", "1")
-    requests = hub.requests
-    assert evaluator.main(["--num-shards", "1"]) == 0 and evaluator.main(["--verify"]) == 0
-    assert hub.requests == requests
-    whole = load_prepare(evaluator.__file__, "web", tmp_path / "whole")
-    assert whole.main(["--num-shards", "1"]) == 0
-    assert evaluator._manifest() == whole._manifest()
 
 
 def test_two_preparations_at_once_do_the_work_once(evaluator, hub, capsys):

@@ -3,7 +3,7 @@
 Run: uv run pytest tests/test_prepare_figures.py
 
 The constants were printed by that commit's prepare.py, before it was rewritten; its rows equal those of karpathy's.
-"tiny" is the profile of prepare_fixtures.py, the same on every machine; "smoke" and "pocket" read torch 2.11.0's files.
+"tiny" is the profile of prepare_fixtures.py, the same on every machine; "smoke" reads torch 2.11.0's files.
 """
 
 import hashlib
@@ -16,7 +16,6 @@ from prepare_fixtures import PREPARE, load_prepare
 needs_torch_text = pytest.mark.skipif(
     torch.__version__.split("+")[0] != "2.11.0", reason="the text is that of torch 2.11.0"
 )
-slow = pytest.mark.slow
 FIGURES = {  # digest, SHA-256 of the list of all token files and their SHA-256, bpb of the fixed model on both splits
     "tiny": (
         "785becde39fd9b7ad48392a6d08af4a0e1c59c6b231e65273989f4ec48d01326",
@@ -27,11 +26,6 @@ FIGURES = {  # digest, SHA-256 of the list of all token files and their SHA-256,
         "6d9a8577d1f7826e5d6159f8f087622d420984f40a771e3ce4f6f7c4123c59dc",
         "0498a40ac225489ffcf6a1c27e3566c43c258a3e2bf5fc4d7a013da2b3546d10",
         (6.453365609023646, 6.447917345799104),
-    ),
-    "pocket": (
-        "7c6e746c708821fa9f9595e4181fd28a904fced8de464172da74d3acdcb29251",
-        "c3a38c4588e3dd190976cde4c94861a7f228f67ba0f57b59850f449527bafc7c",
-        (4.852275739589349, 4.686027867153707),
     ),
 }
 FIRST_ROWS = {  # SHA-256, its first 16 digits, of 200 rows of "tiny": train with seed 42, with seed 7, val, test
@@ -50,10 +44,7 @@ def sha256(data):
     return hashlib.sha256(data).hexdigest()
 
 
-@pytest.mark.parametrize(
-    "profile",
-    ["tiny", pytest.param("smoke", marks=needs_torch_text), pytest.param("pocket", marks=[needs_torch_text, slow])],
-)
+@pytest.mark.parametrize("profile", ["tiny", pytest.param("smoke", marks=needs_torch_text)])
 def test_digest_token_files_and_scores_are_what_they_were(tiny, tmp_path, profile):
     path, cache = tiny if profile == "tiny" else (PREPARE, tmp_path)
     evaluator = load_prepare(path, profile, cache)

@@ -175,11 +175,6 @@ def test_output_of_50_megabytes_is_capped(child):
     flood(child, 50)
 
 
-@pytest.mark.slow
-def test_output_of_a_gigabyte_is_capped(child):
-    flood(child, 1000)
-
-
 def test_output_up_to_the_cap_is_kept_whole(child):
     size = processes.LOG_CAP + processes.TAIL_CAP // 2
     assert child.run(f"sys.stdout.write('y' * {size})").problem == ""

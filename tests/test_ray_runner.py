@@ -80,6 +80,7 @@ def make_job(tag: Tag, facts, number: int) -> Job:
 
 def drive(path: str, address: str, devices: int, workers: int, runs: int) -> None:
     """Stands in for the loop, in a process of its own: threads that make runs and print them, until SIGTERM."""
+    ray_runner.LEFT_OUT_SECONDS = 5
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     tag = Tag(Repository(Path(path), "train.py", "program.md"), "t", DOMAIN)
@@ -133,19 +134,13 @@ class Field:
         """One more node, with an environment of its own."""
         from ray.cluster_utils import Cluster
 
-        Path("/tmp/ray").mkdir(exist_ok=True)  # where Ray notes the newest cluster, whatever temp_dir says
-        self.cluster = self.cluster or Cluster()
-        self.temporary = getattr(self, "temporary", None) or tempfile.mkdtemp(prefix="rt-", dir="/tmp")
-        return self.cluster.add_node(
-            num_gpus=gpus, num_cpus=1, env_vars=self.env | variables, include_dashboard=False, temp_dir=self.temporary
-        )
-
-    def other_cache(self, name: str, **files: str) -> Path:
-        cache = self.folder / name
-        cache.mkdir()
-        for file, text in files.items():
-            (cache / file).write_text(text)
-        return cache
+        if not self.cluster:
+            self.temporary = Path(tempfile.mkdtemp(prefix="rt-", dir="/tmp"))  # a socket's path is short
+            (self.temporary / "ray").mkdir()
+            os.environ["RAY_TMPDIR"] = str(self.temporary)
+            self.cluster = Cluster()
+        env = self.env | variables
+        return self.cluster.add_node(num_gpus=gpus, num_cpus=1, env_vars=env, include_dashboard=False)
 
     def loop(self, *, devices: int = 1, workers: int = 1, runs: int = 1, address: str | None = None, **variables: str):
         """Start `drive`, on the cluster unless an address is given."""
@@ -201,7 +196,7 @@ class Field:
 @pytest.fixture
 def field(tmp_path: Path, monkeypatch):
     field = Field(tmp_path)
-    for name, value in field.env.items():
+    for name, value in (field.env | {"RAY_TMPDIR": ""}).items():
         monkeypatch.setenv(name, value)
     yield field
     field.end()
@@ -230,124 +225,79 @@ def test_missing_extra_is_refused_with_the_command(monkeypatch):
         check_ray(1, "here:6379")
 
 
+def test_node_whose_scores_would_not_compare_is_told_why_and_what_to_do(field: Field):
+    facts = machine.describe(DOMAIN, field.path, machine.variables_for_training("fake"))
+    versions = ray_runner.installed_versions()
+    session = ray_runner.Session(facts, DOMAIN, "mark", sys.executable, versions, None, None)
+    assert ray_runner._misfit(session, facts) == ""
+    for changes, told in (
+        ({"device_name": "A100"}, "its device is A100, the baseline's H100: leave it out of this cluster"),
+        ({"digest": "e" * 64}, f"other data in {field.cache}: digest eeeeeeeeeeee, the loop's is dddddddddddd: copy "),
+    ):
+        assert ray_runner._misfit(session, replace(facts, **changes)).startswith(told)
+    older = replace(session, versions=versions | {"pytest": "1.0"})
+    told = f"other packages: pytest {versions['pytest']} (the loop has 1.0): run 'uv sync --extra ray' of the same"
+    assert ray_runner._misfit(older, facts).startswith(told)
+
+
 @pytest.mark.slow
-def test_lost_actor_and_node_make_the_run_again_and_a_late_node_is_used(field: Field):
+def test_loop_on_a_cluster_outlives_what_it_loses(field: Field):
     field.node(0)  # the loop's own node has no GPU
     first = field.node(1, NODE_API_KEY="withheld")
     (field.cache / "hold").touch()
-    field.loop(workers=2, runs=2, SOME_API_KEY="withheld")
-    (pid,) = wait_for(field.training)
+    (field.cache / "daemon").write_text("yes")
+
+    # A killed loop leaves no training, and the next one ends what hid.
+    loop = field.loop(runs=9)
+    pids = wait_for(lambda: len(field.training()) >= 2 and field.training())
+    (daemon,) = (pid for pid in pids if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"sleep"))
+    loop.kill()
+    wait_for(lambda: field.training() == [daemon], 10)
+    (field.cache / "daemon").unlink()
+    loop = field.loop(workers=2, runs=999, SOME_API_KEY="withheld")
+    (pid,) = wait_for(lambda: daemon not in field.training() and field.training())
     assert "Ray on" in field.hear("nodes 2, GPUs 1")
+
+    # Its actor sees the node's variables, and the training none of them.
     actor = field.actor()
     assert b"withheld" in Path(f"/proc/{actor}/environ").read_bytes()
     environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    assert not [
-        entry for entry in environ if b"withheld" in entry or entry.startswith((b"RAY_", b"PYTHONPATH", b"OMP_"))
-    ]
+    withheld = (b"RAY_", b"PYTHONPATH", b"OMP_")
+    assert not [entry for entry in environ if b"withheld" in entry or entry.startswith(withheld)]
 
+    # A lost actor's run is made again; so is a lost node's, on one that joined late.
     os.kill(actor, signal.SIGKILL)
     wait_for(lambda: pid not in field.training(), 10)
     (again,) = wait_for(field.training)
     assert "was lost" in field.hear(first.node_id[:6])
-
-    late = field.node(1)
+    late_cache = field.folder / "late cache"
+    late_cache.mkdir()
+    (late_cache / "hold").touch()
+    late = field.node(1, AUTORESEARCH_CACHE=str(late_cache))
+    refusal = f"no data in {late_cache} (no manifest): run 'AUTORESEARCH_PROFILE=fake uv run prepare.py' there"
+    said = field.hear(refusal)
+    assert re.search(rf"node \S+ \([\d.]+, {late.node_id[:6]}\) is left out: {re.escape(refusal)}", said)
+    (late_cache / "data").touch()  # it is asked again
     wait_for(lambda: len(field.training()) == 2)  # the second worker's
     field.cluster.remove_node(first, allow_graceful=False)
     wait_for(lambda: again not in field.training(), 10)
-    (field.cache / "hold").unlink()
-    said = field.hear("the end")
-    assert sorted(re.findall(r"run (\d): .*1.25 .*on .*, (\w{6})\)", said)) == [
-        ("1", late.node_id[:6]),
-        ("2", late.node_id[:6]),
-    ]
+    (late_cache / "hold").unlink()
+    for number in (1, 2):
+        said = field.hear(f"run {number}: ")
+        assert re.search(rf"run {number}: .*1.25 .*on .*, {late.node_id[:6]}\)", said)
+    assert said.count(refusal) == 1
     assert "val_bpb: 1.25" in (field.tag.folder(1) / "run.log").read_text()
     assert (field.tag.folder(2) / "result.json").exists()
     assert not (field.tag.folder(1) / "score.log").exists()
 
-
-@pytest.mark.slow
-def test_unfit_nodes_are_left_out_and_told_once_and_asked_again(field: Field, monkeypatch, capfd):
-    def package(version: str) -> str:
-        folder = field.folder / f"site{version}"
-        (folder / f"faked-{version}.dist-info").mkdir(parents=True)
-        (folder / f"faked-{version}.dist-info" / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: faked\nVersion: {version}\n"
-        )
-        return str(folder)
-
-    monkeypatch.syspath_prepend(package("1.0"))
-    caches = {
-        "other data": field.other_cache("other-data", data="", digest="e" * 64),
-        "other device": field.other_cache("other-device", data="", device="A100"),
-        "no data": field.other_cache("no-data"),
-    }
-    nodes = {name: field.node(1, AUTORESEARCH_CACHE=str(cache)) for name, cache in caches.items()}
-    nodes["other packages"] = field.node(1, PYTHONPATH=package("2.0"))
-    reasons = {
-        "no data": f"no data in {caches['no data']} (no manifest): run 'AUTORESEARCH_PROFILE=fake uv run prepare.py'",
-        "other device": "its device is A100, the baseline's H100: leave it out of this cluster",
-        "other data": f"other data in {caches['other data']}: digest eeeeeeeeeeee, the loop's is dddddddddddd: copy",
-        "other packages": "other packages: faked 2.0 (the loop has 1.0): run 'uv sync --extra ray' of the same commit",
-    }
-    monkeypatch.setattr(ray_runner, "LEFT_OUT_SECONDS", 15)
-    facts = machine.describe(DOMAIN, field.path, machine.variables_for_training("fake"))
-    stop = threading.Event()
-    said = ""
-
-    def has_said(words: str) -> bool:
-        nonlocal said
-        said += capfd.readouterr().err
-        return words in said
-
-    runner = RayRunner(field.tag, facts, 2, field.cluster.address, stop)
-    try:
-        for name, reason in reasons.items():
-            wait_for(lambda reason=reason: has_said(reason))
-            assert re.search(rf"node \S+ \([\d.]+, {nodes[name].node_id[:6]}\) is left out: {re.escape(reason)}", said)
-        assert not runner.devices
-        (caches["no data"] / "data").touch()
-        with runner.device() as device:
-            run = runner.measure(make_job(field.tag, facts, 1), device)
-        assert (run.score, run.status) == (1.25, "") and nodes["no data"].node_id[:6] in run.node
-        # Its data goes while it is in use: the run waits for a place, and is no crash.
-        (caches["no data"] / "data").unlink()
-        (caches["other device"] / "device").unlink()
-        with runner.device() as device:
-            run = runner.measure(make_job(field.tag, facts, 2), device)
-        assert run.status == "" and (
-            nodes["other device"].node_id[:6] in run.node or nodes["no data"].node_id[:6] in run.node
-        )
-        has_said("")
-        assert all(said.count(reason) == 1 for reason in reasons.values()), said
-    finally:
-        stop.set()
-        runner.close()
-
-
-@pytest.mark.slow
-def test_killed_loop_leaves_no_training_and_the_next_run_ends_what_hid(field: Field):
-    field.node(2)
-    (field.cache / "hold").touch()
-    (field.cache / "daemon").write_text("yes")
-    loop = field.loop(workers=2, runs=9)
-    pids = wait_for(lambda: len(field.training()) >= 4 and field.training())
-    daemons = {pid for pid in pids if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"sleep")}
-    assert len(daemons) == 2
-    loop.kill()
-    wait_for(lambda: set(field.training()) == daemons, 10)
-    (field.cache / "daemon").unlink()
-
-    loop = field.loop(workers=2, runs=9)
-    wait_for(lambda: len(field.training()) == 2 and not daemons & set(field.training()))
-    loop.terminate()  # Ray has not taken the signal from the loop
+    # SIGTERM, which Ray has not taken from the loop, ends it and its runs.
+    (late_cache / "hold").touch()
+    wait_for(field.training)
+    loop.terminate()
     said = field.hear("the end")
     assert said.count("stopped") == 2 and not field.training() and loop.wait() == 0
 
-
-@pytest.mark.slow
-def test_cluster_that_goes_away_ends_the_loop_with_one_line(field: Field):
-    field.node(1)
-    (field.cache / "hold").touch()
+    # A cluster that goes away ends the loop with one line.
     address = field.cluster.address
     loop = field.loop(workers=2, runs=2)
     wait_for(field.training)
@@ -356,13 +306,10 @@ def test_cluster_that_goes_away_ends_the_loop_with_one_line(field: Field):
     said = field.hear("the end")
     assert f"error: Ray on {address} is gone: the same command goes on once it is back" in said
     assert loop.wait() == 0 and "Traceback" not in said and not field.of_ray()
-
     loop = field.loop(address=address)
     wait_for(lambda: loop.poll() is not None)
-    assert (
-        f"UserError: no Ray cluster at {address}: nobody answers there; 'ray start --address={address}'"
-        in field.output.read_text()
-    )
+    told = f"UserError: no Ray cluster at {address}: nobody answers there; 'ray start --address={address}'"
+    assert told in field.output.read_text()
 
 
 @pytest.mark.slow
@@ -370,24 +317,24 @@ def test_ray_of_this_machine_is_the_loops_alone(field: Field):
     (field.cache / "hold").touch()
     field.env.pop("RAY_AUTH_MODE")
     os.environ.pop("RAY_AUTH_MODE")
-    loop = field.loop(devices=2, workers=2, runs=3, address="")
+    field.env["RAY_gcs_rpc_server_reconnect_timeout_s"] = "2"  # what a killed loop leaves of Ray ends after that
+    (field.cache / "seconds").write_text("0.2")
+    loop = field.loop(devices=2, workers=2, runs=999, address="")
     wait_for(lambda: len(field.training()) == 2)
     listening = subprocess.run(["ss", "-ltnpH"], capture_output=True, text=True, check=True).stdout.splitlines()
     ours = [line.split()[3] for line in listening for pid in field.of_ray() if f"pid={pid}," in line]
     assert ours and all("127.0.0.1" in address for address in ours), ours
     assert b"RAY_AUTH" not in Path(f"/proc/{field.training()[0]}/environ").read_bytes()
-    (folder,) = {
-        found[0]
-        for pid in field.of_ray()
-        if (found := re.search(rb"/tmp/ar-\w+", Path(f"/proc/{pid}/cmdline").read_bytes()))
-    }
+    commands = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in field.of_ray()]
+    (folder,) = {found[0] for command in commands if (found := re.search(rb"/tmp/ar-\w+", command))}
+    (field.cache / "hold").unlink()
+    wait_for(lambda: field.output.read_text().count(" 1.25 ") >= 2)
+    (field.cache / "hold").touch()
+    wait_for(lambda: len(field.training()) == 2)
     loop.kill()
     wait_for(lambda: not field.training(), 10)
-
-    (field.cache / "hold").unlink()
-    field.loop(devices=2, workers=2, runs=3, address="")
-    said = field.hear("the end")
-    assert "Ray on this machine: nodes 1, GPUs 2" in said and said.count(" 1.25 ") == 3
-    assert [line for line in said.splitlines() if not re.match(r"run \d|Ray on|the end", line)] == []
-    wait_for(lambda: not field.of_ray())  # what the killed loop left of Ray too
+    said = field.output.read_text()
+    assert "Ray on this machine: nodes 1, GPUs 2" in said
+    assert [line for line in said.splitlines() if not re.match(r"run \d|Ray on", line)] == []
+    wait_for(lambda: not field.of_ray())  # what the killed loop left of Ray
     shutil.rmtree(folder)

@@ -1,9 +1,6 @@
 """Model, loss, optimizer and schedules against independent formulas. Run: uv run pytest tests/test_train.py"""
 
-import ast
 import math
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -187,19 +184,6 @@ def test_every_parameter_is_in_the_group_that_the_recipe_names():
     assert len(grouped) == len({id(p) for p in grouped}) == len(list(model.parameters()))
 
 
-def test_adamw_equals_torch_adamw_without_decay():
-    torch.manual_seed(0)
-    ours, theirs = (torch.nn.Parameter(torch.ones(5, 3)) for _ in range(2))
-    optimizer = MuonAdamW([{"kind": "adamw", "params": [ours], "lr": 0.1, "betas": (0.8, 0.95)}])
-    reference = torch.optim.AdamW([theirs], lr=0.1, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0)
-    for _ in range(5):
-        ours.grad = torch.randn(5, 3)
-        theirs.grad = ours.grad.clone()
-        optimizer.step()
-        reference.step()
-    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
-
-
 def test_adamw_equals_the_formula_in_float64():
     torch.manual_seed(0)
     parameter = torch.nn.Parameter(torch.randn(4, 6))
@@ -213,18 +197,6 @@ def test_adamw_equals_the_formula_in_float64():
         m, v = 0.96 * m + 0.04 * g, 0.95 * v + 0.05 * g * g
         p = p - 0.05 / (1 - 0.96**t) * m / ((v / (1 - 0.95**t)).sqrt() + 1e-10)
     torch.testing.assert_close(parameter.double(), p, rtol=1e-5, atol=1e-6)
-
-
-def test_polar_express_flattens_the_spectrum():
-    torch.manual_seed(0)
-    tall = torch.linalg.svdvals(train.polar_express(torch.randn(2, 1024, 256)).float())
-    wide = torch.linalg.svdvals(train.polar_express(torch.randn(2, 256, 1024)).float())
-    square = torch.linalg.svdvals(train.polar_express(torch.randn(2, 256, 256)).float())
-    for values in (tall, wide):
-        assert values.min() > 0.85
-        assert values.max() < 1.15
-    assert square.max() < 1.15
-    assert square.median() > 0.85  # the least ones reach down to 0.05 and below
 
 
 POLAR_EXPRESS = """
@@ -269,7 +241,7 @@ def reference_muon(p, g, m, r, lr, mu, wd):
     return p - lr * X - lr * wd * p * (X * p >= 0), m, r
 
 
-@pytest.mark.parametrize("shape", [(48, 16), (16, 48), (24, 24), (2, 32), (1, 32)])
+@pytest.mark.parametrize("shape", [(48, 16), (16, 48), (1, 32)])
 def test_muon_equals_a_float64_reference_over_steps(monkeypatch, shape):
     monkeypatch.setattr(train, "polar_express", polar_by_svd)  # independent of the product's rounding
     generator = torch.Generator().manual_seed(0)
@@ -289,14 +261,6 @@ def test_muon_equals_a_float64_reference_over_steps(monkeypatch, shape):
             torch.testing.assert_close(parameter.detach().double(), p[i], rtol=1e-4, atol=1e-5)
 
 
-def test_muon_leaves_a_matrix_alone_whose_gradient_is_zero():
-    parameter = torch.nn.Parameter(torch.zeros(8, 4))
-    optimizer = MuonAdamW([{"kind": "muon", "params": [parameter], "lr": 0.02}])
-    parameter.grad = torch.zeros(8, 4)
-    optimizer.step()
-    assert not parameter.any()
-
-
 # ---- Schedules ----
 
 
@@ -305,12 +269,6 @@ def test_learning_rate_warms_up_stays_and_warms_down(monkeypatch):
         monkeypatch.setattr(train, name, value)
     points = {0: 0, 0.05: 0.5, 0.1: 1, 0.5: 1, 0.6: 1, 0.8: 0.6, 1: 0.2}
     assert {p: pytest.approx(train.get_lr_multiplier(p)) for p in points} == points
-
-
-def test_learning_rate_is_flat_without_warm_up_and_warmdown(monkeypatch):
-    monkeypatch.setattr(train, "WARMUP_RATIO", 0.0)
-    monkeypatch.setattr(train, "WARMDOWN_RATIO", 0.0)
-    assert [train.get_lr_multiplier(p) for p in (0.0, 0.5, 1.0)] == [1.0, 1.0, 1.0]
 
 
 def test_momentum_and_weight_decay_follow_their_lines():
@@ -331,49 +289,6 @@ def test_set_schedules_reaches_every_group(monkeypatch):
 
 
 # ---- Knobs ----
-
-RECIPE = {  # MODEL.md's
-    "ASPECT_RATIO": 64,
-    "HEAD_DIM": 128,
-    "WINDOW_PATTERN": "SSSL",
-    "TOTAL_BATCH_SIZE": 2**19,
-    "DEPTH": 8,
-    "DEVICE_BATCH_SIZE": 64,
-    "EMBEDDING_LR": 0.6,
-    "UNEMBEDDING_LR": 0.004,
-    "MATRIX_LR": 0.04,
-    "SCALAR_LR": 0.5,
-    "WEIGHT_DECAY": 0.2,
-    "ADAM_BETAS": (0.8, 0.95),
-    "WARMUP_RATIO": 0.0,
-    "WARMDOWN_RATIO": 0.5,
-    "FINAL_LR_FRAC": 0.0,
-    "COMPILE": True,  # DESIGN.md's, for CUDA
-}
-
-
-def knob_blocks() -> list[str]:
-    """The knobs of the large profiles, and what the small ones change."""
-    section = Path(train.__file__).read_text().split("# ---- Knobs ----\n")[1].split("# ---- ")[0]
-    return section.split("\nif PROFILE in ")
-
-
-def knobs(block: str) -> dict:
-    lines = re.findall(r"^ *([A-Z_]+) = (.+?)(?:  #.*)?$", block, re.MULTILINE)
-    return {name: ast.literal_eval(value) for name, value in lines}
-
-
-def test_knobs_of_the_large_profiles_are_the_recipes():
-    large = knobs(knob_blocks()[0])
-    assert {name: large.get(name) for name in RECIPE} == RECIPE
-
-
-def test_every_knob_is_a_literal_that_says_its_unit_or_meaning():
-    large, small = knob_blocks()
-    meant = re.findall(r"^([A-Z_]+) = .+?  # \w", large, re.MULTILINE)
-    assert meant == list(knobs(large))
-    assert knobs(small).keys() < knobs(large).keys()
-
 
 @pytest.mark.parametrize(
     ("name", "value", "message"),

@@ -19,7 +19,6 @@ from train_fixtures import build, in_float32_on_one_thread  # noqa: F401 (a fixt
 import prepare
 import train
 from harness import device
-from harness.device import DeviceError
 from train import GPT, GPTConfig, UserError
 
 ROOT = Path(train.__file__).parent
@@ -78,42 +77,15 @@ class Clock:
             yield x, y, 1
 
 
-@pytest.mark.slow
-def test_nothing_is_compiled_after_warm_up(monkeypatch):
-    model, optimizer = fresh()
-    device.choose_attention(16, train.window_sizes(CONFIG), 16, torch.device("cpu"), True)
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    optimizer._muon_update = torch.compile(train.muon_update, backend=backend, dynamic=False, fullgraph=True)
-    runner = torch.compile(model, backend=backend, dynamic=False, fullgraph=True)
-    rows = warm(runner, optimizer)
-    compiled = len(graphs)
-    assert compiled >= 2 + len({p.shape for p in model.transformer.h.parameters()})
-    clock = Clock(5.0, monkeypatch)
-    assert train.train(runner, optimizer, clock.batches(rows), rows, 0.0) == 5
-    with torch.no_grad():
-        runner.eval()(torch.zeros(rows, 16, dtype=torch.long))
-    assert len(graphs) == compiled
-
-
 # ---- Training loop ----
 
 
-def test_training_ends_before_a_step_that_would_not_fit(monkeypatch):
+@pytest.mark.parametrize(("budget", "seconds", "steps"), [(4.5, 1.0, 4), (10.0, 6.0, 1)])
+def test_training_ends_before_a_step_that_would_not_fit(monkeypatch, budget, seconds, steps):
     model, optimizer = fresh()
-    clock = Clock(4.5, monkeypatch)
-    assert train.train(model, optimizer, clock.batches(8), 8, 0.0) == 4
-    assert clock.now == 4.0
-
-
-def test_a_slow_last_step_ends_training_early(monkeypatch):
-    model, optimizer = fresh()
-    clock = Clock(10.0, monkeypatch)
-    assert train.train(model, optimizer, clock.batches(8, seconds=6.0), 8, 0.0) == 1
+    clock = Clock(budget, monkeypatch)
+    assert train.train(model, optimizer, clock.batches(8, seconds=seconds), 8, 0.0) == steps
+    assert clock.now == steps * seconds
 
 
 def test_accumulated_micro_steps_equal_one_large_step(monkeypatch):
@@ -153,22 +125,6 @@ def test_bad_loss_stops_before_the_optimizer_step_with_step_and_loss(monkeypatch
     assert len(steps) == 3
 
 
-def test_garbage_collector_is_frozen_and_off_after_the_first_step(monkeypatch):
-    model, optimizer = fresh()
-    found = []
-    original_step = optimizer.step
-
-    def step() -> None:
-        original_step()
-        # What is frozen is not listed. A count of it would mislead: Python 3.12 moves immortal objects there by itself.
-        is_frozen = not any(each is model for each in gc.get_objects())
-        found.append((gc.isenabled(), is_frozen))
-
-    optimizer.step = step
-    assert train.train(model, optimizer, Clock(3.0, monkeypatch).batches(8), 8, 0.0) == 3
-    assert found == [(True, False), (False, True), (False, True)]
-
-
 def test_schedules_follow_the_clock(monkeypatch):
     monkeypatch.setattr(train, "WARMDOWN_RATIO", 0.5)
     monkeypatch.setattr(train, "FINAL_LR_FRAC", 0.0)
@@ -194,16 +150,6 @@ def test_log_has_whole_lines_a_few_seconds_apart_and_the_last_one(monkeypatch, c
     assert "| 1000 ms | 128 tok/s | mfu 0.1% | epoch 1 | 11 s left" in lines[0]
     first = F.cross_entropy(torch.zeros(1, 31), torch.zeros(1, dtype=torch.long)).item()
     assert f"loss {first:.2f}" in lines[0]  # bias-corrected: the first loss is shown as it is
-
-
-def test_log_on_a_terminal_is_one_line_that_is_rewritten(monkeypatch, capsys):
-    model, optimizer = fresh()
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    train.train(model, optimizer, Clock(3.0, monkeypatch).batches(8), 8, 0.0)
-    head, *lines = capsys.readouterr().err.split("\r")
-    assert head == "batch 128 tokens = 8 rows x 16 x 1 micro-steps\n"
-    assert [line[:10] for line in lines] == ["step 00001", "step 00002", "step 00003"]
-    assert ["\n" in line for line in lines] == [False, False, True]
 
 
 # ---- Whole runs ----
@@ -262,12 +208,12 @@ before = dict(os.environ)
 import train
 
 changed = sorted(name for name in os.environ if os.environ[name] != before.get(name))
-print(train.torch.cuda.is_initialized(), changed, os.listdir())
+print(train.torch.cuda.is_initialized(), changed, os.listdir(), {'pyarrow', 'requests', 'rustbpe'} & set(sys.modules))
 sys.exit(train.main())
 """
     env = smoke_env | {"AUTORESEARCH_CACHE": str(tmp_path / "none"), "PYTHONDONTWRITEBYTECODE": "1"}
     run = python(env, "-c", code, cwd=tmp_path)
-    assert (run.returncode, run.stdout) == (1, "False ['GOMP_SPINCOUNT', 'PYTORCH_ALLOC_CONF'] []\n")
+    assert (run.returncode, run.stdout) == (1, "False ['GOMP_SPINCOUNT', 'PYTORCH_ALLOC_CONF'] [] set()\n")
     profile, error = run.stderr.splitlines()
     assert profile.startswith("profile smoke")
     assert re.fullmatch(r"error: profile 'smoke' is not prepared .*: run 'uv run prepare.py'", error)
@@ -284,22 +230,12 @@ def test_ctrl_c_while_it_trains_ends_it_without_a_traceback(smoke_env):
     assert "Traceback" not in err
 
 
-def test_data_that_changed_is_noticed_before_anything_is_trained(monkeypatch, capsys):
+@pytest.mark.parametrize("error", [UserError("val.tokens is not what was prepared"), prepare.NotCausal("it moved")])
+def test_what_a_person_or_an_agent_can_mend_is_one_error_line(monkeypatch, capsys, error):
     def check_data():
-        raise UserError("val.tokens is not what was prepared")
+        raise error
 
     monkeypatch.setattr(prepare, "check_data", check_data)
     monkeypatch.setattr(train, "warm_up", lambda *_: pytest.fail("went on"))
     assert train.main() == 1
-    assert capsys.readouterr().err.splitlines()[-1] == "error: val.tokens is not what was prepared"
-
-
-@pytest.mark.parametrize("error", [prepare.NotCausal("logits moved"), DeviceError("no memory")])
-def test_what_a_person_or_an_agent_can_mend_is_one_error_line(monkeypatch, capsys, error):
-    def run():
-        raise error
-
-    monkeypatch.setattr(train, "run", run)
-    assert train.main() == 1
-    out, err = capsys.readouterr()
-    assert (out, err) == ("", f"error: {error}\n")
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {error}"

@@ -11,69 +11,61 @@ def night(checkout: Checkout) -> Checkout:
     """A checkout on its branch, with a baseline."""
     checkout.git("checkout", "-q", "-b", "autoresearch/t")
     checkout.loop("try", "baseline")
+    assert checkout.rows() == [[checkout.rows()[0][0], "1.080000", "0.5", "keep", "baseline"]]
     return checkout
 
 
-def test_first_try_of_the_unchanged_file_is_the_baseline(night: Checkout):
-    assert night.rows() == [[night.rows()[0][0], "1.080000", "0.5", "keep", "baseline"]]
-    (error,) = [line for line in night.loop("try", "x", code=2).stdout.splitlines() if line]
-    assert error.startswith("error: refused: train.py is the champion's")
+def is_clean(night: Checkout) -> bool:
+    return night.git("status", "--porcelain", "--untracked-files=no") == ""
 
 
 def test_gain_moves_the_branch_and_a_loss_puts_the_champion_back(night: Checkout):
+    night.write("prepare.py", "raise SystemExit(9)")  # what an agent did to other files is put back
+    night.git("add", "-A")
     night.set_knob(DEPTH=6)
     out = night.loop("try", "deeper").stdout
-    assert "1.060000" in out and "keep" in out
+    assert "1.060000" in out and "keep" in out and is_clean(night)
     assert night.git("log", "-1", "--format=%s") == "run 0002: deeper"
     night.set_knob(DEPTH=2)
     out = night.loop("try", "flat").stdout
     assert "1.100000" in out and "discard" in out
-    assert "DEPTH = 6" in (night.path / "train.py").read_text()
-    assert night.git("status", "--porcelain", "--untracked-files=no") == ""
+    assert "DEPTH = 6" in (night.path / "train.py").read_text() and is_clean(night)
     night.set_knob(DEPTH="1/0")
     out = night.loop("try", "broken", code=1).stdout
     assert "ZeroDivisionError" in out and night.statuses() == ["keep", "keep", "discard", "crash"]
+    agent = night.agent('knob("DEPTH", 8)')
+    night.loop("--tag", "t", "--agent-cmd", agent, "--max-experiments", "1")  # a run goes on from there
+    assert night.statuses()[4:] == ["keep"]
 
 
-def test_first_try_of_an_edit_runs_the_baseline_too(checkout: Checkout):
+def test_first_try_of_an_edit_runs_the_baseline_too_once_the_branch_is_that_of_a_run(checkout: Checkout):
+    (error,) = errors(checkout.loop("try", "x", code=2))
+    assert "this checkout is not on the branch of a run: 'git checkout -b autoresearch/" in error
     checkout.git("checkout", "-q", "-b", "autoresearch/t")
     checkout.set_knob(DEPTH=6)
     checkout.loop("try", "deeper")
-    assert [row[4] for row in checkout.rows()] == ["baseline", "deeper"]
-    assert checkout.statuses() == ["keep", "keep"]
+    assert [row[3:] for row in checkout.rows()] == [["keep", "baseline"], ["keep", "deeper"]]
 
 
 def test_refused_edit_stays_where_it_is(night: Checkout):
+    (error,) = [line for line in night.loop("try", "x", code=2).stdout.splitlines() if line]
+    assert error.startswith("error: refused: train.py is the champion's")
     night.set_knob(DEPTH="(")
     assert "does not compile" in night.loop("try", "x", code=2).stdout
     assert "DEPTH = (" in (night.path / "train.py").read_text()
     (night.path / "train.py").unlink()
     (night.path / "train.py").symlink_to("prepare.py")
     assert "'git checkout -- train.py' restores it" in night.loop("try", "x", code=2).stderr
+    (night.path / "train.py").unlink()
+    night.git("checkout", "--", "train.py")
 
-
-def test_try_elsewhere_than_on_a_branch_of_a_run_says_how_to_get_there(checkout: Checkout):
-    (error,) = errors(checkout.loop("try", "x", code=2))
-    assert "this checkout is not on the branch of a run: 'git checkout -b autoresearch/" in error
-
-
-def test_rules_edited_in_the_checkout_are_refused_with_the_command_that_puts_them_back(night: Checkout):
-    night.replace("loop.py", "gain > 0 and", "True or gain > 0 and")
+    night.replace("loop.py", "gain > 0 and", "True or gain > 0 and")  # the rules
     night.set_knob(DEPTH=2)
     (error,) = errors(night.loop("try", "worse", code=2))
     assert "loop.py is not the champion's: 'git checkout HEAD -- loop.py harness' puts them back" in error
     night.git("checkout", "HEAD", "--", "loop.py", "harness")
     night.loop("try", "worse")
     assert night.statuses() == ["keep", "discard"]
-
-
-def test_other_files_that_the_agent_touched_are_put_back(night: Checkout):
-    night.write("prepare.py", "raise SystemExit(9)")
-    night.git("add", "-A")
-    night.set_knob(DEPTH=6)
-    night.loop("try", "deeper")
-    assert night.statuses() == ["keep", "keep"]
-    assert night.git("status", "--porcelain", "--untracked-files=no") == ""
 
 
 def test_experiment_survives_its_waiter_and_status_tells_the_verdict(night: Checkout):
@@ -92,12 +84,12 @@ def test_experiment_survives_its_waiter_and_status_tells_the_verdict(night: Chec
     assert "1.060000" in night.loop("status", "--wait").stdout
 
 
-def test_again_and_base_measure_on_fresh_seeds(night: Checkout):
+def test_again_and_base_measure_on_fresh_seeds_and_a_former_champion_takes_the_title_back(night: Checkout):
+    """The lucky edit is good on seed 42 alone; run again, it is worse than the baseline."""
     night.set_knob(DEPTH=3)
     night.loop("try", "flat")
     night.set_knob(DEPTH=9)  # an edit that must survive
-    out = night.loop("try", "--again", "2").stdout
-    assert "1.090000" in out
+    assert "1.090000" in night.loop("try", "--again", "2").stdout
     night.loop("try", "--base")
     runs = night.runs()
     assert [run.status for run in runs] == ["keep", "discard", "discard", "keep"]
@@ -106,9 +98,7 @@ def test_again_and_base_measure_on_fresh_seeds(night: Checkout):
     assert "DEPTH = 9" in (night.path / "train.py").read_text()
     assert "there is no such run" in night.loop("try", "--again", "77", code=2).stderr
 
-
-def test_former_champion_that_is_believed_better_is_named_and_takes_the_title_back(night: Checkout):
-    """The lucky edit is good on seed 42 alone; run again, it is worse than the baseline."""
+    night.set_knob(DEPTH=4)
     night.replace("train.py", "* (seed - 42))", "* (seed - 42) + (0.1 if seed != 42 else -0.1))")
     assert "keep" in night.loop("try", "lucky").stdout
     out = night.loop("try", "--base").stdout
@@ -118,22 +108,11 @@ def test_former_champion_that_is_believed_better_is_named_and_takes_the_title_ba
     assert "else -0.1" not in (night.path / "train.py").read_text()
 
 
-def test_run_and_try_continue_each_others_ledger(night: Checkout):
-    night.loop("--tag", "t", "--agent-cmd", night.agent('knob("DEPTH", 6)'), "--max-experiments", "1")
-    night.set_knob(DEPTH=8)
-    night.loop("try", "deeper still")
-    assert night.statuses() == ["keep", "keep", "keep"]
-
-
-@pytest.mark.parametrize("words", ["tab\there", "two\nlines", "a\u202eb", "x" * 1000, "\ud83d\ude00 ü"])
-def test_description_of_any_text_is_one_cell(night: Checkout, words: str):
-    night.set_knob(DEPTH=6)
-    night.loop("try", words.encode("utf-8", "surrogatepass").decode("utf-8", "replace"))
-    (_, row) = night.rows()
-    assert len(row) == 5 and "\u202e" not in row[4] and len(row[4]) <= 300
-
-
-def test_empty_description_is_the_changed_hyperparameters(night: Checkout):
-    night.set_knob(DEPTH=6)
-    night.loop("try", "  ")
-    assert night.rows()[1][4] == "DEPTH 4 -> 6"
+def test_description_of_any_text_is_one_cell_and_none_is_the_changed_hyperparameters(night: Checkout):
+    words = ["tab\there two\nlines a\u202eb \ud83d\ude00 ü" + "x" * 1000, "  "]
+    for depth, text in zip((3, 2), words, strict=True):
+        night.set_knob(DEPTH=depth)
+        night.loop("try", text.encode("utf-8", "surrogatepass").decode("utf-8", "replace"))
+    _, odd, none = night.rows()
+    assert len(odd) == 5 and "\u202e" not in odd[4] and len(odd[4]) <= 300
+    assert none[4] == "DEPTH 4 -> 2"
