@@ -244,8 +244,9 @@ def _detach(log: Path) -> None:
     os.dup2(output, 2)
 
 
-def one_session(tag: Tag, ratchet: type, work: Callable, edits_checkout: bool = False, options: Options = Options()):  # noqa: B008
+def one_session(tag: Tag, ratchet: type, work: Callable, edits_checkout: bool = False, options: Options | None = None):
     """A session without an agent: `work(ratchet)`; what it returned."""
+    options = options or Options()
     with Interrupts(tag.checkout / "STOP") as interrupts:
         facts = open_session(tag, interrupts.were_sent, edits_checkout)
         runner = make_runner(tag, facts, options, interrupts)
