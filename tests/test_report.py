@@ -4,6 +4,7 @@ uv run pytest tests/test_report.py
 """
 
 import dataclasses
+import re
 import time
 
 import pytest
@@ -196,14 +197,14 @@ def test_audit_of_an_honest_night_gives_the_table_and_no_doubt():
     assert (
         text
         == """\
-audit 1                                 validation, bpb   held-out test, bpb  steps  tokens/s
-baseline aaaaaaa, 2 seeds           1.735000 ± 0.007071  1.605000 ± 0.007071    500    20,000
-  in a clean process                1.735100 ± 0.007071  1.605000 ± 0.007071
-  believed before, off by +0.005000            1.730000
-champion bbbbbbb, 2 seeds           1.685000 ± 0.007071  1.555000 ± 0.007071    500    20,000
-  in a clean process                1.685100 ± 0.007071  1.555000 ± 0.007071
-  believed before, off by +0.005000            1.680000
-gain ± 2 standard errors            0.050000 ± 0.030919  0.050000 ± 0.030919"""
+audit 1                                  validation, bpb   held-out test, bpb  steps  tokens/s
+baseline aaaaaaa, 2 seeds            1.735000 ± 0.007071  1.605000 ± 0.007071    500    20,000
+  in a clean process                 1.735100 ± 0.007071  1.605000 ± 0.007071
+  believed before, off by +0.005000             1.730000
+champion bbbbbbb, 2 seeds            1.685000 ± 0.007071  1.555000 ± 0.007071    500    20,000
+  in a clean process                 1.685100 ± 0.007071  1.555000 ± 0.007071
+  believed before, off by +0.005000             1.680000
+gain ± 2 standard errors             0.050000 ± 0.030919  0.050000 ± 0.030919"""
     )
 
 
@@ -242,4 +243,4 @@ def test_audit_without_a_kept_change_or_a_held_out_split():
     domain = dataclasses.replace(DOMAIN, test_metric="")
     runs = [dataclasses.replace(run, test_score=None, clean_test_score=None) for run in audited()]
     text, doubts = audit_text(Ledger(domain, [*small_ledger().runs, *runs]), "audit 1")
-    assert doubts == [] and "held-out" not in text and "gain ± 2 standard errors   0.050000 ± " in text
+    assert doubts == [] and "held-out" not in text and re.search("gain ± 2 standard errors +0.050000 ± ", text)
