@@ -474,7 +474,8 @@ class PageWriter:
         if self._child is not None:
             self._child.kill()
             self._child.wait()
-        self._begin()
+        if self._ledger.runs:
+            self._begin()
 
     def _begin(self) -> None:
         self._began_at = time.monotonic()
