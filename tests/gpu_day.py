@@ -307,10 +307,6 @@ def read_loader(text: str) -> dict:
         "pack_batch_plain_ms": r"^loader, .*: plain ([\d.,]+) ms",
         "pack_batch_ms": r"^loader, .* ours ([\d.,]+) ms",
         "loader_batch_ms": r"^make_dataloader .*: ([\d.,]+) ms a batch",
-        "tokenizer_training_seconds": r"^tokenizer trained on .*: ([\d.,]+) s",
-        "tokenization_M_tokens_per_second": r"^tokenization of .*: ([\d.,]+) M tokens/s",
-        "losses_at_once_mb": r"^losses of .*at once \+([\d.,]+) MB",
-        "losses_in_pieces_mb": r"^losses of .*in pieces \+([\d.,]+) MB",
     }
     return find_numbers(text, patterns)
 

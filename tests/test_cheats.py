@@ -134,20 +134,6 @@ def test_model_that_changes_while_it_is_scored_is_refused_by_the_tensors_name(ru
     assert not (tmp_path / "result.json").exists()
 
 
-def test_marks_of_the_clock_stand_beside_the_record(run, tmp_path):
-    loader = make_loader(run)
-    assert os.listdir(tmp_path) == []
-    next(loader)
-    assert os.listdir(tmp_path) == ["result.json.started"]
-    loader.close()
-    evaluate(run, Toy())
-    assert sorted(os.listdir(tmp_path)) == ["result.json", "result.json.started", "result.json.stopped"]
-    started, stopped, record = (
-        (tmp_path / name).stat().st_mtime_ns for name in ("result.json.started", "result.json.stopped", "result.json")
-    )
-    assert started < stopped < record
-
-
 # ----- data that is not the run's -----
 
 

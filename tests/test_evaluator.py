@@ -45,24 +45,6 @@ def test_bpb_equals_the_plain_formula(evaluator):
     assert test["test_bpb"] == pytest.approx(scores["test"], abs=1e-6)
 
 
-def test_bpb_equals_hand_computation_on_one_row(evaluator, monkeypatch):
-    """Three targets: probability 1/2 for a 2-byte token, 1/4 for a 3-byte one; BOS (0 bytes) does not count."""
-    monkeypatch.setattr(evaluator, "MAX_SEQ_LEN", 3)
-    two, three = (next(t for t in range(V) if evaluator.get_token_bytes()[t] == n) for n in (2, 3))
-    rows = np.array([[evaluator.BOS_ID, two, three, evaluator.BOS_ID]])
-    monkeypatch.setattr(
-        evaluator, "_open_split", lambda split, T: type("Rows", (), {"take": lambda self, n: rows[:n]})()
-    )
-
-    def model(idx):
-        p = torch.full((*idx.shape, V), 0.0)
-        p[:, 0, two], p[:, 0, 7], p[:, 1, three], p[:, 1, 8], p[:, 2, 9] = 0.5, 0.5, 0.25, 0.75, 1.0
-        return torch.log(p + 1e-30)
-
-    score = evaluator._score(model, "val", 1, 4, torch.device("cpu"))
-    assert score == {"val_bpb": pytest.approx((1 + 2) / 5, abs=1e-6), "rows": 1, "tokens": 2, "bytes": 5}
-
-
 def test_bpb_is_independent_of_batch_size(evaluator):
     expected = evaluate(evaluator, Toy(), 10)
     for batch_size in (7, 64, 100, 1000):

@@ -102,13 +102,6 @@ def test_batches_equal_the_plain_rules_from_parquet(tiny, split, B, T):
     loader.close()
 
 
-@pytest.mark.parametrize(("B", "T", "split"), [(0, 8, "train"), (4, 0, "train"), (4, 8, "dev")])
-def test_loader_refuses_bad_arguments_at_the_call(tiny, B, T, split):
-    evaluator = load_prepare(tiny[0], "tiny", tiny[1])
-    with pytest.raises(ValueError, match=f"B={B}, T={T}, split='{split}'"):
-        evaluator.make_dataloader(evaluator.Tokenizer.from_directory(), B, T, split, device="cpu")
-
-
 def test_clock_starts_with_the_first_batch(tiny):
     evaluator = load_prepare(tiny[0], "tiny", tiny[1])
     times = itertools.count(100.0, 1.5)

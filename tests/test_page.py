@@ -6,12 +6,11 @@ uv run pytest tests/test_page.py
 import dataclasses
 import html.parser
 import os
-import re
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from conftest import wait_for
 from matplotlib.text import Text
 from reading_fixtures import (
     BASELINE,
@@ -196,20 +195,6 @@ def test_numbers_in_the_picture_cover_neither_a_run_nor_one_another(runs):
         assert not any(box.overlaps(other) for other in boxes[:place])
 
 
-def test_picture_numbers_the_kept_changes_and_its_table_names_them(tmp_path):
-    ledger = long_night(125)
-    figure = page._draw(ledger, has_table=True)
-    assert set(drawn_numbers(figure)) == {str(number) for number in range(1, 13)}
-    table = [text.get_text() for text in figure.texts]
-    assert table[1].split()[:4] == ["1", "+0.029000", "idea", "10"]  # repeats of a best are no new keeps
-    labels = {line.get_label() for line in figure.axes[0].lines}
-    counts = {status: sum(run.status == status for run in ledger.runs) for status in ("discard", "crash")}
-    assert {"kept (13)", "repeat of a best (12)", f"crashed ({counts['crash']})"} <= labels
-    shown = sum(int(re.search(r"\d+", label)[0]) for label in labels if "discarded" in label or "frame" in label)
-    assert shown == counts["discard"]
-    assert drawn_numbers(page._draw(long_night(1500), has_table=True)).keys() <= set(map(str, range(1, 151)))
-
-
 @pytest.mark.parametrize("lower_is_better", [True, False])
 def test_picture_and_page_of_any_ledger_are_made(tmp_path, lower_is_better):
     domain = dataclasses.replace(DOMAIN, lower_is_better=lower_is_better, assumed_sigma={})
@@ -247,13 +232,6 @@ def writer(tmp_path, monkeypatch):
     assert writer._command[-3:] == ["report", "--tag", "t"] and Path(writer._command[-4]).name == "loop.py"
     writer._command[3:] = [sys.executable, "-c", FAKE_REPORT, str(tmp_path)]
     return writer
-
-
-def wait_for(condition) -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def add_run(writer) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from harness import processes
-from harness.console import Interrupts, StopNow, one_line, say, show_live_line
+from harness.console import Interrupts, StopNow, say, show_live_line
 from harness.files import open_regular, read_tail, read_text, write_atomically
 from harness.processes import Ending, find_processes, run_child, sweep
 
@@ -195,11 +195,6 @@ def test_reading_is_forgiving_and_never_hangs(tmp_path):
         assert read_tail(tmp_path / name, 2) == read_text(tmp_path / name) == ""
         with pytest.raises(OSError):
             open_regular(tmp_path / name)
-
-
-def test_one_line_is_fit_for_a_cell():
-    assert one_line(" a\tb\r\n\x00c\u2028d \ud800e ") == "a b c d e"
-    assert one_line("x" * 199 + " y") == "x" * 199
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ away. Ray, its processes and the runner are the real ones; evaluator and trainin
 (`drive`).
 """
 
+import functools
 import importlib.util
 import os
 import re
@@ -12,10 +13,10 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
+import conftest
 import pytest
 
 from harness import machine, ray_runner
@@ -70,6 +71,7 @@ DOMAIN = Domain(
     prepare_command=(), train_command=(sys.executable, "train.py"), score_command=(), verify_hint="", split="val",
     same_in_every_run=(), assumed_sigma={},
 )  # fmt: skip
+wait_for = functools.partial(conftest.wait_for, seconds=90.0)  # Ray takes its time
 OF_RAY = {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
@@ -165,7 +167,7 @@ class Field:
 
     def hear(self, words: str, seconds: float = 90.0) -> str:
         """Wait until the newest loop has said this; all that it has said."""
-        wait_for(lambda: words in self.output.read_text() or self.loops[-1].poll() is not None, seconds)
+        wait_for(lambda: words in self.output.read_text() or self.loops[-1].poll() is not None, seconds=seconds)
         text = self.output.read_text()
         assert words in text, text
         return text
@@ -200,15 +202,6 @@ def field(tmp_path: Path, monkeypatch):
         monkeypatch.setenv(name, value)
     yield field
     field.end()
-
-
-def wait_for(condition, seconds: float = 90.0):
-    """Poll until the condition is true; its value."""
-    end = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < end, "the condition did not come true"
-        time.sleep(0.02)
-    return value
 
 
 def test_missing_extra_is_refused_with_the_command(monkeypatch):
@@ -252,7 +245,7 @@ def test_loop_on_a_cluster_outlives_what_it_loses(field: Field):
     pids = wait_for(lambda: len(field.training()) >= 2 and field.training())
     (daemon,) = (pid for pid in pids if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"sleep"))
     loop.kill()
-    wait_for(lambda: field.training() == [daemon], 10)
+    wait_for(lambda: field.training() == [daemon], seconds=10)
     (field.cache / "daemon").unlink()
     loop = field.loop(workers=2, runs=999, SOME_API_KEY="withheld")
     (pid,) = wait_for(lambda: daemon not in field.training() and field.training())
@@ -267,7 +260,7 @@ def test_loop_on_a_cluster_outlives_what_it_loses(field: Field):
 
     # A lost actor's run is made again; so is a lost node's, on one that joined late.
     os.kill(actor, signal.SIGKILL)
-    wait_for(lambda: pid not in field.training(), 10)
+    wait_for(lambda: pid not in field.training(), seconds=10)
     (again,) = wait_for(field.training)
     assert "was lost" in field.hear(first.node_id[:6])
     late_cache = field.folder / "late cache"
@@ -280,7 +273,7 @@ def test_loop_on_a_cluster_outlives_what_it_loses(field: Field):
     (late_cache / "data").touch()  # it is asked again
     wait_for(lambda: len(field.training()) == 2)  # the second worker's
     field.cluster.remove_node(first, allow_graceful=False)
-    wait_for(lambda: again not in field.training(), 10)
+    wait_for(lambda: again not in field.training(), seconds=10)
     (late_cache / "hold").unlink()
     for number in (1, 2):
         said = field.hear(f"run {number}: ")
@@ -302,7 +295,7 @@ def test_loop_on_a_cluster_outlives_what_it_loses(field: Field):
     loop = field.loop(workers=2, runs=2)
     wait_for(field.training)
     field.cluster.shutdown()
-    wait_for(lambda: not field.training(), 10)
+    wait_for(lambda: not field.training(), seconds=10)
     said = field.hear("the end")
     assert f"error: Ray on {address} is gone: the same command goes on once it is back" in said
     assert loop.wait() == 0 and "Traceback" not in said and not field.of_ray()
@@ -332,7 +325,7 @@ def test_ray_of_this_machine_is_the_loops_alone(field: Field):
     (field.cache / "hold").touch()
     wait_for(lambda: len(field.training()) == 2)
     loop.kill()
-    wait_for(lambda: not field.training(), 10)
+    wait_for(lambda: not field.training(), seconds=10)
     said = field.output.read_text()
     assert "Ray on this machine: nodes 1, GPUs 2" in said
     assert [line for line in said.splitlines() if not re.match(r"run \d|Ray on", line)] == []

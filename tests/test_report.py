@@ -10,7 +10,7 @@ import pytest
 from reading_fixtures import BASELINE, DOMAIN, WARMER, WIDER, StandInTag, live_status, made, small_ledger
 
 from harness.ledger import STALE, Ledger, Run, parse_tsv
-from harness.report import audit_text, last_audit, pace_text, report_text, status_text
+from harness.report import audit_text, last_audit, report_text, status_text
 
 NOISE = "from 2 repeats of commits here, pooled with 0.014 as measured before for pocket"
 COST = (
@@ -101,15 +101,6 @@ def test_report_before_there_is_a_baseline():
     assert "(run 0001, aaaaaaa), the baseline, believed from 1 run" in report_text(Ledger(DOMAIN, [alone]))
 
 
-def test_pace_leaves_out_the_hours_in_which_no_loop_ran():
-    day = 86_400
-    runs = [made(n, f"{n}", 1.7, "keep", "x", started_at=day + 60.0 * n, seconds=50.0) for n in range(1, 11)]
-    runs += [made(n, f"{n}", 1.7, "keep", "x", started_at=2 * day + 60.0 * n, seconds=50.0) for n in range(11, 21)]
-    assert pace_text(Ledger(DOMAIN, runs)) == "pace: 61.0 runs an hour, 0.85 at a time, 50 s each"
-    two = [made(n, f"{n}", 1.7, "keep", "x", started_at=day + 30.0 * (n // 2), seconds=30.0) for n in range(2, 12)]
-    assert ", 2.00 at a time, " in pace_text(Ledger(DOMAIN, two))
-
-
 # ---- status ---------------------------------------------------------------------------------------------------------
 
 
@@ -141,13 +132,6 @@ bbbbbbb\t1.680000\t2.0\tkeep\traise width to 384 (again, seed 9)
 pace: 63.5 runs an hour, 0.62 at a time, 40 s each
 {COST}"""
     )
-
-
-def test_status_of_a_hundred_workers_stays_on_one_screen(tmp_path):
-    workers = [worker("training", 5, number) for number in range(64)] + [worker("proposing", 9)] * 36
-    text = status_text(StandInTag(tmp_path, small_ledger(), live_status(*workers, devices=64)))
-    assert "  and 52 training, 36 proposing\n" in text
-    assert len(text.splitlines()) < 30
 
 
 # ---- audit ----------------------------------------------------------------------------------------------------------
@@ -212,13 +196,3 @@ def test_audit_doubts_in_one_line_each(runs, said):
     assert any(said in doubt for doubt in doubts), doubts
     assert not any("\n" in doubt for doubt in doubts)
     assert len(text.splitlines()) >= 8
-
-
-def test_audit_without_a_kept_change_or_a_held_out_split():
-    baseline_only = [run for run in audited() if run.commit == BASELINE]
-    text, doubts = audit_text(small_ledger(*baseline_only), "audit 1")
-    assert text.endswith("no change is in the branch: the baseline is the champion") and not doubts
-    domain = dataclasses.replace(DOMAIN, test_metric="")
-    runs = [dataclasses.replace(run, test_score=None, clean_test_score=None) for run in audited()]
-    text, doubts = audit_text(Ledger(domain, [*small_ledger().runs, *runs]), "audit 1")
-    assert doubts == [] and "held-out" not in text and "gain ± 2 standard errors   0.050000 ± " in text

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import tarfile
@@ -14,12 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import FAKE_PREPARE, FAKE_TRAIN, wait_for
+from conftest import FAKE_PREPARE, FAKE_TRAIN
 
 from harness import machine, processes, runner
 from harness.ledger import Run
 from harness.processes import find_processes
-from harness.runner import Job, LocalRunner, MachineFault, Place, Stopped, crash_reason, measure
+from harness.runner import Job, LocalRunner, MachineFault, Place, Stopped, measure
 from loop import DOMAIN
 
 
@@ -156,20 +155,6 @@ def test_run_that_takes_too_long_is_a_crash_and_leaves_no_process(runs: Runs):
     assert run.status == "crash" and run.reason == "timeout after 1 s"
 
 
-@pytest.mark.parametrize(
-    ("log", "reason"),
-    [
-        ("", "no output (exit code 1)"),
-        ("Traceback (most recent call last):\n  File x\nValueError: 3 % 2\n", "ValueError: 3 % 2 (exit code 1)"),
-        ("torch.OutOfMemoryError: CUDA\nrank 0 exits\n", "torch.OutOfMemoryError: CUDA (exit code 1)"),
-        ("error: loss is nan at step 7\nattention: sdpa\n", "error: loss is nan at step 7 (exit code 1)"),
-        ("KeyError: 'a'\nDuring handling\nIndexError: b\n", "IndexError: b (exit code 1)"),
-    ],
-)
-def test_crash_reason_is_the_line_that_says_why(log: str, reason: str):
-    assert crash_reason(log, "exit code 1") == reason
-
-
 def test_run_finds_the_tree_and_a_fresh_place_and_neither_secrets_nor_variables_of_python(runs: Runs, monkeypatch):
     names = "ANTHROPIC_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "PGPASSWORD", "GITHUB_PAT", "BASIC_AUTH", "my_key"
     for name in (*names, "GOOGLE_APPLICATION_CREDENTIALS", "PYTHONPATH", "PYTHONSTARTUP", "PYTHONHASHSEED"):
@@ -245,23 +230,3 @@ def test_stop_ends_a_run_without_a_result(runs: Runs):
     threading.Timer(1, runs.stop.set).start()
     with pytest.raises(Stopped):
         runs.ending("time.sleep(600)")
-
-
-def test_killed_loop_takes_its_run_along(runs: Runs, tmp_path):
-    """The loop is killed with -9: the training dies with it, by PR_SET_PDEATHSIG, without a sweep."""
-    job = runs.job(FAKE_TRAIN.replace("SECONDS = 0.0", "SECONDS = 600"))
-    (tmp_path / "job").write_bytes(pickle.dumps((job, runs.place(job))))
-    code = (
-        "import pickle, sys, threading; sys.path.insert(0, sys.argv[1])\n"
-        "from harness.runner import measure\n"
-        "job, place = pickle.loads(open(sys.argv[2], 'rb').read())\n"
-        "measure(job, place, threading.Event())"
-    )
-    root = str(Path(__file__).parents[1])
-    loop = subprocess.Popen([sys.executable, "-c", code, root, str(tmp_path / "job")])
-    mark = f"AUTORESEARCH_MARK={runs.folder}".encode()
-    wait_for(lambda: find_processes("environ", mark))
-    loop.send_signal(signal.SIGKILL)
-    loop.wait()
-    wait_for(lambda: not find_processes("environ", mark), seconds=10)
-    subprocess.run(["rm", "-rf", str(runs.folder / "scratch")], check=True)
