@@ -6,6 +6,7 @@
     uv run loop.py status [--wait]            # where the run stands
     uv run loop.py report [LEDGER]            # the morning read: what was kept, progress.png, report.html
     uv run loop.py audit                      # baseline and champion again: fresh seeds, held-out split, clean process
+    uv run loop.py ablate                     # which of the kept changes are real: the champion without each of them
     uv run loop.py check [--agent NAME]       # is everything there that a night needs?
 
 A worker is a thread that does one experiment after another. One lock guards ledger, branch and refs. Every decided run
@@ -109,8 +110,8 @@ class Ratchet:
 
         Raises Dropped where the edit conflicts with the champion, or repeats an earlier one; Stopped.
         """
-        with self.runner.device() as device:  # waits until one is free
-            while True:
+        while True:
+            with self.runner.device() as device:  # waits until one is free
                 try:
                     edit, run = self.begin(edit)
                 except Dropped:
@@ -128,20 +129,19 @@ class Ratchet:
                         run = self.record(runs, status, reason, is_stale)
                 finally:
                     self.in_flight.pop(run.fingerprint, None)
-                if status == "pending":
-                    run, is_stale = self.ask_approval(run)
-                if not is_stale:
-                    return run
-                edit = replace(edit, again_of=run.number, cost=None)
+            if status == "pending":
+                run, is_stale = self.ask_approval(run)
+            if not is_stale:
+                return run
+            edit = replace(edit, again_of=run.number, cost=None)
 
     def begin(self, edit: Edit) -> tuple[Edit, Run]:
         """The edit on the champion of now, committed, with the number and the folder of its run."""
         with self.lock:
             champion = self.tag.champion
             if edit.base != champion:
-                of_champion = self.repository.read(champion, self.domain.editable)
-                of_base = self.repository.read(edit.base, self.domain.editable)
-                merged = self.repository.merge(of_champion, of_base, edit.source)
+                sources = self.tag.source(champion), self.tag.source(edit.base), edit.source
+                merged = self.repository.merge(*sources, theirs_win=edit.wins)
                 if merged is None:
                     raise Dropped(f"it conflicts with the new champion {champion[:7]}")
                 edit = replace(edit, source=merged, base=champion)
@@ -180,7 +180,7 @@ class Ratchet:
         if problem := compile_problem(source, name):
             return problem
         mark = fingerprint(source)
-        if mark == fingerprint(self.repository.read(self.tag.champion, name)):
+        if mark == fingerprint(self.tag.source(self.tag.champion)):
             return f"{name} is the champion's (comments, layout and the seed do not count)"
         if mark in self.in_flight:
             return f"{name} repeats an experiment that runs now ({self.in_flight[mark]})"
@@ -251,8 +251,8 @@ class Ratchet:
         if gain > 0 and (not self.confirm or self.is_confirmed(runs)):
             return "keep", ""
         if ledger.wants_simpler(edit.description):
-            before = syntax_size(self.repository.read(edit.base, self.domain.editable))
-            if syntax_size(edit.source) < before and ledger.is_simpler_keep(self.tag.ledger, -gain):
+            is_shorter = syntax_size(edit.source) < syntax_size(self.tag.source(edit.base))
+            if is_shorter and ledger.is_simpler_keep(self.tag.ledger, -gain):
                 return "keep", ""
         return "discard", "not confirmed on fresh seeds" if gain > 0 else ""
 
@@ -281,8 +281,7 @@ class Ratchet:
                 decided.append(replace(run, status="keep" if run.commit == self.tag.champion else "discard"))
         # The champion's own replicates first: the last `keep` line is the champion.
         decided.sort(key=lambda run: (run.commit == runs[0].commit, run.number))
-        for run in decided:
-            self.tag.append(run)
+        self.tag.append(*decided)
         if status == "keep":
             self.tag.show_champion()
         first = next(run for run in decided if run.number == runs[0].number)

@@ -4,13 +4,15 @@
     console      messages, the live line, durations, Ctrl-C
     files        read without a hang, written whole, locked
     processes    children: started with a mark, limited, ended for certain
+    isolation    what a run sees of the machine, and what it can change
     machine      what a child's environment holds; disk, packages, others' use of the processors
     repository   git: candidates, archives, merges, worktrees, refs
     edit         an edit: whether it compiles, what it repeats, how much it says
     ledger       runs.jsonl; the champion, believed scores, noise, the rules
     replicates   runs of commits that exist: the baseline, one once more, the two sides of an audit
     tag          one tag: its folder, branch, refs and lock
-    knob_search  the agent without a model: a program of its own
+    knob_search  the agent `random`, without a model: a program of its own
+    tpe          the agent `tpe`, the same by Optuna, from the ledger; suggestions for a model
     agents       the CLIs and their worktrees: a prompt in, a proposal (or why none) and its cost out
     compare      a run beside its base: the verdict
     prompt       what an agent is told
@@ -18,6 +20,7 @@
     ray_runner   the same on a Ray cluster
     watch        whether a session has done enough, and what a person is told meanwhile
     report       status, report and audit as text
+    ablation     which of the kept changes are real: the champion without each of them
     page         progress.png and report.html
     session      a session: its opening, its workers, a person's signals
     cli          arguments, commands, exit codes

@@ -8,6 +8,7 @@ vibe 3.0, gemini 0.61, pi 1.6, copilot 1.0, qwen 0.24, droid 0.215, kilo 7.7, ki
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -57,6 +58,7 @@ class Agent:
     check: str = ""  # arguments of a quick command that tells, without network, whether it is logged in
     refused: str = ""  # the pattern in the check's output that says no; anything else passes
     login: str = ""  # the remedy where it is not logged in
+    package: str = ""  # that it needs, of the extra of its name
 
 
 NPM = "npm install -g"
@@ -67,6 +69,7 @@ GEMINI = 'gemini -p "" --approval-mode yolo --skip-trust --output-format stream-
 COPILOT = "copilot --allow-all --no-ask-user --no-color --output-format json --usage-output-file {answer}/usage.json"
 READ = "'Read {prompt_file} and do what it says.'"
 RANDOM = shlex.join([sys.executable, "-P", str(Path(__file__).with_name("knob_search.py"))])
+TPE = shlex.join([sys.executable, "-P", str(Path(__file__).with_name("tpe.py")), "{tag}", "{direction}"])
 
 AGENTS = {
     "claude": Agent(
@@ -111,6 +114,7 @@ AGENTS = {
     "kimi": Agent(f"kimi --output-format stream-json -p {READ}", f"{NPM} @moonshot-ai/kimi-code", True),
     "cline": Agent(f"cline --json --auto-approve true {READ}", f"{NPM} cline", True),
     "random": Agent(RANDOM, has_model=False),
+    "tpe": Agent(TPE, has_model=False, package="optuna"),
 }
 
 
@@ -124,7 +128,10 @@ def choose_agent(name: str | None, command: str | None) -> Agent:
         raise UserError(f"{asked}: {remedy}", 2)
     agent = AGENTS[name]
     if not _is_installed(agent):
-        raise UserError(f"{name} is not installed: {agent.install} (installed here: {_installed()})", 2)
+        remedy = agent.install
+        if agent.package:
+            remedy = f"'uv run --extra {name} loop.py {shlex.join(sys.argv[1:])}'"
+        raise UserError(f"{name} is not installed: {remedy} (installed here: {_installed()})", 2)
     # What claude itself asks before it lets root skip permissions.
     is_sandbox = os.environ.get("IS_SANDBOX") == "1" or "CLAUDE_CODE_BUBBLEWRAP" in os.environ
     if name == "claude" and os.geteuid() == 0 and not is_sandbox:
@@ -148,7 +155,8 @@ def _agent_of_command(command: str) -> Agent:
 
 
 def _is_installed(agent: Agent) -> bool:
-    return shutil.which(shlex.split(agent.command)[0]) is not None
+    has_package = not agent.package or importlib.util.find_spec(agent.package) is not None
+    return has_package and shutil.which(shlex.split(agent.command)[0]) is not None
 
 
 def _installed() -> str:
@@ -470,7 +478,10 @@ class Worktree:
         answers.mkdir()
         write_atomically(prompt_file, prompt)
         words = shlex.split(agent.command)
-        words = [word.replace("{prompt_file}", str(prompt_file)).replace("{answer}", str(answers)) for word in words]
+        places = {"{prompt_file}": str(prompt_file), "{answer}": str(answers)}
+        places |= {"{tag}": self._tag.name, "{direction}": self._tag.domain.direction}
+        for place, value in places.items():
+            words = [word.replace(place, value) for word in words]
         try:
             ending = run_child(
                 words,

@@ -18,14 +18,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from harness import machine, page, replicates, report
+from harness import ablation, isolation, machine, page, replicates, report
 from harness.agents import AGENTS, choose_agent
 from harness.compare import verdict
 from harness.console import ERROR_CHARS, Interrupts, StopNow, UserError, one_line, say
 from harness.domain import Domain
 from harness.edit import Edit, describe_edit
 from harness.files import open_regular, read_tail, read_text, write_atomically
-from harness.ledger import parse_tsv
+from harness.ledger import MEASURED, parse_tsv
 from harness.repository import leave_git_variables
 from harness.runner import unpack
 from harness.session import Options, Session, clean_worktrees, make_runner, open_session
@@ -84,6 +84,11 @@ def _reader_is_gone() -> bool:
 def command_run(domain: Domain, checkout: Path, ratchet: type, args: argparse.Namespace) -> int:
     options = read_options(args, domain)
     agent = choose_agent(args.agent, args.agent_cmd)
+    if args.suggest:
+        choose_agent(args.suggest, None)  # it must be installed too
+        if not agent.has_model:
+            problem = f"--suggest {args.suggest}: --agent {args.agent} reads no prompt"
+            raise UserError(f"{problem}: choose an agent with a model", 2)
     if args.approve:
         domain = replace(domain, approve=args.approve)
     tag = open_tag(checkout, domain, args.tag)
@@ -120,18 +125,9 @@ def read_options(args: argparse.Namespace, domain: Domain) -> Options:
         value = getattr(args, name)
         if value is not None and not value.strip():
             raise UserError(f"--{name} {value!r}: give a shell command", 2)
-    ray = args.ray
-    if ray is None and args.workers > 1:
-        ray = ""  # on this machine
-    if ray == "off":
-        ray = None
-    if ray is not None:
-        from harness.ray_runner import check_ray
-
-        check_ray(args.workers, ray)
     return Options(
         workers=args.workers,
-        ray=ray,
+        ray=choose_ray(args),
         ahead=args.ahead,
         confirm=args.confirm,
         max_experiments=args.max_experiments,
@@ -141,7 +137,22 @@ def read_options(args: argparse.Namespace, domain: Domain) -> Options:
         patience=args.patience,
         target=args.target,
         notify=args.notify or "",
+        suggest=args.suggest is not None,
     )
+
+
+def choose_ray(args: argparse.Namespace) -> str | None:
+    """The address of --ray, "" for Ray on this machine, None for no Ray. Raises UserError where Ray is missing."""
+    ray = args.ray
+    if ray is None and args.workers > 1:
+        ray = ""
+    if ray == "off":
+        return None
+    if ray is not None:
+        from harness.ray_runner import check_ray
+
+        check_ray(args.workers, ray)
+    return ray
 
 
 # try
@@ -218,9 +229,9 @@ def commit_to_repeat(tag: Tag, number: int | None) -> str:
         return ledger.champion
     if number not in ledger:
         raise UserError(f"--again {number}: there is no such run, the last one is {ledger.runs[-1].number}", 2)
-    if ledger[number].purpose == "audit":
+    if ledger[number].purpose in MEASURED:
         remedy = "give the number of an experiment's run, or --base for the champion"
-        raise UserError(f"--again {number}: that run was part of an audit: {remedy}", 2)
+        raise UserError(f"--again {number}: that run was part of an {ledger[number].purpose}: {remedy}", 2)
     return ledger[number].commit
 
 
@@ -233,12 +244,13 @@ def _detach(log: Path) -> None:
     os.dup2(output, 2)
 
 
-def one_session(tag: Tag, ratchet: type, work: Callable, edits_checkout: bool = False):
-    """A session without an agent: `work(ratchet)` on the first device of this machine; what it returned."""
+def one_session(tag: Tag, ratchet: type, work: Callable, edits_checkout: bool = False, options: Options | None = None):
+    """A session without an agent: `work(ratchet)`; what it returned."""
+    options = options or Options()
     with Interrupts(tag.checkout / "STOP") as interrupts:
         facts = open_session(tag, interrupts.were_sent, edits_checkout)
-        runner = make_runner(tag, facts, Options(), interrupts)
-        session = Session(ratchet(tag, facts, runner), Options(), interrupts)
+        runner = make_runner(tag, facts, options, interrupts)
+        session = Session(ratchet(tag, facts, runner), options, interrupts)
         results = []
         try:
             session.supervise({"work": lambda: results.append(work(session.ratchet))})
@@ -251,7 +263,7 @@ def one_session(tag: Tag, ratchet: type, work: Callable, edits_checkout: bool = 
 
 def try_edit(tag: Tag, ratchet: type, source: bytes, description: str) -> int:
     """Measure one edit; the baseline first, where there is none."""
-    champions = tag.repository.read(tag.champion, tag.domain.editable)
+    champions = tag.source(tag.champion)
     is_baseline = not tag.ledger.baseline and source == champions
     description = description or describe_edit(champions, source, tag.domain.editable)
 
@@ -272,7 +284,7 @@ def try_edit(tag: Tag, ratchet: type, source: bytes, description: str) -> int:
 def try_again(tag: Tag, ratchet: type, commit: str) -> int:
     """Measure a commit of an earlier run once more. An edit that is in the checkout stays there."""
     champion = tag.champion
-    untouched = tag.repository.read(champion, tag.domain.editable)
+    untouched = tag.source(champion)
     one_session(tag, ratchet, lambda loop: replicates.run_again(loop, commit), edits_checkout=True)
     has_edit = put_back(tag, untouched)
     if has_edit and tag.champion != champion:
@@ -351,6 +363,8 @@ def command_report(domain: Domain, checkout: Path, ratchet: type, args: argparse
     if not tag.ledger.rows:
         raise UserError(f"{tag.branch} has no rows yet: 'uv run loop.py --agent random' starts a run")
     print(report.report_text(tag.ledger))
+    if group := ablation.last_ablation(tag.ledger):
+        print(f"\n{ablation.ablation_text(tag, group)}")
     page.draw_progress(tag.ledger, checkout / "progress.png")
     page.write_page(tag.ledger, checkout / "report.html", tag)
     return 0
@@ -371,6 +385,23 @@ def command_audit(domain: Domain, checkout: Path, ratchet: type, args: argparse.
     return 1 if doubts else 0
 
 
+def command_ablate(domain: Domain, checkout: Path, ratchet: type, args: argparse.Namespace) -> int:
+    for name in ("replicates", "workers"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: give 1 or more", 2)
+    options = Options(workers=args.workers, ray=choose_ray(args))
+    tag = open_tag(checkout, domain, args.tag)
+    with tag.locked():
+        if not tag.ledger.baseline:
+            raise UserError("there are no rows to ablate: 'uv run loop.py --agent random' starts a run", 2)
+        work = ablation.run_ablation(args.replicates, args.workers, args.apply)
+        group = one_session(tag, ratchet, work, options=options)
+    print(ablation.ablation_text(tag, group))
+    if args.apply:
+        say(tag.ledger.standing())
+    return 0
+
+
 def command_check(domain: Domain, checkout: Path, ratchet: type, args: argparse.Namespace) -> int:
     """Is everything there that a night needs? One short run is made and left nowhere."""
     if args.agent or args.agent_cmd:
@@ -387,6 +418,8 @@ def command_check(domain: Domain, checkout: Path, ratchet: type, args: argparse.
             print(f"profile: {facts.profile} ({facts.reason}), {facts.time_budget:g} s a run")
             print(f"device: {facts.device_name}, {len(facts.devices)} of them ({', '.join(facts.devices)})")
             print(f"data: {facts.problem or f'prepared in {facts.cache}'}")
+            machine.try_isolation(domain, folder, machine.variables_for_training(), facts)
+            print(f"isolation: {isolation.why_not() or 'runs are isolated by bubblewrap'}")
             if problem := machine.lacking_disk(checkout):
                 raise UserError(problem)
             if not facts.prepared:
@@ -417,6 +450,7 @@ COMMANDS = {
     "status": command_status,
     "report": command_report,
     "audit": command_audit,
+    "ablate": command_ablate,
     "check": command_check,
 }
 
@@ -440,6 +474,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     patience_help = "stop after N experiments of this session without a keep"
     run.add_argument("--patience", type=int, default=math.inf, metavar="N", help=patience_help)
     run.add_argument("--target", type=float, metavar="SCORE", help="stop once the champion's score is as good")
+    suggest_help = "TPE's next three suggestions are in the agent's prompt (needs the extra tpe)"
+    run.add_argument("--suggest", choices=["tpe"], help=suggest_help)
     notify_help = "shell command that gets a text on standard input: of a keep, of the end, of a wait of half an hour"
     run.add_argument("--notify", metavar="CMD", help=notify_help)
     approve_help = "shell command that must exit 0 before a keep stands: the run as JSON on standard input"
@@ -448,9 +484,6 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     run.add_argument("--confirm", type=int, default=0, metavar="N", help=confirm_help)
     ahead_help = "workers that propose while others train (default: one for each device on CUDA, else 0)"
     run.add_argument("--ahead", type=int, metavar="N", help=ahead_help)
-    run.add_argument("--workers", type=int, default=1, metavar="N", help="experiments at a time (default 1)")
-    ray_help = "a Ray cluster to run them on (default: Ray on this machine; off: without Ray)"
-    run.add_argument("--ray", metavar="ADDRESS", help=ray_help)
 
     trying = commands.add_parser("try", help="one experiment on the edit now in the editable file")
     what = trying.add_mutually_exclusive_group(required=True)
@@ -467,11 +500,20 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     audit = commands.add_parser("audit", help="baseline and champion again: fresh seeds, held-out split, clean process")
     audit.add_argument("--replicates", type=int, default=3, metavar="N", help="seeds each (default 3)")
 
+    ablate = commands.add_parser("ablate", help="which kept changes are real: the champion without each of them")
+    ablate.add_argument("--replicates", type=int, default=3, metavar="N", help="seeds for each change (default 3)")
+    ablate.add_argument("--apply", action="store_true", help="then take out what does not carry, if nothing is lost")
+
+    ray_help = "a Ray cluster to run them on (default: Ray on this machine; off: without Ray)"
+    for command in (run, ablate):
+        command.add_argument("--workers", type=int, default=1, metavar="N", help="runs at a time (default 1)")
+        command.add_argument("--ray", metavar="ADDRESS", help=ray_help)
+
     check = commands.add_parser("check", help="is everything there that a night needs? One short run")
     check.add_argument("--agent", metavar="NAME", help="look for this agent and its log-in too")
     check.add_argument("--agent-cmd", metavar="CMD")
 
-    for command in (run, status, reading, audit):
+    for command in (run, status, reading, audit, ablate):
         command.add_argument("--tag", help="name of the run (default: the current branch's, else today's date)")
     is_named = bool(argv) and argv[0] in (*commands.choices, "-h", "--help")
     is_word = bool(argv) and not argv[0].startswith("-")

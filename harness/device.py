@@ -250,7 +250,7 @@ def choose_attention(T: int, windows: list[int], head_dim: int, device: torch.de
 
 
 # ---- The compile cache: torch's compilers keep their work there between runs ----
-COMPILE_CACHE_LIMIT = 10e9  # bytes; a model leaves about 90 MB
+COMPILE_CACHE_LIMIT = 1e9  # bytes; a model leaves about 90 MB, and every run starts with a copy
 COMPILERS_NAMES = r"triton|fxgraph|aotautograd|[0-9a-z]{2}"  # of their folders; nothing else is touched
 
 

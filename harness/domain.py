@@ -60,6 +60,11 @@ class Domain:
         """How much better `after` is, in the unit of the score; negative where it is worse."""
         return before - after if self.lower_is_better else after - before
 
+    @property
+    def direction(self) -> str:
+        """As Optuna calls it."""
+        return "minimize" if self.lower_is_better else "maximize"
+
     def score_text(self, score: float) -> str:
         return f"{score:.{self.score_digits}f}"
 

@@ -23,6 +23,7 @@ class Edit:
     again_of: int = 0  # the run whose gain on a former champion runs again here
     touched: tuple[str, ...] = ()  # other files that the agent changed: undone
     cost: dict | None = None  # of the agent's calls
+    wins: bool = False  # where it conflicts with a new champion: its agent changes nothing but values
 
 
 class Dropped(Exception):

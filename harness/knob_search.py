@@ -43,13 +43,14 @@ class Hyperparameter:
     end: int
 
 
-def read_hyperparameters(source: str, profile: str) -> dict[str, Hyperparameter]:
+def read_hyperparameters(source: str, profile: str, with_booleans: bool = False) -> dict[str, Hyperparameter]:
     """Name -> the assignment in the block that counts under the profile: the last one that is executed."""
     first, last = _block(source)
     statements = [node for node in ast.parse(source).body if first <= node.lineno <= last]
     found: dict[str, Hyperparameter] = {}
     _collect(statements, profile, found)
-    return {name: one for name, one in found.items() if name not in NEUTRAL and not isinstance(one.value, bool)}
+    found = {name: one for name, one in found.items() if name not in NEUTRAL}
+    return {name: one for name, one in found.items() if with_booleans or not isinstance(one.value, bool)}
 
 
 def with_values(source: str, hyperparameters: dict[str, Hyperparameter], values: dict[str, object]) -> str:

@@ -18,6 +18,7 @@ from harness.domain import Domain
 
 ASSUMED_DEGREES = 4  # of freedom that a profile's assumed sigma counts for: two or three runs measure sigma badly
 STATUSES = ("keep", "discard", "crash")
+MEASURED = ("audit", "ablation")  # purposes of runs that decide nothing, and are no lines of results.tsv
 STALE = "gained on a former champion; runs again on the present one"
 
 
@@ -27,15 +28,15 @@ class Run:
 
     number: int  # of its folder, never used twice
     commit: str
-    base: str = ""  # the commit that it is compared with; "" for the baseline, audits and runs of the champion
+    base: str = ""  # the commit that it is compared with; "" for the baseline, runs of the champion, and MEASURED ones
     seed: int = 42
-    purpose: str = "experiment"  # baseline, experiment, replicate (a commit once more), audit
-    status: str = ""  # keep, discard, crash; pending (a gain that waits for approval); measured (audit)
+    purpose: str = "experiment"  # baseline, experiment, replicate (a commit once more), audit, ablation
+    status: str = ""  # keep, discard, crash; pending (a gain that waits for approval); measured (a purpose of MEASURED)
     description: str = ""
     reason: str = ""  # why it crashed, or was discarded although it gained
     is_stale: bool = False  # it gained on a former champion, and is to run again on the present one
     again_of: int = 0  # the stale run whose edit runs again here
-    group: str = ""  # of an audit: which one, and which side of it
+    group: str = ""  # of an audit or ablation: which one, and after a "/" which side of it
     fingerprint: str = ""  # of the edited file's syntax tree
     score: float | None = None
     test_score: float | None = None  # audit: on the held-out test split
@@ -63,7 +64,7 @@ class Run:
 
     @property
     def counts(self) -> bool:
-        """Whether its score is one of those by which commits are compared; an audit's is not."""
+        """Whether its score is one of those by which commits are compared; one of MEASURED is not."""
         return self.score is not None and self.purpose in ("baseline", "experiment", "replicate")
 
     def row(self, domain: Domain) -> str:
@@ -112,7 +113,7 @@ class Ledger:
         self._by_number: dict[int, int] = {}  # number -> index in runs
         self._first: dict[str, Run] = {}  # commit -> its first run that counts, or crashed
         self._counting: dict[str, list[Run]] = {}  # commit -> its runs whose scores count, in order
-        self._all_scores: dict[str, list[float]] = {}  # audits' too
+        self._all_scores: dict[str, list[float]] = {}  # those of MEASURED too
         self._speeds: dict[str, list[float]] = {}
         self._fingerprints: dict[str, Run] = {}
         self._kept: list[Run] = []
@@ -139,7 +140,7 @@ class Ledger:
             self._all_scores.setdefault(run.commit, []).append(run.score)
         if run.tokens_per_second:
             self._speeds.setdefault(run.commit, []).append(run.tokens_per_second)
-        if run.purpose == "audit" or run.status == "pending":
+        if run.purpose in MEASURED or run.status == "pending":
             return
         self._first.setdefault(run.commit, run)
         if run.counts:
@@ -159,7 +160,7 @@ class Ledger:
     @property
     def rows(self) -> list[Run]:
         """The runs that are lines of results.tsv."""
-        return [run for run in self.runs if run.status in STATUSES and run.purpose != "audit"]
+        return [run for run in self.runs if run.status in STATUSES and run.purpose not in MEASURED]
 
     @property
     def profile(self) -> str:

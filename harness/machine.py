@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from harness import isolation
 from harness.console import UserError, listed, one_line, say
 from harness.domain import ContractError, Description, Domain, read_description
 from harness.files import is_locked
@@ -23,6 +24,7 @@ SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH|_PAT$", re.IGNORECA
 OF_A_RUN = (  # the loop sets these anew for each child: what its own environment says of them is not handed on
     "AUTORESEARCH_RESULT", "AUTORESEARCH_AUDIT", "AUTORESEARCH_SEED", "AUTORESEARCH_MARK",
 )  # fmt: skip
+OF_TPE = {"optuna", "alembic", "colorlog", "mako", "sqlalchemy"}  # may come and go: a tag takes up --agent tpe later
 
 
 def variables_for_agent(profile: str) -> dict[str, str]:
@@ -46,9 +48,10 @@ def variables_for_training(profile: str = "") -> dict[str, str]:
 # What the evaluator says
 
 
-def describe(domain: Domain, place: Path, variables: dict[str, str]) -> Description:
+def describe(domain: Domain, place: Path, variables: dict[str, str], is_isolated: bool = False) -> Description:
     """The description by the evaluator in a folder. UserError with its own last line if it gives none."""
-    child = subprocess.run(domain.describe_command, cwd=place, env=variables, capture_output=True, text=True)
+    command = isolation.wrap(domain.describe_command, place) if is_isolated else domain.describe_command
+    child = subprocess.run(command, cwd=place, env=variables, capture_output=True, text=True)
     if child.returncode == -signal.SIGINT:  # Ctrl-C at a terminal goes to the evaluator too
         raise KeyboardInterrupt
     if child.returncode:
@@ -59,6 +62,19 @@ def describe(domain: Domain, place: Path, variables: dict[str, str]) -> Descript
     except (ValueError, IndexError) as error:
         said = str(error) if isinstance(error, ContractError) else "it is not a JSON object"
         raise UserError(f"{' '.join(domain.describe_command)} printed no description: {said}") from error
+
+
+def try_isolation(domain: Domain, place: Path, variables: dict[str, str], facts: Description) -> None:
+    """Give isolation up, and say so, where the evaluator does not find its GPUs inside: a driver may need more."""
+    if facts.device == "cpu" or isolation.why_not():
+        return
+    try:
+        found = describe(domain, place, variables, is_isolated=True)
+        problem = "" if found.devices.keys() == facts.devices.keys() else f"it finds {found.device_name}"
+    except UserError as error:
+        problem = f"the evaluator says: {error}"
+    if problem:
+        isolation.give_up(f"inside bubblewrap {problem}, outside {facts.device_name}")
 
 
 def prepare_data(domain: Domain, place: Path, variables: dict[str, str], is_stopped) -> None:
@@ -86,8 +102,9 @@ def busy_device(facts: Description, device: str) -> str:
 
 
 def installed_packages() -> dict[str, str]:
-    """Name -> version of every distribution that Python finds."""
-    return {str(one.name).lower(): one.version for one in importlib.metadata.distributions() if one.name}
+    """Name -> version of every distribution that Python finds, the extra tpe aside."""
+    found = {str(one.name).lower(): one.version for one in importlib.metadata.distributions() if one.name}
+    return {name: version for name, version in found.items() if name not in OF_TPE}
 
 
 def changed_packages(before: dict[str, str]) -> list[str]:

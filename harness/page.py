@@ -15,6 +15,7 @@ import warnings
 from io import BytesIO, StringIO
 from pathlib import Path
 
+from harness.ablation import ablation_text, last_ablation
 from harness.compare import Point, is_busy, read_curve, verdict
 from harness.console import ERROR_CHARS, duration, one_line, say
 from harness.domain import Domain
@@ -306,6 +307,7 @@ def compose(ledger: Ledger, tag=None) -> str:
     from markupsafe import Markup
 
     changes = ledger.changes()
+    ablation = ablation_text(tag, last_ablation(ledger)) if tag is not None and last_ablation(ledger) else ""
     audit, doubts = audit_text(ledger, last_audit(ledger)) if last_audit(ledger) else ("", [])
     chosen = choose_runs(ledger, changes)
     named = {"baseline": ledger.baseline, "champion": ledger.champion}
@@ -334,6 +336,7 @@ def compose(ledger: Ledger, tag=None) -> str:
         "samples": _samples(sides, ledger.domain),
         "audit": audit,
         "doubts": doubts,
+        "ablation": ablation,
         "machine": _machine_lines(ledger),
         "runs": [_run_values(ledger, run, tag) for run in chosen],
         "left_out": len(ledger.runs) - len(chosen),
@@ -471,7 +474,8 @@ class PageWriter:
         if self._child is not None:
             self._child.kill()
             self._child.wait()
-        self._begin()
+        if self._ledger.runs:
+            self._begin()
 
     def _begin(self) -> None:
         self._began_at = time.monotonic()

@@ -82,11 +82,17 @@ def run_child(
     seconds = time.monotonic() - begin
     sweep(mark)
     output.close()
-    if not problem and process.returncode > 0:
-        problem = f"exit code {process.returncode}"
-    elif not problem and process.returncode < 0:
-        problem = f"killed by {signal.Signals(-process.returncode).name}"
+    if not problem:
+        problem = _problem_of(process.returncode)
     return Ending(problem, seconds)
+
+
+def _problem_of(code: int) -> str:
+    """An exit code in words. Shells and bubblewrap give 128 and the signal that killed what they started."""
+    number = -code if code < 0 else code - 128
+    with contextlib.suppress(ValueError):
+        return f"killed by {signal.Signals(number).name}"
+    return f"exit code {code}" if code else ""
 
 
 def _die_with_parent() -> list[str]:

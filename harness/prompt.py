@@ -4,7 +4,7 @@ Everything is cut to a number of lines, whatever the ledger's length.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from harness.agents import DESCRIPTION_FILE
@@ -20,14 +20,26 @@ DEAD_ENDS = 15  # newest of them
 DEAD_END_SIGMAS = 3  # a loss that two single runs tell from chance
 UNSETTLED = 5  # newest crashes, and discards on a busy machine
 PLATEAU = 15  # experiments without a keep
+SECOND_LOOKS = 3  # discards on former champions that are worth another look
+SECOND_LOOK_EVERY = 20  # experiments, and after a large keep
+LARGE_KEEP_SIGMAS = 3
+LOOKED_THROUGH = 50  # nearest discards whose lines are compared: a comparison takes milliseconds
 RUNNING = 50  # newest
 TASK_CHARS = 20_000  # of a crash's log, of a diff
 
 
 def write_prompt(
-    instructions: str, ledger: Ledger, running: list[str], verdicts: list[str], refusal: str, task: str
+    instructions: str,
+    ledger: Ledger,
+    running: list[str],
+    verdicts: list[str],
+    refusal: str,
+    task: str,
+    suggestions: Iterable[str] = (),
+    read: Callable[[str], bytes] | None = None,
 ) -> str:
-    """The whole prompt. `task` is what this proposal starts from beyond the champion, `refusal` why the last failed."""
+    """The whole prompt. `task` is what this proposal starts from beyond the champion, `refusal` why the last failed,
+    `suggestions` are TPE's; `read` gives the editable file of a commit."""
     domain = ledger.domain
     rows = "".join([domain.columns, *[run.row(domain) for run in ledger.rows[-LAST_ROWS:]]]).rstrip()
     parts = [
@@ -38,6 +50,15 @@ def write_prompt(
         f"The ledger's last rows (results.tsv has all, runs/ the newest logs and diffs):\n\n{rows}",
         *memory(ledger),
     ]
+    if read is not None and (looks := second_looks(ledger, read)):
+        title = (
+            "Worth another look on the present champion: of what was discarded on former ones the nearest, in lines "
+            "that the champion has not changed since (runs/ or git show has the diff):"
+        )
+        parts.append(f"{title}\n\n{''.join(_bullets(looks)).rstrip()}")
+    if suggestions:
+        title = f"TPE, told all runs, would change {domain.editable} so (take one, a part of one, or your own idea):"
+        parts.append(f"{title}\n\n{''.join(_bullets(suggestions)).rstrip()}")
     if verdicts:
         tables = "\n\n".join(text[:TASK_CHARS] for text in verdicts)
         parts.append(f"The latest verdicts, each run beside its base (why did it win or lose?):\n\n{tables}")
@@ -116,6 +137,48 @@ def _experiments(ledger: Ledger) -> list[Experiment]:
         was_busy = all(is_busy(run) for run in decisive)
         found.append(Experiment(decisive[0], status, ledger.believed(commit), was_busy))
     return found
+
+
+def second_looks(ledger: Ledger, read: Callable[[str], bytes]) -> list[str]:
+    """The discards that the present champion makes most worth another look: nearest to their base at their time, in
+    lines that the champion has not changed since. [] but for every 20th experiment, and after a large keep."""
+    experiments = _experiments(ledger)
+    if len(experiments) % SECOND_LOOK_EVERY and not _is_large_keep(ledger, experiments[-1]):
+        return []
+    losses = []
+    for one in experiments:
+        base_score = ledger.believed(one.run.base) if one.run.base else None
+        if one.status == "discard" and one.run.base != ledger.champion and None not in (one.score, base_score):
+            losses.append((ledger.domain.gain(one.score, base_score), one.run))
+    losses.sort(key=lambda entry: entry[0])
+    found: list[str] = []
+    for loss, run in losses[:LOOKED_THROUGH]:
+        base = read(run.base)
+        if len(found) < SECOND_LOOKS and changed_lines(base, read(run.commit)).isdisjoint(
+            changed_lines(base, read(ledger.champion))
+        ):
+            how = "worse" if loss >= 0 else "better"
+            than = f"{run.base[:7]} ({one_line(ledger.first_run_of(run.base).description, 60)})"
+            found.append(f"{run.commit[:7]} {_words(run)}: {ledger.domain.score_text(abs(loss))} {how} than {than}")
+    return found
+
+
+def _is_large_keep(ledger: Ledger, one: Experiment) -> bool:
+    """Whether an experiment made the present champion, by a gain that two single runs tell from chance."""
+    base_score = ledger.believed(one.run.base) if one.run.base else None
+    if one.run.commit != ledger.champion or None in (ledger.sigma, base_score):
+        return False
+    return ledger.domain.gain(base_score, one.score) > LARGE_KEEP_SIGMAS * ledger.sigma
+
+
+def changed_lines(old: bytes, new: bytes) -> set[int]:
+    """The old file's lines that the new one changes; of what it inserts, the line before which that stands."""
+    matcher = difflib.SequenceMatcher(None, old.splitlines(), new.splitlines(), autojunk=False)
+    changed: set[int] = set()
+    for kind, begin, end, _, _ in matcher.get_opcodes():
+        if kind != "equal":
+            changed.update(range(begin, max(end, begin + 1)))
+    return changed
 
 
 def _dead_ends(ledger: Ledger, discarded: list[Experiment]) -> list[tuple[Experiment, str]]:

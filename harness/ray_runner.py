@@ -144,7 +144,9 @@ class Actor:
         with tempfile.TemporaryDirectory(dir=_own_folder()) as folder:
             tree = Path(folder, "tree")
             unpack(archive, tree)
-            return machine.describe(self.domain, tree, variables)
+            facts = machine.describe(self.domain, tree, variables)
+            machine.try_isolation(self.domain, tree, variables, facts)
+            return facts
 
     def _device(self, facts: Description) -> str:
         return str(self.gpus[0]) if facts.device == "cuda" else next(iter(facts.devices))

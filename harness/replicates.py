@@ -35,7 +35,7 @@ def run_baseline(ratchet, packages: dict[str, str]) -> None:
         if done >= 2 or (done == 1 and is_known):
             return
         commit = ratchet.tag.ledger.baseline or ratchet.tag.champion
-        source = ratchet.repository.read(commit, ratchet.domain.editable)
+        source = ratchet.tag.source(commit)
         seed = fresh_seed() if done else FIRST_SEED
         run = Run(
             number=0,

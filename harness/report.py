@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 
 from harness.compare import BUSY, align, is_busy, mean_of_known, unit_of
 from harness.console import duration, one_line
+from harness.domain import Domain
 from harness.ledger import STATUSES, Change, Ledger, Run, wants_simpler
 
 LAST_ROWS = 10
@@ -289,6 +290,9 @@ def next_lines(ledger: Ledger, changes: list[Change]) -> list[str]:
         lines.append("  uv run loop.py try --base    the best once more: how much seeds differ is not known yet")
     if in_branch and not any(run.purpose == "audit" and run.commit == ledger.champion for run in ledger.runs):
         lines.append("  uv run loop.py audit         baseline and champion on fresh seeds and on the held-out split")
+    ablated = {run.commit for run in ledger.runs if run.purpose == "ablation"}
+    if len(in_branch) > 1 and not ablated & set(ledger.lineage()[-2:]):  # --apply adds one change
+        lines.append("  uv run loop.py ablate        which of the kept changes are real: the champion without each")
     return lines if len(lines) > 1 else ["next: uv run loop.py --agent NAME goes on"]
 
 
@@ -324,11 +328,13 @@ def audit_text(ledger: Ledger, group: str) -> tuple[str, list[str]]:
         rows.append(["  in a clean process", *clean, "", ""])
         believed = ledger.believed(runs[0].commit)
         if believed is not None:
-            rows.append(["  believed before", domain.score_text(believed), "", "", ""])
+            off = statistics.fmean(run.score for run in runs) - believed
+            label = f"  believed before, off by {off:+.{domain.score_digits}f}"
+            rows.append([label, domain.score_text(believed), "", "", ""])
         for run in runs:
             doubts += _doubts_of_run(ledger, run, role)
         doubts += _doubts_of_belief(ledger, runs, role, sigma)
-    notes = []
+    notes = [line for role, runs in by_role.items() for line in _record_lines(domain, role, runs)]
     is_clean = all(run.clean_score is not None for runs in by_role.values() for run in runs)
     if set(by_role) == {"baseline", "champion"}:
         names = ("clean_score", "clean_test_score") if is_clean else ("score", "test_score")
@@ -343,6 +349,19 @@ def audit_text(ledger: Ledger, group: str) -> tuple[str, list[str]]:
     if not is_clean:
         notes.append("not every run was scored in a clean process: the gain is of the runs' own scores")
     return "\n".join(align(rows, right=(1, 2, 3, 4)) + notes), doubts
+
+
+def _record_lines(domain: Domain, role: str, runs: list[Run]) -> list[str]:
+    """What else the records of an audit's runs hold: numbers that have floors, and digests by which weights are known
+    again."""
+    lines = []
+    for key, least in domain.floors.items():
+        values = [run.record.get("floors", {}).get(key) for run in runs]
+        lines.append(f"{role}, {key}: {', '.join(map(str, values))} (floor {least:g})")
+    digests = [run.record["weights_sha256"][:12] for run in runs if run.record.get("weights_sha256")]
+    if digests:
+        lines.append(f"{role}, weights' SHA-256: {', '.join(digests)}")
+    return lines
 
 
 def _sigma_before(ledger: Ledger, group: str) -> float | None:

@@ -166,15 +166,16 @@ class Repository:
         self("update-ref", ref, commit)
         return commit
 
-    def merge(self, ours: bytes, base: bytes, theirs: bytes) -> bytes | None:
-        """Three-way merge of the editable file's text; None if the changes overlap."""
+    def merge(self, ours: bytes, base: bytes, theirs: bytes, theirs_win: bool = False) -> bytes | None:
+        """Three-way merge of the editable file's text. Where the changes overlap, None, or theirs."""
         with tempfile.TemporaryDirectory() as folder:
             paths = []
             for name, data in (("ours", ours), ("base", base), ("theirs", theirs)):
                 path = Path(folder, name)
                 path.write_bytes(data)
                 paths.append(str(path))
-            merged = self("merge-file", "-p", "-q", *paths, raw=True, default=b"")
+            options = ["-p", "-q", "--theirs"] if theirs_win else ["-p", "-q"]
+            merged = self("merge-file", *options, *paths, raw=True, default=b"")
         return merged or None
 
     # Writing: files of a checkout

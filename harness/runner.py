@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import math
+import os
 import queue
 import re
 import shutil
@@ -21,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from harness import machine
+from harness import isolation, machine
 from harness.compare import training_facts
 from harness.console import UserError, one_line, say
 from harness.domain import (
@@ -41,6 +42,7 @@ CLOCK_TOLERANCE = 2.0  # seconds by which the loop's clock around the training m
 BUDGET_FACTOR = 1.01  # of the budget, that a run may train, and the tolerance
 MAX_MEMORY_MB = 1e7  # MiB, ten terabytes: more cannot be
 MAX_RECORD_BYTES = 2**20
+COMPILED_KEPT = 4  # commits whose compilers' files are kept: the champion's are in use, others may become it
 FREE_MEMORY_TOLERANCE = 1.0  # GB by which a GPU's free memory may differ from what it was at the start
 SUSPECT_RETRIES = 2  # of a run that came to nothing by the machine's fault, or by a doing of its own
 RETRY_SECONDS = 10  # between looks at a machine that must recover
@@ -123,9 +125,10 @@ def _measure_in(folder: Path, job: Job, place: Place, stop: threading.Event) -> 
     unpack(job.archive, tree)
     for name in ("tmp", "record"):
         (folder / name).mkdir()
+    _take_compiled(job, place, folder)
     clock = _Clock(_result(folder))
     usage = machine.read_usage(place.mark)
-    run = replace(job.run, started_at=time.time())
+    run = replace(job.run, started_at=time.time(), is_isolated=not isolation.why_not())
     log = place.output / "run.log"
     ending = _run_command(job.domain.train_command, tree, log, folder, job, place, stop, clock)
     if ending.problem == "stopped":
@@ -141,6 +144,7 @@ def _measure_in(folder: Path, job: Job, place: Place, stop: threading.Event) -> 
         _look_for_fault(job, place, folder)
         return replace(run, status="crash", reason=str(crash))
     _check_comparable(job, run)
+    _keep_compiled(job, place, folder)
     return _score_again(run, job, place, folder, stop) if job.is_audit else run
 
 
@@ -194,19 +198,19 @@ def _run_command(
     clock: _Clock | None = None,
 ) -> Ending:
     """Run one of the domain's commands under the job's limit."""
-    # What earlier runs left among the compilers' files reaches no audit.
-    compile_cache = folder / "compiled" if job.is_audit else place.compile_cache
     variables = machine.variables_for_training(job.facts.profile) | {
         "AUTORESEARCH_RESULT": str(_result(folder)),
         "AUTORESEARCH_SEED": str(job.run.seed),
         "AUTORESEARCH_AUDIT": str(int(job.is_audit)),
-        "TORCHINDUCTOR_CACHE_DIR": str(compile_cache / "inductor"),
-        "TRITON_CACHE_DIR": str(compile_cache / "triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled"),
         "TMPDIR": str(folder / "tmp"),
         "PYTHONDONTWRITEBYTECODE": "1",  # nothing that a run compiles is there for the next one
     }
     if job.facts.device == "cuda":
         variables["CUDA_VISIBLE_DEVICES"] = place.device
+    if not isolation.why_not():
+        lock = _make_lock(job.facts.devices[place.device].get("lock", ""))
+        command = isolation.wrap(command, folder, writable=lock, readable=[Path(job.facts.cache)])
     return run_child(
         command,
         cwd=cwd,
@@ -217,6 +221,43 @@ def _run_command(
         stop=stop,
         watch=clock.look if clock else None,
     )
+
+
+def _make_lock(name: str) -> list[Path]:
+    """The device's lock, which a run opens: there, for every user; [] where the evaluator names none."""
+    if not name:
+        return []
+    lock = Path(name)
+    if not lock.parent.exists():
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        lock.parent.chmod(0o777)
+    if not lock.exists():
+        lock.touch()
+        lock.chmod(0o666)
+    return [lock]
+
+
+# The compilers' files: a run starts from those of the commit that it edits, and keeps its own. So what a discarded run
+# left among them meets no later one, and an audit meets none.
+
+
+def _take_compiled(job: Job, place: Place, folder: Path) -> None:
+    kept = place.compile_cache / (job.run.base or job.run.commit)
+    if kept.is_dir() and not job.is_audit:
+        os.utime(kept)
+        shutil.copytree(kept, folder / "compiled", symlinks=True)
+
+
+def _keep_compiled(job: Job, place: Place, folder: Path) -> None:
+    if job.is_audit or not (folder / "compiled").is_dir():
+        return
+    place.compile_cache.mkdir(parents=True, exist_ok=True)
+    own = place.compile_cache / job.run.commit
+    remove_folder(own)
+    with contextlib.suppress(OSError):  # another worker ran the same commit
+        (folder / "compiled").rename(own)
+    for old in sorted(place.compile_cache.iterdir(), key=lambda path: path.lstat().st_mtime)[:-COMPILED_KEPT]:
+        remove_folder(old)
 
 
 # What a run said: what was printed is held against the record, and the evaluator's clock against the loop's own
@@ -247,7 +288,7 @@ def _believe(run: Run, job: Job, folder: Path, log: str, ending: Ending, clock: 
     return replace(
         run,
         score=round(record.score, domain.score_digits),
-        test_score=record.test_score,
+        test_score=_rounded(record.test_score, domain),
         memory_mb=memory_mb,
         startup_seconds=clock.started_at - clock.began_at,
         training_seconds=training_seconds,
@@ -256,6 +297,10 @@ def _believe(run: Run, job: Job, folder: Path, log: str, ending: Ending, clock: 
         record={key: value for key, value in asdict(record).items() if value is not None},
         **training_facts(log, domain, record.training_seconds),
     )
+
+
+def _rounded(score: float | None, domain: Domain) -> float | None:
+    return None if score is None else round(score, domain.score_digits)
 
 
 def parse_summary(log: str, metric: str) -> dict[str, str]:
@@ -401,7 +446,8 @@ def _score_again(run: Run, job: Job, place: Place, folder: Path, stop: threading
     for line in reversed(text.splitlines()):
         with contextlib.suppress(ValueError, TypeError, LookupError):
             said = json.loads(line)
-            scores = [float(said[key]) for key in (job.domain.metric, job.domain.test_metric) if key]
+            keys = [key for key in (job.domain.metric, job.domain.test_metric) if key]
+            scores = [_rounded(float(said[key]), job.domain) for key in keys]
             return replace(run, clean_score=scores[0], clean_test_score=scores[1] if len(scores) > 1 else None)
     return replace(run, problem="the score command printed no scores")
 

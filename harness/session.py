@@ -13,7 +13,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from harness import compare, machine, prompt
+from harness import compare, isolation, machine, prompt, tpe
 from harness.agents import Agent, BackOff, Cost, NoProposal, Worktree
 from harness.console import Interrupts, StopNow, UserError, duration, is_terminal, one_line, say, show_live_line
 from harness.domain import Description
@@ -49,6 +49,7 @@ class Options:
     patience: float = math.inf  # experiments without a keep
     target: float | None = None  # score that is enough
     notify: str = ""  # a shell command that tells a person; "": nobody is told
+    suggest: bool = False  # TPE's next three suggestions are in an agent's prompt
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -108,6 +109,10 @@ def _describe(tag: Tag, is_stopped) -> Description:
             say(f"profile {facts.profile} ({facts.reason}) has no data yet: preparing it in {facts.cache}")
             machine.prepare_data(tag.domain, tree, variables, is_stopped)
             facts = machine.describe(tag.domain, tree, variables)
+        machine.try_isolation(tag.domain, tree, variables, facts)
+    why = isolation.why_not()
+    if why and why != isolation.OFF:
+        say(f"note: runs are not isolated ({why})")
     if is_stopped():
         raise StopNow
     if not facts.prepared:
@@ -393,7 +398,7 @@ class Session:
 
     def _fresh_task(self) -> Task:
         champion = self.tag.champion
-        return Task(champion, self.tag.repository.read(champion, self.domain.editable), "")
+        return Task(champion, self.tag.source(champion), "")
 
     def _next_stale(self) -> Edit | None:
         """A gain on a former champion that an earlier session left, as an edit; it counts as no new experiment."""
@@ -401,17 +406,17 @@ class Session:
             if not self.again or self.is_stopping():
                 return None
             run = self.again.popleft()
-        source = self.tag.repository.read(run.commit, self.domain.editable)
-        return Edit(source, run.base, run.description, again_of=run.number)
+        return Edit(self.tag.source(run.commit), run.base, run.description, again_of=run.number)
 
     def _propose(self, agent: Agent, worktree: Worktree, task: Task, refusal: str, cost: Cost):
         """An edit by the agent, or why there is none; and what its calls have cost since its last run."""
         if task.base != self.tag.champion and not task.text:
             task.base = self.tag.champion
-            task.start = self.tag.repository.read(task.base, self.domain.editable)
+            task.start = self.tag.source(task.base)
         self._set_doing("proposing")
+        suggestions = tpe.suggest(self.tag, self.facts.profile) if self.options.suggest else []
         with self.ratchet.lock:
-            text = self._prompt(task, refusal)
+            text = self._prompt(task, refusal, suggestions)
         answer = worktree.propose(
             agent,
             task.base,
@@ -432,7 +437,12 @@ class Session:
         if answer.touched:
             say(f"note: the agent also changed {', '.join(answer.touched)}: undone")
         edit = Edit(
-            answer.source, task.base, answer.description, touched=answer.touched, cost=cost.as_dict()
+            answer.source,
+            task.base,
+            answer.description,
+            touched=answer.touched,
+            cost=cost.as_dict(),
+            wins=not agent.has_model,
         )
         problem = self.ratchet.find_problem(edit.source) if edit.base == self.tag.champion else ""
         if problem:
@@ -449,7 +459,7 @@ class Session:
         reason = f"no new dependency is allowed, and {', '.join(changes[:3])} was installed: put back"
         return NoProposal(reason, "refused edit", answer.cost)
 
-    def _prompt(self, task: Task, refusal: str) -> str:
+    def _prompt(self, task: Task, refusal: str, suggestions: list[str]) -> str:
         name = self.domain.instructions
         instructions = read_text(self.tag.checkout / name)  # the person's: an edit counts from now on
         if not instructions:
@@ -458,11 +468,13 @@ class Session:
         latest = [run for run in ledger.rows[-LATEST_VERDICTS:] if run.purpose == "experiment"]
         verdicts = [compare.verdict(ledger, run) for run in latest]
         running = list(self.ratchet.in_flight.values())
-        return prompt.write_prompt(instructions, ledger, running, verdicts, refusal, task.text)
+        return prompt.write_prompt(
+            instructions, ledger, running, verdicts, refusal, task.text, suggestions, self.tag.source
+        )
 
     def _rest(self, no_proposal: NoProposal, back_off: BackOff, worktree: Worktree) -> None:
         """Say why there is no proposal, and let this worker rest: longer for every failure in a row."""
-        has_answered = bool(self.tag.ledger.rows[1:]) or self.decided
+        has_answered = any(run.purpose == "experiment" for run in self.tag.ledger.rows)
         if no_proposal.kind == "refused" and not has_answered:
             raise UserError(f"the agent was refused: {no_proposal.reason}")
         seconds = back_off.after(no_proposal)
@@ -492,17 +504,16 @@ class Session:
             return self._conflict_task(edit), str(dropped)
         is_mend = task is not None and task.mends
         if run.status == "crash" and not is_mend:  # a mend that crashes too ends it: else it goes on for ever
-            source = self.tag.repository.read(run.commit, self.domain.editable)
             text = prompt.crash_task(self.domain.editable, log_end(self.tag.folder(run.number)))
-            return Task(run.base, source, text, mends=True), ""
+            return Task(run.base, self.tag.source(run.commit), text, mends=True), ""
         return None, ""
 
     def _conflict_task(self, edit) -> Task | None:
         if edit.base == self.tag.champion:
             return None
         champion = self.tag.champion
-        start = self.tag.repository.read(champion, self.domain.editable)
-        base = self.tag.repository.read(edit.base, self.domain.editable)
+        start = self.tag.source(champion)
+        base = self.tag.source(edit.base)
         text = prompt.conflict_task(edit.description, prompt.unified(base, edit.source), prompt.unified(base, start))
         return Task(champion, start, text)
 

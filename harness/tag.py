@@ -64,6 +64,10 @@ class Tag:
         """A candidate: the parent's tree with one file replaced, kept for ever under a ref of its run's number."""
         return self.repository.commit(parent, source, f"run {number:04d}: {description}", f"{self.refs}{number:04d}")
 
+    def source(self, commit: str) -> bytes:
+        """The edited file of a commit."""
+        return self.repository.read(commit, self.domain.editable)
+
     def show_champion(self) -> None:
         """The branch follows the champion. A checkout that shows it goes along, unless a person changed files there."""
         repository = self.repository
@@ -81,7 +85,7 @@ class Tag:
         with contextlib.suppress(OSError), open_regular(self.checkout / self.domain.editable) as file:
             found = file.read()
             kept = {run.commit for run in self.ledger.runs if run.status == "keep"}
-            return all(self.repository.read(commit, self.domain.editable) != found for commit in kept)
+            return all(self.source(commit) != found for commit in kept)
         return True
 
     # Runs
@@ -98,10 +102,11 @@ class Tag:
     def folder(self, number: int) -> Path:
         return self.runs / f"{number:04d}"
 
-    def append(self, run: Run) -> None:
-        """Decide a run: from here on no kill undoes it. Then its renderings."""
-        append_run(self.home / "runs.jsonl", run)
-        self.ledger.add(run)
+    def append(self, *runs: Run) -> None:
+        """Decide runs: from here on no kill undoes it. Then the renderings."""
+        for run in runs:
+            append_run(self.home / "runs.jsonl", run)
+            self.ledger.add(run)
         self.publish()
 
     def publish(self) -> None:

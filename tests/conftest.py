@@ -40,6 +40,7 @@ for name in [name for name in os.environ if name.startswith("AUTORESEARCH_")]:
     del os.environ[name]
 # A run of one test process must not wait for the device lock of another.
 os.environ["AUTORESEARCH_LOCKS"] = tempfile.mkdtemp(prefix="autoresearch-locks-")
+os.environ["AUTORESEARCH_ISOLATION"] = "off"  # the same everywhere; test_isolation.py switches it on
 atexit.register(shutil.rmtree, os.environ["AUTORESEARCH_LOCKS"], ignore_errors=True)
 
 settings.register_profile("unhurried", deadline=None)  # the machine may be busy
@@ -175,6 +176,7 @@ class Checkout:
             path.mkdir(parents=True)
         shutil.copytree(template(), self.path)
         self.env = {"PATH": os.environ["PATH"], "HOME": str(folder / "home"), "AUTORESEARCH_CACHE": str(self.cache)}
+        self.env["AUTORESEARCH_ISOLATION"] = "off"
 
     def set_constant(self, file: str, name: str, value: str) -> None:
         text, count = re.subn(rf"(?m)^( *){name} = .*$", rf"\1{name} = {value}", (self.path / file).read_text())

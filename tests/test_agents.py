@@ -286,7 +286,7 @@ def test_missing_and_unknown_agents_are_refused_with_the_remedy(tools):
         if agent.has_model:
             assert refusal(name).startswith(f"{name} is not installed: {agent.install}")
     tools("pi")
-    assert refusal("clod").endswith('use --agent NAME (installed here: pi, random) or --agent-cmd "COMMAND"')
+    assert refusal("clod").endswith('use --agent NAME (installed here: pi, random, tpe) or --agent-cmd "COMMAND"')
     assert refusal(None).startswith("no agent given: ")
     assert choose_agent("random", None).has_model is False
     for command in ("", "'open", "nowhere --flag"):

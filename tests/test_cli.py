@@ -120,7 +120,7 @@ NO_SENSE = [
     (["--target", "nan", *RUN], "--target nan: give a val_bpb from 0.01 to 100"),
     (["--notify", " ", *RUN], "--notify ' ': give a shell command"),
     (["--confirm", "-1", *RUN], "--confirm -1: give 0 or more"),
-    (["frobnicate"], "no command 'frobnicate': use one of run, try, status, report, audit, check"),
+    (["frobnicate"], "no command 'frobnicate': use one of run, try, status, report, audit, ablate, check"),
     (["status", "--agent", "x"], "unrecognized arguments: --agent x"),
 ]
 

@@ -69,7 +69,7 @@ def test_loop_imports_neither_torch_nor_the_evaluator():
 def documented_commands() -> set[str]:
     texts = [(ROOT / name).read_text() for name in tracked_files() if name.endswith((".md", ".sbatch"))]
     texts.append(ast.get_docstring(ast.parse((ROOT / "loop.py").read_text())))
-    pattern = r"uv run (?:--extra ray )?loop\.py([^\n`'#]*)"
+    pattern = r"uv run (?:--extra \w+ )?loop\.py([^\n`'#]*)"
     return {command.strip() for text in texts for command in re.findall(pattern, text)}
 
 

@@ -136,7 +136,8 @@ def test_what_the_loop_tells_a_run_is_taken_out_of_the_environment(tmp_path):
     evaluator = load_prepare(path, "smoke", tmp_path, seed=9, **told)
     taken, left = (evaluator._RESULT, evaluator._AUDIT, evaluator.SEED), sorted(evaluator.LEFT)
     assert taken == (tmp_path / "r.json", True, 9)
-    assert left == ["AUTORESEARCH_CACHE", "AUTORESEARCH_LOCKS", "AUTORESEARCH_PROFILE"]
+    names = ("CACHE", "ISOLATION", "LOCKS", "PROFILE")
+    assert left == [f"AUTORESEARCH_{name}" for name in names]
     by_hand = load_prepare(path, "smoke", tmp_path)
     assert by_hand._RESULT is None and by_hand._AUDIT is False
 

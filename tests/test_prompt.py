@@ -13,6 +13,7 @@ from harness.prompt import (
     DEAD_ENDS,
     KEPT,
     PLATEAU,
+    SECOND_LOOK_EVERY,
     TASK_CHARS,
     UNSETTLED,
     conflict_task,
@@ -113,15 +114,42 @@ def test_memory_keeps_the_newest_of_each_kind_and_tells_a_plateau_as_it_begins()
     assert [line.rpartition(" ")[2] for line in told["Not settled"]] == [f"{n}" for n in range(1, UNSETTLED + 1)]
 
 
+def test_nearest_discards_in_lines_that_the_champion_left_alone_are_told_after_a_large_keep_and_now_and_then():
+    night = Night()
+    lines = [b"line %d" % number for number in range(10)]
+    files = {night.ledger.baseline: b"\n".join(lines)}
+
+    def looks(changed: int, status: str, score: float, description: str) -> list[str]:
+        commit = night.add(status, score, description)
+        files[commit] = b"\n".join([*lines[:changed], b"another", *lines[changed + 1 :]])
+        told = night.prompt(read=files.__getitem__).partition("Worth another look")[2]
+        return told.split("\n\n")[1].split("\n") if told else []
+
+    for changed, score in ((8, 1.004), (2, 1.001), (5, 1.0005), (9, 1.003), (0, 1.002)):
+        assert looks(changed, "discard", score, f"line {changed}") == []  # the champion is their base
+    worth = []
+    for number, changed, loss in ((3, 2, "0.001000"), (6, 0, "0.002000"), (5, 9, "0.003000")):
+        worth.append(f"- {number:07x} line {changed}: {loss} worse than 0000001 (baseline)")
+    assert looks(5, "keep", 0.9, "large") == worth  # by 10 sigma; line 5 is the champion's now
+    assert looks(5, "keep", 0.89, "small") == []
+    for number in range(len(night.ledger.runs), SECOND_LOOK_EVERY):
+        assert looks(7, "discard", 1.5, f"idea {number}") == []
+    assert looks(7, "discard", 1.5, "the 20th") == worth
+
+
 def test_prompt_has_every_part_in_order_and_none_that_is_empty():
     night = Night()
     for n in range(30):
         night.add("discard", 1.5 + n, f"idea {n}")
     whole = night.prompt(
-        running=["idea\none"], verdicts=["first table", "second table"], refusal="it\nrepeats", task="Mend this."
+        running=["idea\none"],
+        verdicts=["first table", "second table"],
+        refusal="it\nrepeats",
+        task="Mend this.",
+        suggestions=["LR 0.1 -> 0.2"],
     )
     parts = ["Do it.\n\n---", "Best val_bpb 1.0", "commit\tval_bpb\tmemory_gb", "idea 10\n", "idea 29\n", "Near misses"]
-    parts += ["Dead ends", "Nothing was kept", "first table\n\nsecond table", "\n- idea one\n"]
+    parts += ["Dead ends", "Nothing was kept", "\n- LR 0.1 -> 0.2\n", "first table\n\nsecond table", "\n- idea one\n"]
     parts += ["The last proposal was refused: it repeats", "Mend this.", "Now: edit train.py once", "experiment.txt"]
     places = [whole.find(part) for part in parts]
     assert -1 not in places and places == sorted(places)

@@ -4,6 +4,7 @@ uv run pytest tests/test_report.py
 """
 
 import dataclasses
+import re
 import time
 
 import pytest
@@ -160,14 +161,14 @@ def test_audit_of_an_honest_night_gives_the_table_and_no_doubt():
     assert (
         text
         == """\
-audit 1                        validation, bpb   held-out test, bpb  steps  tokens/s
-baseline aaaaaaa, 2 seeds  1.735000 ± 0.007071  1.605000 ± 0.007071    500    20,000
-  in a clean process       1.735100 ± 0.007071  1.605000 ± 0.007071
-  believed before                     1.730000
-champion bbbbbbb, 2 seeds  1.685000 ± 0.007071  1.555000 ± 0.007071    500    20,000
-  in a clean process       1.685100 ± 0.007071  1.555000 ± 0.007071
-  believed before                     1.680000
-gain ± 2 standard errors   0.050000 ± 0.030919  0.050000 ± 0.030919"""
+audit 1                                  validation, bpb   held-out test, bpb  steps  tokens/s
+baseline aaaaaaa, 2 seeds            1.735000 ± 0.007071  1.605000 ± 0.007071    500    20,000
+  in a clean process                 1.735100 ± 0.007071  1.605000 ± 0.007071
+  believed before, off by +0.005000             1.730000
+champion bbbbbbb, 2 seeds            1.685000 ± 0.007071  1.555000 ± 0.007071    500    20,000
+  in a clean process                 1.685100 ± 0.007071  1.555000 ± 0.007071
+  believed before, off by +0.005000             1.680000
+gain ± 2 standard errors             0.050000 ± 0.030919  0.050000 ± 0.030919"""
     )
 
 
@@ -190,9 +191,20 @@ DOUBTS = {
 @pytest.mark.parametrize(("runs", "said"), DOUBTS.values(), ids=DOUBTS)
 def test_audit_doubts_in_one_line_each(runs, said):
     domain = dataclasses.replace(DOMAIN, floors={"f1": 0.9})
-    fine = {"floors": {"f1": 0.95}, "profile": "pocket"}
+    fine = {"floors": {"f1": 0.95}, "profile": "pocket", "weights_sha256": "3f2a91c0e5d1" + 52 * "0"}
     runs = [run if "floors" in run.record else dataclasses.replace(run, record=fine) for run in runs]
     text, doubts = audit_text(Ledger(domain, [*small_ledger().runs, *runs]), "audit 1")
     assert any(said in doubt for doubt in doubts), doubts
+    assert "baseline, f1: 0.95, 0.95 (floor 0.9)\nbaseline, weights' SHA-256: 3f2a91c0e5d1, " in text
     assert not any("\n" in doubt for doubt in doubts)
     assert len(text.splitlines()) >= 8
+
+
+def test_audit_without_a_kept_change_or_a_held_out_split():
+    baseline_only = [run for run in audited() if run.commit == BASELINE]
+    text, doubts = audit_text(small_ledger(*baseline_only), "audit 1")
+    assert text.endswith("no change is in the branch: the baseline is the champion") and not doubts
+    domain = dataclasses.replace(DOMAIN, test_metric="")
+    runs = [dataclasses.replace(run, test_score=None, clean_test_score=None) for run in audited()]
+    text, doubts = audit_text(Ledger(domain, [*small_ledger().runs, *runs]), "audit 1")
+    assert doubts == [] and "held-out" not in text and re.search("gain ± 2 standard errors +0.050000 ± ", text)

@@ -96,6 +96,7 @@ def test_merge_joins_edits_apart_and_refuses_edits_of_one_line(git):
     base = edited()
     assert git.merge(edited(l1="one\n"), base, edited(l7="seven\n")) == edited(l1="one\n", l7="seven\n")
     assert git.merge(edited(l1="one\n"), base, edited(l1="other\n")) is None
+    assert git.merge(edited(l1="one\n"), base, edited(l1="other\n"), theirs_win=True) == edited(l1="other\n")
     assert git.merge(edited(l1="one\n"), base, edited(l1="one\n")) == edited(l1="one\n")
 
 

@@ -176,7 +176,7 @@ def test_run_finds_the_tree_and_a_fresh_place_and_neither_secrets_nor_variables_
         variables = found["env"]
         assert "withheld" not in variables.values() and kept.items() <= variables.items()
         assert variables["AUTORESEARCH_SEED"] == "42" and variables["AUTORESEARCH_PROFILE"] == "fake"
-        assert variables["TORCHINDUCTOR_CACHE_DIR"] == str(runs.folder / "compiled" / "inductor")
+        assert variables["TORCHINDUCTOR_CACHE_DIR"] == str(Path(variables["PWD"]).parent / "compiled")
         assert set(found["here"]) == {"prepare.py", "train.py"} and found["tmp"] == []
         assert found["flags"] and found["path"][-1] == variables["PWD"]  # what is installed goes before the tree
 

@@ -1,0 +1,92 @@
+"""What a run sees of the machine, and what it can change, by bubblewrap (bwrap) where that is installed and works.
+
+A run sees the machine's files read-only, a /tmp and a /dev/shm of its own, no network and no other process; what it
+starts ends with it. The hidden files of the home folder, where programs keep keys and caches, are out of its sight
+unless it needs them. It can write to its own folder, and to what `wrap` is told. AUTORESEARCH_ISOLATION=off switches it
+off.
+"""
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from harness.console import one_line
+
+PROBE_SECONDS = 20  # for bubblewrap to start and end
+OFF = "AUTORESEARCH_ISOLATION is off"
+INSTALL = "'apt install bubblewrap' or your system's package of it"
+
+
+_given_up: list[str] = []  # why isolation was switched off in this process
+
+
+def why_not() -> str:
+    """Why runs are not isolated on this machine, "" if they are."""
+    return _given_up[0] if _given_up else _why_it_fails()
+
+
+def give_up(reason: str) -> None:
+    """Isolate no run of this process."""
+    _given_up.append(reason)
+
+
+@functools.cache
+def _why_it_fails() -> str:
+    if os.environ.get("AUTORESEARCH_ISOLATION") == "off":
+        return OFF
+    if sys.platform != "linux":
+        return "bubblewrap is for Linux"
+    if not shutil.which("bwrap"):
+        return f"bubblewrap is not installed: {INSTALL}"
+    with tempfile.TemporaryDirectory() as folder:
+        command = wrap([sys.executable, "-c", "pass"], Path(folder))
+        try:
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=PROBE_SECONDS)
+        except (OSError, subprocess.SubprocessError) as error:
+            said = one_line(getattr(error, "stderr", "") or str(error))
+            return f"bubblewrap does not work here: {said}"
+    return ""
+
+
+def wrap(command: Iterable[str], folder: Path, writable: Iterable[Path] = (), readable: Iterable[Path] = ()):
+    """The command and its arguments, to be run isolated. It may write to `folder` and to the existing `writable` files
+    or folders, and read the existing `readable` ones wherever they lie."""
+    words = ["bwrap", "--ro-bind", "/", "/", "--dev-bind", "/dev", "/dev", "--proc", "/proc"]
+    words += ["--unshare-net", "--unshare-pid", "--unshare-ipc", "--die-with-parent"]
+    words += ["--tmpfs", "/tmp", "--tmpfs", "/dev/shm"]
+    for path in _hidden():
+        words += ["--tmpfs", path] if path.is_dir() else ["--ro-bind", "/dev/null", path]
+    for path in [*_of_python(), *_of_hub(), *readable]:
+        # Where it lies, and where its links lead: a Python of uv's is a link.
+        for place in {path, path.resolve()}:
+            if place.is_absolute() and place.exists():
+                words += ["--ro-bind", path.resolve(), place]
+    for path in [*writable, folder]:
+        words += ["--bind", path, path]
+    return [str(word) for word in [*words, "--", *command]]
+
+
+def _hidden() -> list[Path]:
+    """The hidden files and folders of the home folder; links lead elsewhere."""
+    home = Path.home()
+    if not home.is_dir() or home == Path("/"):
+        return []
+    return [path for path in sorted(home.glob(".*")) if not path.is_symlink() and (path.is_dir() or path.is_file())]
+
+
+def _of_python() -> list[Path]:
+    """The interpreter and its packages."""
+    places = [sys.prefix, sys.base_prefix, *filter(os.path.isdir, sys.path)]
+    return [Path(place).absolute() for place in dict.fromkeys(places)]
+
+
+def _of_hub() -> list[Path]:
+    """What was fetched from a hub before, attention kernels say."""
+    hub = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", "~/.cache/huggingface"), "hub")
+    places = [hub, os.environ.get("KERNELS_CACHE") or hub]
+    return [Path(place).expanduser().absolute() for place in dict.fromkeys(places)]

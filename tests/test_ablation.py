@@ -1,0 +1,144 @@
+"""`ablate`: which kept changes are real. The loop, git and the processes are the real ones; the effects are known."""
+
+import itertools
+import signal
+
+import pytest
+from conftest import Checkout, hear, wait_for
+
+from harness.ablation import chance_of_a_null, order_runs, take_back
+from harness.repository import Repository
+
+SIGMA = 0.01
+TRAIN = '''
+"""Three knobs help, two do nothing, one harms, two only help together."""
+import os, random, time
+import prepare
+
+prepare.start_clock()
+# ---- Knobs ----
+HELPS_1 = 0
+HELPS_2 = 0
+IDLE_1 = 0
+HELPS_3 = 0
+IDLE_2 = 0
+HARMS = 0
+PAIR_1 = 0
+PAIR_2 = 0
+# ---- The rest ----
+while (prepare.CACHE / "hold").exists():
+    time.sleep(0.01)
+if IDLE_2 and not IDLE_1 and (prepare.CACHE / "crash").exists():
+    raise ValueError("IDLE_2 needs IDLE_1")
+noise = random.Random(os.environ["AUTORESEARCH_SEED"]).gauss(0, NOISE)
+prepare.finish(2.0 - 0.1 * (HELPS_1 + HELPS_2 + HELPS_3) + 0.1 * HARMS - 0.1 * PAIR_1 * PAIR_2 + noise)
+'''
+KNOBS = "HELPS_1", "HELPS_2", "IDLE_1", "HELPS_3", "IDLE_2", "HARMS", "PAIR_1", "PAIR_2"
+KNOWN = {"HELPS_1", "HELPS_2", "HELPS_3"}
+
+
+@pytest.fixture
+def night(checkout: Checkout) -> Checkout:
+    """A checkout in which every knob was turned by a kept change, whatever its score."""
+    checkout.write("train.py", TRAIN.replace("NOISE", str(SIGMA / 10)))
+    checkout.replace("loop.py", '"fake": 0.0004', f'"fake": {SIGMA}')
+    checkout.replace("loop.py", "        gain = self.gain(first)\n        if gain > 0", "        if True")
+    checkout.commit("effects")
+    turn = checkout.agent(f"name = {KNOBS}[count() - 1]\nknob(name, 1)\nsay(name)")
+    checkout.loop("--tag", "t", "--agent-cmd", turn, "--max-experiments", str(len(KNOBS)))
+    assert checkout.statuses() == ["keep"] * 9
+    checkout.git("checkout", "-q", "--", "loop.py")
+    return checkout
+
+
+def words(output: str) -> dict[str, str]:
+    """Knob -> what the table says of it."""
+    rows = [line.split("  ") for line in output.splitlines() if line.startswith("run ")]
+    cells = [[cell.strip() for cell in row if cell.strip()] for row in rows]
+    return {row[-1]: row[3] for row in cells}
+
+
+def test_ablation_tells_what_each_change_carries_and_apply_takes_the_others_out(night: Checkout):
+    done = night.loop("ablate", "--tag", "t", timeout=200)
+    assert "ablation of 8 changes: 33 runs, 9 of the champion, about" in done.stderr
+    said = words(done.stdout)
+    assert {name for name, word in said.items() if word == "carries"} == KNOWN | {"PAIR_1", "PAIR_2"}
+    assert said["HARMS"] == "harms" and said["IDLE_1"] == said["IDLE_2"] == "within noise"
+    assert "if none of these 8 had an effect, at least one would still be said to carry in" in done.stdout
+    before = len(night.runs())
+    assert words(night.loop("ablate", "--tag", "t").stdout) == said and len(night.runs()) == before
+    assert night.statuses() == ["keep"] * 9  # an ablation decides nothing
+    assert words(night.loop("report", "--tag", "t").stdout.rpartition("next:")[2]) == said
+
+    done = night.loop("ablate", "--tag", "t", "--apply", timeout=100)
+    row = next(row for row in night.rows()[9:] if row[4].startswith("simplify"))
+    assert row[3:] == ["keep", "simplify: without the changes of runs 4, 6, 7"]
+    text = night.git("show", "autoresearch/t:train.py")
+    assert [name for name in KNOBS if f"{name} = 0" in text] == ["IDLE_1", "IDLE_2", "HARMS"]
+    assert "ablation" not in night.loop("report", "--tag", "t").stdout.partition("next:")[2].partition("\n\n")[0]
+
+
+def test_killed_ablation_goes_on_and_workers_share_it(night: Checkout):
+    night.hold.touch()
+    loop = night.popen("ablate", "--tag", "t", "--replicates", "1")
+    hear(loop, "run 0010")
+    loop.send_signal(signal.SIGKILL)
+    loop.wait()
+    night.hold.unlink()
+    done = night.loop("ablate", "--tag", "t", "--replicates", "1", "--workers", "4", timeout=100)
+    assert "ablation of 8 changes: 11 runs, 3 of the champion, about" in done.stderr
+    sides = sorted(run.group.split("/")[1] for run in night.runs() if run.purpose == "ablation")
+    assert sides == ["champion"] * 3 + [f"without {number}" for number in range(2, 10)]
+    done = night.loop("ablate", "--tag", "t", "--replicates", "2", "--workers", "4", timeout=100)
+    assert "ablation of 8 changes: 11 runs, 3 of the champion, about" in done.stderr
+
+
+def test_change_that_others_stand_on_is_measured_beside_its_base(night: Checkout):
+    (night.cache / "crash").touch()  # the champion without IDLE_1 crashes
+    done = night.loop("ablate", "--tag", "t", "--replicates", "1", "--workers", "4", timeout=100)
+    assert words(done.stdout)["IDLE_1"] == "within noise, beside its base"
+    sides = {run.group.split("/")[1]: run for run in night.runs() if run.purpose == "ablation"}
+    assert sides["without 4"].status == "crash" and {"before 4", "with 4"} < set(sides)
+    assert sides["before 4"].commit == night.runs()[3].base and sides["with 4"].commit == night.runs()[3].commit
+
+
+def test_nothing_to_ablate_is_one_line(checkout: Checkout):
+    checkout.loop("--tag", "t", "--agent-cmd", "true", "--max-experiments", "0")
+    done = checkout.loop("ablate", "--tag", "t", code=2)
+    assert done.stderr.endswith("error: no change is in the branch: there is nothing to ablate\n")
+    assert "give 1 or more" in checkout.loop("ablate", "--replicates", "0", code=2).stderr
+
+
+def test_change_is_taken_back_between_its_neighbours_and_not_below_a_later_one(checkout: Checkout):
+    repository = Repository(checkout.path, "train.py", "program.md")
+    first, second = b"A = 1\nB = 1\nC = 1\n", b"A = 2\nB = 1\nC = 1\n"
+    for champion, left in (
+        (b"A = 2\nB = 2\nC = 1\n", b"A = 1\nB = 2\nC = 1\n"),  # git calls neighbours a conflict
+        (b"A = 3\nB = 1\nC = 1\n", None),  # a later change of the same line
+        (b"A = 2\nB = 2\nA = 2\n", None),  # which of the two?
+        (first, first),
+    ):
+        assert take_back(repository, champion, second, first) == left
+
+
+def test_champion_runs_in_alternation_and_more_often_than_each_other():
+    sides = ["champion", *(f"without {number}" for number in range(14))]
+    order = order_runs(sides, 3)
+    assert order.count("champion") == 12 and all(order.count(side) == 3 for side in sides[1:])
+    places = [place for place, side in enumerate(order) if side == "champion"]
+    assert max(after - before for before, after in itertools.pairwise(places)) <= 6
+    assert order_runs(["champion", "before 1", "with 1"], 2) == ["before 1", "with 1"] * 2
+
+
+def test_chance_of_a_null_is_that_of_its_normal_law():
+    assert chance_of_a_null(1, 3, 3) == pytest.approx(0.0228, abs=0.004)  # 1 - Phi(2)
+    assert 0.15 < chance_of_a_null(14, 3, 12) < 0.3  # below 1 - 0.9772**14 = 0.276: they share the champion's runs
+
+
+def test_stopped_ablation_leaves_what_it_measured(night: Checkout):
+    night.hold.touch()
+    loop = night.popen("ablate", "--tag", "t", "--replicates", "1")
+    hear(loop, "run 0010")
+    loop.send_signal(signal.SIGTERM)
+    wait_for(lambda: loop.poll() is not None)
+    assert loop.returncode == 0 and not night.orphans() and night.statuses() == ["keep"] * 9
