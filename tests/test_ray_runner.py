@@ -3,7 +3,6 @@ away. Ray, its processes and the runner are the real ones; evaluator and trainin
 (`drive`).
 """
 
-import functools
 import importlib.util
 import os
 import re
@@ -13,10 +12,10 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
-import conftest
 import pytest
 
 from harness import machine, ray_runner
@@ -71,7 +70,6 @@ DOMAIN = Domain(
     prepare_command=(), train_command=(sys.executable, "train.py"), score_command=(), verify_hint="", split="val",
     same_in_every_run=(), assumed_sigma={},
 )  # fmt: skip
-wait_for = functools.partial(conftest.wait_for, seconds=90.0)  # Ray takes its time
 OF_RAY = {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
@@ -202,6 +200,15 @@ def field(tmp_path: Path, monkeypatch):
         monkeypatch.setenv(name, value)
     yield field
     field.end()
+
+
+def wait_for(condition, seconds: float = 90.0):
+    """As conftest's, which `drive` cannot import: it empties the environment of the loop's variables."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, "the condition did not come true"
+        time.sleep(0.02)
+    return value
 
 
 def test_missing_extra_is_refused_with_the_command(monkeypatch):
