@@ -2,21 +2,19 @@
 
     uv run tests/bench_train.py                       # milliseconds of a step by variant, interleaved in one process
     uv run tests/bench_train.py --compile             # torch.compile among them
-    uv run tests/bench_train.py --overhead            # what a run takes outside its budget, compile cache cold and kept
     uv run tests/bench_train.py --against CHECKOUT    # whole runs of both in turn, a pair for each seed
 
 Uses the knobs of the profile (AUTORESEARCH_PROFILE); the first two forms take random tokens and need no data.
 """
 
 import argparse
-import contextlib
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from statistics import mean, median, stdev
+from unittest.mock import patch
 
 import torch
 
@@ -33,28 +31,17 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 THREADS = torch.get_num_threads()
 
 
-@contextlib.contextmanager
-def replaced(owner, name: str, value):
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
-
-
 class Variant:
     """A model of its own with its way of doing a step; `step()` returns its seconds."""
 
-    def __init__(self, threads=THREADS, loss_chunk=train.LOSS_CHUNK, in_bfloat16=None, compiled=False):
+    def __init__(self, threads=THREADS, loss_chunk=train.LOSS_CHUNK, compiled=False):
         self.threads = threads
         self.loss_chunk = loss_chunk
-        self.in_bfloat16 = device.CPU_HAS_BFLOAT16 if in_bfloat16 is None else in_bfloat16
         config = train.model_config(prepare.VOCAB_SIZE)
         device.choose_attention(config.sequence_len, train.window_sizes(config), train.HEAD_DIM, DEVICE, compiled)
-        self.model = build(config, DEVICE)
-        self.runner = torch.compile(self.model, dynamic=False) if compiled else self.model
-        self.optimizer = self.model.setup_optimizer(compiled)
+        model = build(config, DEVICE)
+        self.runner = torch.compile(model, dynamic=False) if compiled else model
+        self.optimizer = model.setup_optimizer(compiled)
         for group in self.optimizer.param_groups:
             group["lr"] *= 1e-3  # random tokens teach nothing
         rows = min(train.DEVICE_BATCH_SIZE, train.TOTAL_BATCH_SIZE // prepare.MAX_SEQ_LEN)
@@ -62,10 +49,7 @@ class Variant:
 
     def step(self) -> float:
         torch.set_num_threads(self.threads)
-        with (
-            replaced(train, "LOSS_CHUNK", self.loss_chunk),
-            replaced(device, "CPU_HAS_BFLOAT16", self.in_bfloat16),
-        ):
+        with patch.object(train, "LOSS_CHUNK", self.loss_chunk):
             started = time.perf_counter()
             self.runner(self.tokens, self.tokens).backward()
             self.optimizer.step()
@@ -79,8 +63,6 @@ def compare(with_compile: bool) -> None:
     variants = {"as it is": Variant(), "loss of all tokens at once": Variant(loss_chunk=2**30)}
     if DEVICE.type == "cpu":
         variants["one thread"] = Variant(threads=1)
-    if DEVICE.type == "cpu" and device.CPU_HAS_BFLOAT16:
-        variants["in float32"] = Variant(in_bfloat16=False)
     if with_compile:
         variants["compiled"] = Variant(compiled=True)
     seconds = {name: [] for name in variants}
@@ -97,30 +79,13 @@ def compare(with_compile: bool) -> None:
         print(f"{name:<28}{1000 * each:8.1f} ms {tokens / each:10,.0f} tok/s {base / each:6.2f}x")
 
 
-def whole_run(checkout: Path, code: str = "import train; raise SystemExit(train.main())", **variables) -> dict:
-    """The summary of one run of that checkout's train.py, and `wall_seconds` from process start to its end."""
-    env = os.environ | {"PYTHONPATH": str(checkout)} | variables
-    started = time.perf_counter()
-    run = subprocess.run([sys.executable, "-c", code], cwd=checkout, env=env, capture_output=True, text=True)
+def whole_run(checkout: Path, seed: int) -> dict:
+    """The summary of one run of that checkout's train.py."""
+    env = os.environ | {"AUTORESEARCH_SEED": str(seed)}
+    run = subprocess.run([sys.executable, "train.py"], cwd=checkout, env=env, capture_output=True, text=True)
     if run.returncode != 0:
         raise SystemExit(f"error: a run in {checkout} failed:\n{run.stderr[-2000:]}")
-    summary = dict(line.split(": ", 1) for line in run.stdout.splitlines() if ": " in line)
-    return {key: value.strip() for key, value in summary.items()} | {"wall_seconds": time.perf_counter() - started}
-
-
-def overhead() -> None:
-    """Whole runs, data prepared before: the seconds of each that are not training, interpreter start and exit too."""
-    print(f"profile {prepare.PROFILE}, seconds outside the budget of {prepare.TIME_BUDGET:g} s")
-    print(f"{'':24}{'start-up':>10}{'evaluation':>12}{'sample, exit':>14}{'in all':>8}{'steps':>8}{'peak MiB':>10}")
-    with tempfile.TemporaryDirectory() as folder:
-        for name, compiled in {"eager": False, "compiled, cache cold": True, "compiled, cache kept": True}.items():
-            code = f"import train; train.COMPILE = {compiled}; raise SystemExit(train.main())"
-            found = whole_run(ROOT, code, TORCHINDUCTOR_CACHE_DIR=folder)
-            startup, evaluation, training = (float(found[f"{key}_seconds"]) for key in ("startup", "eval", "training"))
-            outside = found["wall_seconds"] - training
-            rest = outside - startup - evaluation
-            row = f"{startup:10.1f}{evaluation:12.1f}{rest:14.1f}{outside:8.1f}{int(found['num_steps']):8}"
-            print(f"{name:<24}{row}{float(found['peak_vram_mb']):10,.0f}", flush=True)
+    return dict(line.split(": ", 1) for line in run.stdout.splitlines() if ": " in line)
 
 
 def against(other: Path, seeds: list[int]) -> None:
@@ -129,10 +94,10 @@ def against(other: Path, seeds: list[int]) -> None:
     print(f"{'seed':<6}{'steps A':>9}{'steps B':>9}{'bpb A':>11}{'bpb B':>11}{'B - A':>10}")
     gains = []
     for seed in seeds:
-        a, b = (whole_run(checkout, AUTORESEARCH_SEED=str(seed)) for checkout in (other.absolute(), ROOT))
+        a, b = (whole_run(checkout, seed) for checkout in (other.absolute(), ROOT))
         bpb_a, bpb_b = float(a["val_bpb"]), float(b["val_bpb"])
         gains.append(bpb_b - bpb_a)
-        steps = f"{a['num_steps']:>9}{b['num_steps']:>9}"
+        steps = f"{a['num_steps'].strip():>9}{b['num_steps'].strip():>9}"
         print(f"{seed:<6}{steps}{bpb_a:11.4f}{bpb_b:11.4f}{gains[-1]:+10.4f}", flush=True)
     error = stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
     print(f"mean of B - A {mean(gains):+.4f}, standard error {error:.4f}")
@@ -140,15 +105,11 @@ def against(other: Path, seeds: list[int]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    forms = parser.add_mutually_exclusive_group()
-    forms.add_argument("--compile", action="store_true")
-    forms.add_argument("--overhead", action="store_true")
-    forms.add_argument("--against", type=Path, metavar="CHECKOUT")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(42, 48)))
     args = parser.parse_args()
-    if args.overhead:
-        overhead()
-    elif args.against:
+    if args.against:
         against(args.against, args.seeds)
     else:
         compare(args.compile)

@@ -10,13 +10,11 @@ that fails or hangs is reported, and the next one begins. A stage that no longer
 so. On a machine without a GPU the same stages run on the CPU, without the gpu tests.
 
 OUT gets report.md (one table, to be pasted), report.json (the same figures for programs) and one log a stage: eight
-files. OUT/running.log is the output of what runs now. Data is prepared where it always is (AUTORESEARCH_CACHE);
-everything else is done in a scratch folder that is removed. This checkout is only read.
+files. Data is prepared where it always is (AUTORESEARCH_CACHE); everything else is done in a scratch folder that is
+removed. This checkout is only read. Exit codes: 0 no stage failed; 1 some did; 2 usage.
 
 Without a network: the profile `code` needs none. Install wheels that were carried along into this Python itself, not
 through PYTHONPATH: loop.py gives its runs none of Python's variables.
-
-Exit codes: 0 no stage failed; 1 some did; 2 usage.
 """
 
 import argparse
@@ -67,7 +65,7 @@ raise SystemExit(train.main())
 
 
 class StageFailed(Exception):
-    """The message says how: "exit code 1", "timeout after 60 s"."""
+    """The message says how: "exit code 1", "timeout after 60 s", "stopped"."""
 
 
 @dataclass(frozen=True)
@@ -179,12 +177,8 @@ def run_stage(day: Day, stage: Stage) -> StageResult:
         stage.run(day)
     except StageFailed as error:
         result.problem = str(error)
-        result.status = "failed"
-        if result.problem.startswith("timeout"):
-            result.status = "timed out"
-        elif result.problem == "stopped":
-            result.status = "stopped"
-            result.problem = "stopped by a signal"
+        kinds = {"timeout": "timed out", "stopped": "stopped"}
+        result.status = kinds.get(result.problem.split()[0], "failed")
     except Exception as error:  # a fault of this program must not end the day
         result.status = "failed"
         result.problem = f"{type(error).__name__}: {error}"
@@ -205,9 +199,11 @@ def run_stages(day: Day, stages: list[Stage]) -> None:
         print(f"{stage.name}: begins, {max(day.seconds_left(), 0) / 60:.1f} min left", file=sys.stderr, flush=True)
         result = run_stage(day, stage)
         day.results.append(result)
-        said = f"{result.status}{': ' if result.problem else ''}{result.problem}"
-        print(f"{stage.name}: {said}, {result.seconds:.0f} s", file=sys.stderr, flush=True)
-        write_report(day)
+        print(f"{stage.name}: {result.status} {result.problem} {result.seconds:.0f} s", file=sys.stderr, flush=True)
+        data = {"profile": day.profile, "minutes": day.minutes, "facts": day.facts}
+        data["stages"] = [asdict(result) for result in day.results]
+        write_atomically(day.out / "report.json", json.dumps(data, indent=1) + "\n")
+        write_atomically(day.out / "report.md", report_text(day))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -225,10 +221,7 @@ def find_numbers(text: str, patterns: dict[str, str]) -> dict[str, float]:
 
 
 def run_tests(day: Day) -> None:
-    """Only the files that hold gpu tests: a package that other tests need may be missing here.
-
-    The one that is slow as well is a whole run, as the next stage is.
-    """
+    """Only the files that hold gpu tests: a package that other tests need may be missing here."""
     files = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if "pytest.mark.gpu" in path.read_text()]
     options = ["-n", "0", "-m", "gpu and not slow", "-rs", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
     day.step(PYTHON, "-m", "pytest", *options, *[str(path.relative_to(ROOT)) for path in files])
@@ -271,9 +264,8 @@ def read_budget(text: str) -> dict:
 
 
 def run_startup(day: Day) -> None:
-    folder = day.scratch / "compile-of-startup"
-    for _ in ("empty", "filled"):
-        day.step(PYTHON, "-c", START_UP, TORCHINDUCTOR_CACHE_DIR=folder)
+    for _ in ("cache empty", "cache filled"):
+        day.step(PYTHON, "-c", START_UP, TORCHINDUCTOR_CACHE_DIR=day.scratch / "compile-of-startup")
 
 
 def read_startup(text: str) -> dict:
@@ -307,22 +299,13 @@ def read_loader(text: str) -> dict:
         "pack_batch_plain_ms": r"^loader, .*: plain ([\d.,]+) ms",
         "pack_batch_ms": r"^loader, .* ours ([\d.,]+) ms",
         "loader_batch_ms": r"^make_dataloader .*: ([\d.,]+) ms a batch",
-        "tokenizer_training_seconds": r"^tokenizer trained on .*: ([\d.,]+) s",
-        "tokenization_M_tokens_per_second": r"^tokenization of .*: ([\d.,]+) M tokens/s",
-        "losses_at_once_mb": r"^losses of .*at once \+([\d.,]+) MB",
-        "losses_in_pieces_mb": r"^losses of .*in pieces \+([\d.,]+) MB",
     }
     return find_numbers(text, patterns)
 
 
-def loop_seconds(day: Day, profile: str) -> float:
-    """What these runs take, about."""
-    return LOOP_RUNS * run_seconds(day, profile)
-
-
 def loop_profile(day: Day) -> str:
     """The profile of the day where four of its runs fit into what is left, else pocket."""
-    fits = loop_seconds(day, day.profile) <= day.seconds_left()
+    fits = LOOP_RUNS * run_seconds(day, day.profile) <= day.seconds_left()
     return day.profile if fits or day.profile == "smoke" else "pocket"
 
 
@@ -372,19 +355,21 @@ def why_no_loop(day: Day) -> str:
     return "" if shutil.which("git") else "git is not installed"
 
 
+def budget_seconds(day: Day) -> float:
+    return run_seconds(day, day.profile)
+
+
+def loop_seconds(day: Day) -> float:
+    return LOOP_RUNS * run_seconds(day, loop_profile(day))
+
+
 STAGES = [
     Stage("tests", run_tests, read_tests, lambda day: 60, lambda day: 600, why_no_gpu),
-    Stage(
-        "budget",
-        run_budget,
-        read_budget,
-        lambda day: run_seconds(day, day.profile),
-        lambda day: day.budget(day.profile) + 900,
-    ),
+    Stage("budget", run_budget, read_budget, budget_seconds, lambda day: day.budget(day.profile) + 900),
     Stage("startup", run_startup, read_startup, lambda day: 30, lambda day: 420),
     Stage("attention", run_attention, read_attention, lambda day: 20, lambda day: 300),
     Stage("loader", run_loader, read_loader, lambda day: 40, lambda day: 300),
-    Stage("loop", run_loop, read_loop, lambda day: loop_seconds(day, loop_profile(day)), lambda day: 3600, why_no_loop),
+    Stage("loop", run_loop, read_loop, loop_seconds, lambda day: 3600, why_no_loop),
 ]
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -427,7 +412,7 @@ def read_facts() -> dict:
 def output_of(*command: str) -> str:
     """What a command prints, "" where it fails."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=True)
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=FACTS_SECONDS, check=True)
         return run.stdout.strip()
     return ""
 
@@ -435,11 +420,9 @@ def output_of(*command: str) -> str:
 def ask_facts() -> dict:
     """The facts; where they cannot be read, that they cannot."""
     try:
-        command = [PYTHON, __file__, "--facts"]
-        child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=FACTS_SECONDS)
-        return json.loads(child.stdout.splitlines()[-1])
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
-        return {"machine": f"its facts could not be read: {type(error).__name__}"}
+        return json.loads(output_of(PYTHON, __file__, "--facts").splitlines()[-1])
+    except (ValueError, IndexError):
+        return {"machine": "its facts could not be read: 'gpu_day.py --facts' says why"}
 
 
 def choose_profile(asked: str | None, facts: dict) -> str:
@@ -451,10 +434,10 @@ def choose_profile(asked: str | None, facts: dict) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The report
+# The report, and the command
 
 
-def shown(value: object) -> str:
+def cell(value: object) -> str:
     """A value in a cell of a table."""
     if isinstance(value, float):
         value = f"{value:,.0f}" if value == int(value) else f"{value:,.7g}"
@@ -462,41 +445,24 @@ def shown(value: object) -> str:
 
 
 def report_text(day: Day) -> str:
-    machine = {key: value for key, value in day.facts.items() if key not in ("profiles", "climbmix_is_prepared")}
+    figures = {key: value for key, value in day.facts.items() if key not in ("profiles", "climbmix_is_prepared")}
+    figures["profile"] = day.profile
     where = day.facts.get("gpu") or f"a CPU, {day.facts.get('cpu', 'unknown')}"
     bad = [result for result in day.results if result.has_failed]
     lines = [f"# The GPU day: profile {day.profile} on {where}", ""]
     if not day.facts.get("gpu"):
-        lines += ["**No GPU was here: these figures say nothing about one.**"]
-        lines += ["MFU is not measured on a CPU.", ""]
+        lines += ["**No GPU was here: these figures say nothing about one.**", ""]
     lines += ["| figure | value |", "| --- | --- |"]
-    lines += [f"| {key.replace('_', ' ')} | {shown(value)} |" for key, value in machine.items() if value != ""]
-    lines += [f"| profile | {day.profile} |"]
-    for result in day.results:
-        lines += [f"| {key.replace('_', ' ')} | {shown(value)} |" for key, value in result.figures.items()]
+    for group in (figures, *(result.figures for result in day.results)):
+        lines += [f"| {key.replace('_', ' ')} | {cell(value)} |" for key, value in group.items() if value != ""]
     lines += ["", f"## Stages ({len(bad)} failed, {day.minutes:g} minutes were given)", ""]
     lines += ["| stage | status | seconds | why |", "| --- | --- | --- | --- |"]
     for result in day.results:
-        lines.append(f"| {result.name} | {result.status} | {result.seconds:.1f} | {shown(result.problem)} |")
+        lines.append(f"| {result.name} | {result.status} | {result.seconds:.1f} | {cell(result.problem)} |")
     for result in bad:
         lines += ["", f"## {result.name}: {result.problem}", "", "The end of its log:", ""]
         lines += [f"    {line}" for line in result.log_end.splitlines()]  # indented: a log may hold ``` itself
     return "\n".join(lines) + "\n"
-
-
-def write_report(day: Day) -> None:
-    data = {
-        "profile": day.profile,
-        "minutes": day.minutes,
-        "facts": day.facts,
-        "stages": [asdict(result) for result in day.results],
-    }
-    write_atomically(day.out / "report.json", json.dumps(data, indent=1) + "\n")
-    write_atomically(day.out / "report.md", report_text(day))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The command
 
 
 def main(argv: list[str]) -> int:

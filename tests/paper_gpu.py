@@ -357,21 +357,12 @@ def main() -> int:
     parser.add_argument("--capability", type=int, default=90, choices=SHARED_MEMORY_LIMIT, help="90 is an H100")
     parser.add_argument("--depth", type=int, default=train.DEPTH)
     parser.add_argument("--rows", type=int, nargs="+", default=[train.DEVICE_BATCH_SIZE], help="per micro-step")
-    parser.add_argument("--vocabulary", type=int, default=prepare.VOCAB_SIZE)
-    parser.add_argument("--row-length", type=int, default=prepare.MAX_SEQ_LEN)
-    parser.add_argument("--pattern", default=train.WINDOW_PATTERN)
     parser.add_argument("--attention", action="store_true", help="compile the attention kernels alone")
-    parser.add_argument("--eager", action="store_true", help="COMPILE = False")
-    parser.add_argument("--chunk", type=int, default=train.LOSS_CHUNK, help="tokens whose loss is computed at a time")
     parser.add_argument("--weigh", action="store_true", help="compile no kernels")
     arguments = parser.parse_args()
 
     train.DEPTH = arguments.depth
-    train.LOSS_CHUNK = arguments.chunk
-    train.WINDOW_PATTERN = arguments.pattern
-    train.MAX_SEQ_LEN = prepare.MAX_SEQ_LEN = arguments.row_length
-    prepare.VOCAB_SIZE = arguments.vocabulary
-    train.COMPILE = not arguments.eager
+    train.COMPILE = True
     device.load_flash_attention = refuse_flash_attention
 
     memory = Memory()
@@ -385,7 +376,7 @@ def main() -> int:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     for rows in arguments.rows:
         train.DEVICE_BATCH_SIZE = rows
-        train.TOTAL_BATCH_SIZE = 2 * rows * arguments.row_length  # two micro-steps: the second accumulates
+        train.TOTAL_BATCH_SIZE = 2 * rows * prepare.MAX_SEQ_LEN  # two micro-steps: the second accumulates
         evaluator.begin(steps=4)
         with mode, contextlib.redirect_stdout(sys.stderr):
             if arguments.attention:

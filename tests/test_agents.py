@@ -196,6 +196,7 @@ def test_silent_agent_is_ended_and_an_edit_made_before_is_taken(lab, monkeypatch
 
 
 def test_agent_over_its_time_fails_and_one_that_is_stopped_gives_no_half_an_edit(lab):
+    assert lab.propose(Agent("/nonexistent/agent")).kind == "failed"
     answer = lab.propose("time.sleep(600)", limit=0.5)
     assert answer.kind == "failed" and answer.reason.startswith("the agent ended with timeout after")
     assert not answer.reason.endswith(":")
@@ -209,10 +210,6 @@ def test_agent_over_its_time_fails_and_one_that_is_stopped_gives_no_half_an_edit
     lab.stop.set()
     thread.join()
     assert isinstance(answers[0], NoProposal)
-
-
-def test_agent_that_does_not_start_is_a_failure(lab):
-    assert lab.propose(Agent("/nonexistent/agent")).kind == "failed"
 
 
 def test_back_off_doubles_to_a_limit_is_longer_for_rate_limits_and_ends_with_a_success():
@@ -306,17 +303,6 @@ def test_claude_as_root_is_refused_with_what_to_do(tools, monkeypatch):
     assert choose_agent("claude", None)
 
 
-def test_codex_with_a_key_or_a_provider_of_its_own_needs_no_log_in(tools, monkeypatch, tmp_path):
-    tools("codex", *CHECKS["codex"][0])
-    refusal("codex")
-    (tmp_path / ".codex").mkdir()
-    (tmp_path / ".codex/config.toml").write_text('model_provider = "lab"\n')
-    assert choose_agent("codex", None)
-    (tmp_path / ".codex/config.toml").unlink()
-    monkeypatch.setenv("CODEX_API_KEY", "dummy")
-    assert choose_agent("codex", None)
-
-
 def test_check_that_hangs_or_is_unknown_refuses_nobody(tools, monkeypatch):
     tools("claude", "error: unknown command 'auth'", 1)
     assert choose_agent("claude", None)
@@ -334,22 +320,9 @@ FAILURES = {  # name: (output, exit code, kind, what the reason ends with)
         'API Error: 401 scripted 401"}',
         1, "refused", "exit code 1: Failed to authenticate. API Error: 401 scripted 401",
     ),
-    "claude 404": (
-        '{"type":"result","subtype":"success","is_error":true,"api_error_status":404,"result":"There\'s an issue with '
-        'the selected model (x)."}',
-        1, "refused", "404: There's an issue with the selected model (x).",
-    ),
     "claude's limit": (
         '{"type":"result","subtype":"success","is_error":true,"result":"You\'ve hit your session limit · resets 3pm"}',
         1, "rate limit", "You've hit your session limit · resets 3pm",
-    ),
-    "claude without credit": (
-        '{"type":"result","is_error":true,"result":"Credit balance is too low"}', 1, "refused",
-        "Credit balance is too low",
-    ),
-    "claude after its turns": (
-        '{"type":"result","subtype":"error_max_turns","errors":["Reached maximum number of turns (3)"]}',
-        1, "failed", "Reached maximum number of turns (3)",
     ),
     "claude denied": (
         '{"type":"result","subtype":"success","is_error":false,"result":"I could not.","permission_denials":'
@@ -367,28 +340,13 @@ FAILURES = {  # name: (output, exit code, kind, what the reason ends with)
         'purchase more credits or wait: try again at 9:43 PM."}}',
         1, "rate limit", "try again at 9:43 PM.",
     ),
-    "codex 500": (
-        '{"type":"error","message":"We’re currently experiencing high demand"}', 1, "failed",
-        "We’re currently experiencing high demand",
-    ),
     "opencode 403": (
         '{"type":"error","error":{"name":"APIError","data":{"message":"no","statusCode":403}}}', 0, "refused",
         "the agent failed: 403: no",
     ),
-    "pi 401": (
-        '{"type":"message_end","message":{"role":"user","content":[{"type":"text","text":"Do it."}]}}\n'
-        '{"type":"message_end","message":{"role":"assistant","content":[],"errorMessage":"401: scripted 401"}}',
-        0, "refused", "the agent failed: 401: scripted 401",
-    ),
     "droid 429": (
         '{"type":"error","source":"agent_loop","message":"429 scripted 429"}\n'
         '{"type":"error","source":"cli","message":"Exec failed"}', 1, "rate limit", "429 scripted 429; Exec failed",
-    ),
-    "copilot 401": (
-        '{"type":"user.message","data":{"content":"Do it."}}\n{"type":"session.error","data":{"errorType":'
-        '"authentication","message":"Authentication failed (HTTP 401).","statusCode":401}}\n'
-        '{"type":"result","exitCode":1,"usage":{"premiumRequests":0}}',
-        1, "refused", "Authentication failed (HTTP 401).",
     ),
     "an error that was overcome": (
         '{"type":"error","message":"Reconnecting... 429"}\n{"type":"item.completed","item":{"text":"I would not."}}',
@@ -396,9 +354,7 @@ FAILURES = {  # name: (output, exit code, kind, what the reason ends with)
     ),
     "plain words": ("Starting\nError: 429 Too many requests\n[object Object]\n}\n", 1, "rate limit",
                     "Starting Error: 429 Too many requests"),
-    "plain words, long": ("x" * 400 + "\n" + "the reason " * 20 + "stands here\n", 1, "failed", "stands here"),
     "nothing": ("", 7, "failed", "the agent ended with exit code 7"),
-    "a traceback": ('Traceback\nKeyError: "depth"\n', 1, "failed", 'KeyError: "depth"'),
 }  # fmt: skip
 
 
@@ -451,20 +407,9 @@ COPILOT = (
 )
 COSTS = {
     "claude": (CLAUDE, Cost(1, 3065, 206, 0.3125)),
-    "claude, a list": (f"warning: old\n[{{}}, {CLAUDE}]\n", Cost(1, 3065, 206, 0.3125)),
-    "claude without modelUsage": (
-        '{"type":"result","total_cost_usd":0.5,"usage":{"input_tokens":2,"output_tokens":3,"cache_read_input_tokens":4}}',
-        Cost(1, 6, 3, 0.5),
-    ),
-    "claude refused": (
-        '{"type":"result","total_cost_usd":0,"usage":{"input_tokens":0,"output_tokens":0},"modelUsage":{}}',
-        Cost(1, 0, 0, 0),
-    ),
     "claude without a price": (CLAUDE.replace("0.3125", "0"), Cost(1, 3065, 206, None)),
     "codex": (CODEX, Cost(1, 1200, 34, None)),
-    "codex of two turns": (f"{CODEX}\n{CODEX.replace('1200', '2500')}", Cost(1, 2500, 34, None)),
     "opencode": (OPENCODE, Cost(1, 9, 7, 0.75)),
-    "opencode killed": (OPENCODE.splitlines()[0], Cost(1, 8, 6, 0.25)),
     "pi": (f"{PI}\n{PI}", Cost(1, 28, 6, 0.25)),
     "qwen": (QWEN, Cost(1, 20, 3, None)),
     "droid": (DROID, Cost(1, 29, 3, None)),
@@ -472,7 +417,6 @@ COSTS = {
     "vibe": (VIBE, Cost(1, 9, 2, 0.5)),
     "copilot": (COPILOT, Cost(1, 10, 3, None)),
     "plain text": ("I raised DEPTH; it cost $3.\n", agents.UNKNOWN),
-    "one unknown part": (CLAUDE.replace("3000", "-3000"), Cost(1, None, 206, 0.3125)),
     "no such price": (CLAUDE.replace("0.3125", "-1"), Cost(1, 3065, 206, None)),
 }  # fmt: skip
 
@@ -486,13 +430,9 @@ RUBBISH = [
     "", "{", "[]", "[1]", "null", "\x00\ufffd", "[" * 100_000, '{"type": []}', '{"type": "result"}', '{"error": [7]}',
     '{"type":"result","total_cost_usd":"3","modelUsage":[],"result":7}', '{"message": {"content": [], "role": {}}}',
     '{"type":"result","total_cost_usd":-1,"modelUsage":{"m":{"inputTokens":-1}}}', '{"permission_denials": [3]}',
-    '{"type":"result","total_cost_usd":1e300,"modelUsage":{"m":null}}', '{"errors": [], "is_error": true}',
-    '{"type":"result","total_cost_usd":NaN}', '{"type":"result","total_cost_usd":Infinity}',
-    '{"type":"result","total_cost_usd":true}', '{"type":"result","total_cost_usd":1' + "0" * 5000 + "}",
+    '{"type":"result","total_cost_usd":NaN}', '{"type":"result","total_cost_usd":1' + "0" * 5000 + "}",
     '{"type":"turn.completed","usage":{"input_tokens":1e30,"output_tokens":99999999999999}}',
-    '{"type":"turn.completed","usage":3}', '{"type":"step_finish","part":[]}',
     '{"type":"step_finish","part":{"tokens":{"input":1.5,"output":"2","cache":4},"cost":"free"}}',
-    '{"type":"step_finish","part":{"tokens":{"input":"x","o":1,"cache":{}},"cost":-1}}', '{"permission_denials": 3}',
     '{"type":"item.completed","item":"x"}', '{"type":"message_end","message":{"role":"assistant","usage":{"cost":1}}}',
 ]  # fmt: skip
 
@@ -503,10 +443,9 @@ def test_what_cannot_be_is_unknown():
 
 
 def test_costs_add_up_and_one_that_is_unknown_leaves_the_sum_unknown():
-    total = Cost() + Cost(1, 10, 2, 0.5) + Cost(1, 5, 1, 0.25)
+    total = Cost(1, 10, 2, 0.5) + Cost(1, 5, 1, 0.25)
     assert total.as_dict() == {"calls": 2, "tokens_in": 15, "tokens_out": 3, "usd": 0.75}
     assert (total + Cost(1, 5, 1, None)).as_dict() == {"calls": 3, "tokens_in": 20, "tokens_out": 4, "usd": None}
-    assert Cost().as_dict() == {}
 
 
 def test_agent_without_a_model_costs_nothing_and_says_so_where_it_has_nothing_to_turn(lab):

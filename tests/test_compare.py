@@ -3,13 +3,12 @@
 uv run pytest tests/test_compare.py
 """
 
-import dataclasses
 
 import pytest
 from reading_fixtures import BASELINE, DOMAIN, SLOWER, WARMER, WIDER, made, small_ledger
 
-from harness.compare import headline, loss_at, read_curve, training_facts, verdict
-from harness.ledger import STALE, Ledger
+from harness.compare import headline, read_curve, training_facts, verdict
+from harness.ledger import STALE
 
 BAR = "  5%|##        | 10/200 [00:01<00:19]"
 
@@ -30,14 +29,6 @@ def test_log_tells_steps_speed_and_the_loss_at_half_and_at_the_end():
     assert facts["loss_half"] == pytest.approx(4.5)  # on the line between 40 and 60 %
     assert facts["loss_end"] == 3.0
     assert read_curve(log_of((1, 1, 9.0), (40, 40, 5.0)), DOMAIN)[-1].loss == 5.0
-
-
-def test_loss_is_unknown_where_the_curve_has_no_point_near():
-    curve = read_curve(log_of((10, 10, 6.0), (50, 50, 5.0), (60, 60, 4.5)), DOMAIN)
-    assert loss_at(curve, 0.0) is None and loss_at(curve, 1.0) is None
-    assert loss_at(curve, 0.3) is None  # in a gap of 40 % of the budget
-    assert loss_at(curve, 0.07) == 6.0 and loss_at(curve, 0.64) == 4.5
-    assert loss_at([], 0.5) is None
 
 
 NONSENSE = {
@@ -61,15 +52,6 @@ def test_huge_log_is_read_at_both_ends():
     assert training_facts(text, DOMAIN, 10.0) == {
         "steps": 9, "tokens_per_second": 900, "loss_half": 4.0, "loss_end": 3.0,
     }  # fmt: skip
-
-
-def test_domain_without_curves_counts_steps():
-    fork = dataclasses.replace(DOMAIN, curve_pattern="", batch_pattern="")
-    facts = training_facts("num_steps: 50\n", fork, 10.0)
-    assert facts == {"steps": 50, "tokens_per_second": 5.0, "loss_half": None, "loss_end": None}
-    assert not any(training_facts("num_steps: 50\n", dataclasses.replace(fork, steps=""), 10.0).values())
-    ledger = Ledger(fork, [made(1, BASELINE, 1.7, "keep", "baseline", loss_half=None, loss_end=None)])
-    assert "steps a second" in verdict(ledger, ledger[1]) and "loss" not in verdict(ledger, ledger[1])
 
 
 # ---- The verdict ----------------------------------------------------------------------------------------------------
@@ -122,17 +104,6 @@ NameError: name 'WARM' is not defined
     )
 
 
-def test_sigma_is_said_to_be_unknown_where_nothing_ran_twice():
-    first = made(1, BASELINE, 1.7, "keep", "baseline", record={"profile": "mine"})
-    second = made(2, WIDER, 1.6, "keep", "wider", base=BASELINE, tokens_per_second=22_000.0, record={})
-    ledger = Ledger(DOMAIN, [first, second])
-    lines = verdict(ledger, second).splitlines()
-    assert lines[-3].startswith("0.100000 better ± unknown: sigma, the standard deviation between seeds, is unknown: ")
-    assert lines[-2] == "speed: 10.0% more tokens a second, by the edit or the machine: no commit ran twice to tell"
-    assert "nats  " in lines[-4] and "bits" not in lines[-4]  # the evaluator counted no bytes
-    assert "better ± unknown" in headline(ledger, second)
-
-
 @pytest.mark.parametrize(
     ("run", "said"),
     [
@@ -154,20 +125,6 @@ def test_verdict_says_the_rule_by_which_it_fell(run, said):
     ledger = small_ledger(run, made(8, "e" * 40, 1.7, "discard", "x", base=WIDER, again_of=7))
     text = verdict(ledger, run)
     assert said in text
-
-
-def test_slow_machine_is_named_where_the_same_code_ran_slower():
-    runs = [made(n, BASELINE, 1.7, "keep", "again", purpose="replicate") for n in range(7, 17)]
-    slow = made(17, BASELINE, 1.7, "keep", "again", purpose="replicate", tokens_per_second=18_000.0)
-    text = verdict(small_ledger(*runs, slow), slow)
-    assert "speed: 10.1% fewer tokens a second than earlier runs of the same code: the machine was slow" in text
-
-
-def test_verdict_that_moves_the_champion_back_says_so():
-    bad = made(7, WIDER, 1.9, "keep", "again", purpose="replicate")
-    back = made(8, BASELINE, 1.7, "keep", "again", purpose="replicate")
-    text = verdict(small_ledger(bad, back), back)
-    assert "the champion goes back from bbbbbbb to aaaaaaa, believed 1.720000 against 1.790000" in text
 
 
 def test_headline_is_one_line_of_what_was_decided():

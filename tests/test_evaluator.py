@@ -45,24 +45,6 @@ def test_bpb_equals_the_plain_formula(evaluator):
     assert test["test_bpb"] == pytest.approx(scores["test"], abs=1e-6)
 
 
-def test_bpb_equals_hand_computation_on_one_row(evaluator, monkeypatch):
-    """Three targets: probability 1/2 for a 2-byte token, 1/4 for a 3-byte one; BOS (0 bytes) does not count."""
-    monkeypatch.setattr(evaluator, "MAX_SEQ_LEN", 3)
-    two, three = (next(t for t in range(V) if evaluator.get_token_bytes()[t] == n) for n in (2, 3))
-    rows = np.array([[evaluator.BOS_ID, two, three, evaluator.BOS_ID]])
-    monkeypatch.setattr(
-        evaluator, "_open_split", lambda split, T: type("Rows", (), {"take": lambda self, n: rows[:n]})()
-    )
-
-    def model(idx):
-        p = torch.full((*idx.shape, V), 0.0)
-        p[:, 0, two], p[:, 0, 7], p[:, 1, three], p[:, 1, 8], p[:, 2, 9] = 0.5, 0.5, 0.25, 0.75, 1.0
-        return torch.log(p + 1e-30)
-
-    score = evaluator._score(model, "val", 1, 4, torch.device("cpu"))
-    assert score == {"val_bpb": pytest.approx((1 + 2) / 5, abs=1e-6), "rows": 1, "tokens": 2, "bytes": 5}
-
-
 def test_bpb_is_independent_of_batch_size(evaluator):
     expected = evaluate(evaluator, Toy(), 10)
     for batch_size in (7, 64, 100, 1000):
@@ -70,12 +52,6 @@ def test_bpb_is_independent_of_batch_size(evaluator):
         model = Wrapped(lambda logits, idx, shapes=shapes: shapes.add(tuple(idx.shape)) or logits)
         assert evaluate(evaluator, model, batch_size) == pytest.approx(expected, abs=1e-6)
         assert shapes == {(min(batch_size, 100), T)}  # one shape: nothing recompiles
-
-
-def test_bpb_of_half_precision_logits_is_computed_in_float32(evaluator):
-    model = Toy()
-    full = evaluate(evaluator, Wrapped(lambda logits, idx: logits.bfloat16().float(), model))
-    assert evaluate(evaluator, Wrapped(lambda logits, idx: logits.bfloat16(), model)) == pytest.approx(full, abs=1e-9)
 
 
 def test_token_bytes_are_raw_lengths(evaluator):
@@ -121,15 +97,12 @@ def test_true_model_of_a_markov_chain_scores_its_entropy_rate(tmp_path):
 
 # ----- the model's cheats -----
 
+REFUSED = "EvaluationRefused"
+
 
 def refused(evaluator, model, reason, batch_size=16, kind="NotCausal"):
     with pytest.raises(getattr(evaluator, kind), match=reason):
         evaluate(evaluator, model, batch_size)
-
-
-def test_honest_models_are_never_refused(evaluator):
-    for seed in range(4):
-        evaluate(evaluator, Toy(seed=seed, scale=3.0), batch_size=10 + 30 * seed)
 
 
 LEAKS = {
@@ -143,20 +116,16 @@ LEAKS = {
 
 
 @pytest.mark.parametrize("batch_size", [1, 16, 100])
-@pytest.mark.parametrize("leak", LEAKS)
-def test_look_ahead_is_refused(evaluator, leak, batch_size):
-    reason = r"logits at position \d+ moved by [\d.]+ when only tokens from position"
-    refused(evaluator, Toy(LEAKS[leak]), reason, batch_size)
+def test_look_ahead_is_refused_even_below_the_tolerance_of_a_logit(evaluator, batch_size):
+    for sees in LEAKS.values():
+        reason = r"logits at position \d+ moved by [\d.]+ when only tokens from position"
+        refused(evaluator, Toy(sees), reason, batch_size)
 
+    def peek(logits, idx):
+        """So little that no probe alone tells it from rounding."""
+        return logits + 0.009 * F.one_hot(idx.roll(-1, 1), V)
 
-def weak_peek(nats):
-    """Adds so little to the logit of each next token that no probe alone tells it from rounding."""
-    return lambda logits, idx: logits + nats * F.one_hot(idx.roll(-1, 1), V)
-
-
-@pytest.mark.parametrize("batch_size", [1, 16, 100])
-def test_look_ahead_below_the_tolerance_of_a_logit_is_refused(evaluator, batch_size):
-    refused(evaluator, Wrapped(weak_peek(0.009)), "the model looks ahead: it predicts a token 0.00[789]", batch_size)
+    refused(evaluator, Wrapped(peek), "the model looks ahead: it predicts a token 0.00[789]", batch_size)
 
 
 def test_rounding_that_moves_with_other_tokens_is_no_look_ahead(evaluator):
@@ -227,14 +196,6 @@ def test_model_that_keeps_what_it_saw_is_refused(evaluator):
     refused(evaluator, patient, "changes while it is scored: scored again at the end, the first batch moved by")
 
 
-def test_logits_that_move_by_themselves_are_not_called_a_leak(evaluator):
-    """As where a thread of the model's works on: the first forwards agree, the later do not."""
-    model = Wrapped(lambda logits, idx: logits + 0.1 * max(0, model.calls - 2))
-    model.calls = 0
-    model.register_forward_pre_hook(lambda module, args: setattr(module, "calls", module.calls + 1))
-    refused(evaluator, model, "two identical forwards in eval mode differ by")
-
-
 def test_tokens_that_never_occur_may_have_no_probability(evaluator):
     def never(token):
         return Wrapped(lambda logits, idx: logits.index_fill(-1, torch.tensor([token]), -math.inf))
@@ -244,7 +205,6 @@ def test_tokens_that_never_occur_may_have_no_probability(evaluator):
     refused(evaluator, never(int(rows_of(evaluator)[50, 5])), "a token that occurs has the logit -inf", kind=REFUSED)
 
 
-REFUSED = "EvaluationRefused"
 BAD_OUTPUTS = {
     "short": (lambda logits: logits[:, -1:], r"gave torch.float32 \(16, 1, 300\), not logits of a float type"),
     "no vocabulary": (lambda logits: logits.mean(), r"gave torch.float32 \(\), not"),
@@ -254,15 +214,9 @@ BAD_OUTPUTS = {
 }
 
 
-@pytest.mark.parametrize("kind", BAD_OUTPUTS)
-def test_outputs_that_are_no_logits_are_named(evaluator, kind):
-    change, reason = BAD_OUTPUTS[kind]
-    refused(evaluator, Wrapped(lambda logits, idx: change(logits)), reason, kind=REFUSED)
-
-
-def test_bad_batch_size_is_an_error(evaluator):
-    with pytest.raises(ValueError, match="batch_size is 0"):
-        evaluate(evaluator, Toy(), 0)
+def test_outputs_that_are_no_logits_are_named(evaluator):
+    for change, reason in BAD_OUTPUTS.values():
+        refused(evaluator, Wrapped(lambda logits, idx, change=change: change(logits)), reason, kind=REFUSED)
 
 
 # ----- what an evaluation leaves as it was -----

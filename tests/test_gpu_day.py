@@ -130,13 +130,11 @@ flash-attention-3       1024        0.50           1.25
         "flash-attention-3_window_1024_forward_ms": 0.5,
         "flash-attention-3_window_1024_forward_backward_ms": 1.25,
     }
-    loader = """losses of 16 x 2048 rows, V 8192, on cpu: at once +2053 MB, 1756 ms; in pieces +260 MB, 1390 ms
-tokenizer trained on 39 MB: 1.5 s
-tokenization of a 234 MB shard on 2 cores: 2.13 M tokens/s, 8.8 MB/s; peak memory 3094 MB before, 3094 MB after
+    loader = """\
 loader, batch of 262,144 tokens: plain 127.6 ms, ours 1.02 ms: 125 times faster
 make_dataloader on cpu, nothing else to do: 3.82 ms a batch, 69 M tokens/s
 """
-    assert list(gpu_day.read_loader(loader).values()) == [127.6, 1.02, 3.82, 1.5, 2.13, 2053, 260]
+    assert list(gpu_day.read_loader(loader).values()) == [127.6, 1.02, 3.82]
     run = """$ python prepare.py
 digest: 6d9a8577d1f7
 

@@ -1,7 +1,6 @@
 """The ledger and the edit, as functions of plain data: no git, no process."""
 
 import math
-import string
 from dataclasses import replace
 
 import pytest
@@ -133,14 +132,6 @@ def test_later_line_of_a_number_takes_the_earlier_ones_place():
     assert ledger.champion == "new" and ledger.pending() == [] and len(ledger.rows) == 2
 
 
-def test_stale_gain_waits_until_it_has_run_again():
-    stale = run(3, "s", 0.8, base="base", is_stale=True)
-    ledger = ledger_of(*NIGHT[:2], stale)
-    assert ledger.stale_gains() == [stale]
-    ledger.add(run(4, "s2", 0.9, base="down", again_of=3))
-    assert ledger.stale_gains() == []
-
-
 def test_ledger_that_an_agent_wrote_by_hand_gives_its_rows():
     text = (
         "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
@@ -191,11 +182,6 @@ def test_fingerprint_is_blind_to_layout_words_and_seeds_alone(old, new, is_same)
     assert (fingerprint(SOURCE) == fingerprint(SOURCE.replace(old, new))) is is_same
 
 
-def test_fingerprint_of_what_is_not_python_is_its_lines():
-    assert fingerprint(b"a: 1\n  b: [") == fingerprint(b" a: 1\nb: [")
-    assert fingerprint(b"a: [1") != fingerprint(b"a: [2")
-
-
 @pytest.mark.parametrize(
     ("new", "is_less"),
     [
@@ -215,11 +201,6 @@ def test_source_that_does_not_compile_says_why_and_never_fails():
     for source in (b"\x00", b"\xff", b"(" * 1000, b"x = " + b"-" * 100_000 + b"1"):
         assert compile_problem(source, "train.py")
         assert fingerprint(source) and syntax_size(source) >= 0
-
-
-@given(st.text(string.printable), st.text(string.printable))
-def test_description_of_any_edit_is_one_line(start, source):
-    assert "\n" not in describe_edit(start.encode(), source.encode(), "train.py")
 
 
 def test_description_names_old_and_new_values_of_each_block():

@@ -6,13 +6,11 @@ uv run pytest tests/test_page.py
 import dataclasses
 import html.parser
 import os
-import re
-import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from conftest import wait_for
 from matplotlib.text import Text
 from reading_fixtures import (
     BASELINE,
@@ -114,8 +112,6 @@ def test_page_of_a_ledger_file_or_of_nothing_has_no_empty_parts():
     text = compose(ledger)
     assert "base &lt;b&gt;" in text and "Training loss" not in text and "The last audit" not in text
     assert "No run yet" in compose(Ledger(DOMAIN))
-    alone = made(1, BASELINE, None, "crash", "no baseline", purpose="baseline")
-    assert "no baseline" in compose(Ledger(DOMAIN, [alone]))
 
 
 def test_page_reloads_itself_only_while_a_loop_runs(tmp_path):
@@ -126,13 +122,6 @@ def test_page_reloads_itself_only_while_a_loop_runs(tmp_path):
     assert refresh not in Reader(compose(tag.ledger, tag)).attributes
     tag.live, tag.is_locked = live_status(), False  # it was killed
     assert refresh not in Reader(compose(tag.ledger, tag)).attributes
-
-
-def test_page_of_huge_texts_stays_small(tmp_path):
-    tag = night_of(tmp_path, ("<&\"'" * 200 + "\n") * 1000)
-    text = compose(tag.ledger, tag)
-    assert len(text) < 2_000_000
-    assert "… more in runs/0003/change.diff" in text
 
 
 def test_page_survives_what_a_run_may_leave_in_its_folder(tmp_path):
@@ -206,20 +195,6 @@ def test_numbers_in_the_picture_cover_neither_a_run_nor_one_another(runs):
         assert not any(box.overlaps(other) for other in boxes[:place])
 
 
-def test_picture_numbers_the_kept_changes_and_its_table_names_them(tmp_path):
-    ledger = long_night(125)
-    figure = page._draw(ledger, has_table=True)
-    assert set(drawn_numbers(figure)) == {str(number) for number in range(1, 13)}
-    table = [text.get_text() for text in figure.texts]
-    assert table[1].split()[:4] == ["1", "+0.029000", "idea", "10"]  # repeats of a best are no new keeps
-    labels = {line.get_label() for line in figure.axes[0].lines}
-    counts = {status: sum(run.status == status for run in ledger.runs) for status in ("discard", "crash")}
-    assert {"kept (13)", "repeat of a best (12)", f"crashed ({counts['crash']})"} <= labels
-    shown = sum(int(re.search(r"\d+", label)[0]) for label in labels if "discarded" in label or "frame" in label)
-    assert shown == counts["discard"]
-    assert drawn_numbers(page._draw(long_night(1500), has_table=True)).keys() <= set(map(str, range(1, 151)))
-
-
 @pytest.mark.parametrize("lower_is_better", [True, False])
 def test_picture_and_page_of_any_ledger_are_made(tmp_path, lower_is_better):
     domain = dataclasses.replace(DOMAIN, lower_is_better=lower_is_better, assumed_sigma={})
@@ -259,13 +234,6 @@ def writer(tmp_path, monkeypatch):
     return writer
 
 
-def wait_for(condition) -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 def add_run(writer) -> None:
     ledger = writer._ledger
     ledger.add(made(len(ledger.runs) + 1, SLOWER, 1.7, "discard", "more", base=WIDER))
@@ -286,18 +254,6 @@ def test_page_is_rewritten_after_a_run_by_one_child_of_the_lowest_priority(write
     writer.refresh()
     wait_for((tmp_path / "ended1").exists)
     assert not (tmp_path / "begun2").exists()
-
-
-def test_last_page_begins_at_the_end_even_where_another_is_being_written(writer, tmp_path):
-    (tmp_path / "hold").touch()
-    add_run(writer)
-    writer.refresh()
-    wait_for((tmp_path / "begun0").exists)
-    child = writer._child
-    writer.close()
-    assert child.returncode == -signal.SIGKILL
-    (tmp_path / "hold").unlink()
-    wait_for((tmp_path / "ended1").exists)
 
 
 def test_page_that_cannot_be_written_is_told_once_and_ends_nothing(writer, tmp_path, capfd):

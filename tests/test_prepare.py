@@ -9,7 +9,6 @@ import random
 import re
 import shutil
 import signal
-import sys
 from collections import Counter
 from functools import cache
 from types import SimpleNamespace
@@ -18,7 +17,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import rustbpe
 import torch
 from conftest import wait_for
 from prepare_fixtures import (
@@ -93,44 +91,28 @@ def own(shared, tmp_path):
 # ----- profiles and environment -----
 
 
-@pytest.mark.parametrize(
-    ("variable", "value", "message"),
-    [
-        ("AUTORESEARCH_PROFILE", "h100", "climbmix, code, pocket, smoke"),
+def test_bad_environment_and_bad_arguments_end_with_code_2_and_say_what_came(tmp_path, capsys):
+    profiles = "climbmix, code, pocket, smoke"
+    for variable, value, message in (
+        ("AUTORESEARCH_PROFILE", "h100", profiles),
         ("AUTORESEARCH_SEED", "-1", "a whole number below 10**9"),
         ("AUTORESEARCH_SEED", "x", "a whole number below 10**9"),
-    ],
-)
-def test_bad_environment_ends_an_import_with_code_2(tmp_path, capsys, variable, value, message):
-    with pytest.raises(SystemExit) as error:
-        load_prepare(PREPARE, "smoke", tmp_path, **{variable: value})
-    out, err = capsys.readouterr()
-    assert (error.value.code, out) == (2, "")
-    assert err.startswith(f"error: {variable} is {value!r}: use ") and err.endswith(f"{message}\n")
-    assert err.count("\n") == 1
-
-
-def test_profiles_are_those_of_the_design(tmp_path):
-    evaluator = load_prepare(PREPARE, "smoke", tmp_path, seed=7)
-    design = {
-        "climbmix": ("karpathy/climbmix-400b-shuffle", 2048, 300, 40 * 524288, 8192, 6543, 10**15),
-        "code": ("python:all", 2048, 300, 40 * 524288, 8192, 0, 10**15),
-        "pocket": ("python:torch", 256, 30, 2**18, 2048, 0, 10**15),
-        "smoke": ("python:torch", 64, 2, 2**13, 512, 0, 3_000_000),
-    }
-    assert {
-        name: tuple(evaluator.PROFILES[name]) for name in design
-    } == design  # a fork has rows of its own beside them
-    constants = (
-        evaluator.SOURCE,
-        evaluator.MAX_SEQ_LEN,
-        evaluator.TIME_BUDGET,
-        evaluator.EVAL_TOKENS,
-        evaluator.VOCAB_SIZE,
-    )
-    assert (*constants, evaluator.HUB_SHARDS, evaluator.MAX_CHARS) == design["smoke"]
-    taken = evaluator.SEED, evaluator.CACHE
-    assert taken == (7, tmp_path / "smoke")
+    ):
+        with pytest.raises(SystemExit) as error:
+            load_prepare(PREPARE, "smoke", tmp_path, **{variable: value})
+        out, err = capsys.readouterr()
+        assert (error.value.code, out) == (2, "")
+        assert err.startswith(f"error: {variable} is {value!r}: use ") and err.endswith(f"{message}\n")
+        assert err.count("\n") == 1
+    evaluator = load_prepare(PREPARE, "pocket", tmp_path)
+    for option, value in (("--num-shards", "0"), ("--num-shards", "-2"), ("--download-workers", "0")):
+        with pytest.raises(SystemExit) as error:
+            evaluator.main([option, value])
+        assert error.value.code == 2
+        assert f"{option} is {value}: give a number over 0" in capsys.readouterr().err
+    missing = rf"{tmp_path}/pocket/tokenizer.tiktoken"
+    with pytest.raises(evaluator.UserError, match=rf"^profile 'pocket' is not prepared \(no {missing}\): run 'uv run"):
+        evaluator.Tokenizer.from_directory()
 
 
 @pytest.mark.parametrize(("devices", "profile", "word"), [(0, "pocket", "without"), (1, "climbmix", "with")])
@@ -158,24 +140,6 @@ def test_what_the_loop_tells_a_run_is_taken_out_of_the_environment(tmp_path):
     assert left == [f"AUTORESEARCH_{name}" for name in names]
     by_hand = load_prepare(path, "smoke", tmp_path)
     assert by_hand._RESULT is None and by_hand._AUDIT is False
-
-
-def test_unprepared_profile_is_an_error_with_a_remedy(tmp_path):
-    evaluator = load_prepare(PREPARE, "pocket", tmp_path)
-    missing = rf"{tmp_path}/pocket/tokenizer.tiktoken"
-    message = rf"^profile 'pocket' is not prepared \(no {missing}\): run 'uv run prepare.py'$"
-    with pytest.raises(evaluator.UserError, match=message):
-        evaluator.Tokenizer.from_directory()
-    with pytest.raises(evaluator.UserError, match=r"no .*/manifest.json\): run 'uv run prepare.py'"):
-        evaluator._manifest()
-
-
-@pytest.mark.parametrize("arguments", [["--num-shards", "0"], ["--num-shards", "-2"], ["--download-workers", "0"]])
-def test_bad_arguments_end_with_code_2_and_say_what_came(shared, capsys, arguments):
-    with pytest.raises(SystemExit) as error:
-        shared.main(arguments)
-    assert error.value.code == 2
-    assert f"{arguments[0]} is {arguments[1]}: give a number over 0" in capsys.readouterr().err
 
 
 # ----- sources and splits -----
@@ -210,16 +174,6 @@ def test_local_files_of_every_kind_give_the_same_text_and_digest(tmp_path, share
     assert evaluator._manifest()["digest"] == shared._manifest()["digest"]
 
 
-def test_another_torch_than_the_pinned_one_is_told(tmp_path, monkeypatch, capsys):
-    evaluator = load_prepare(PREPARE, "pocket", tmp_path)
-    evaluator._local_files()
-    assert capsys.readouterr().out == ""
-    monkeypatch.setattr(evaluator.torch, "__version__", "9.9.0.dev1+cpu")
-    evaluator._local_files()
-    assert capsys.readouterr().out.startswith(f"note: torch is 9.9.0.dev1, not {evaluator.TORCH_VERSION}: ")
-    assert f'"torch=={evaluator.TORCH_VERSION}"' in (PREPARE.parent / "pyproject.toml").read_text(encoding="utf-8")
-
-
 @pytest.mark.parametrize("line_end", ["\n", "\r\n"])
 def test_one_big_text_is_cut_into_documents_at_blank_lines(tmp_path, line_end):
     """As much as the error for too little text asks for."""
@@ -238,14 +192,6 @@ def test_one_big_text_is_cut_into_documents_at_blank_lines(tmp_path, line_end):
     assert "".join(documents) == path.read_bytes().decode()
     assert max(map(len, documents)) <= 8 * 32
     assert sum(document in whole for document in documents) > len(paragraphs) / 2
-
-
-def test_short_text_and_jsonl_stay_whole_and_a_long_line_is_cut_hard(tmp_path, shared):
-    for name, text, pieces in [("a.md", "x\n\n" * 700, 1), ("b.txt", "x" * 4000, 16), ("c.txt", "x\n" * 2000, 16)]:
-        (tmp_path / name).write_text(text)
-        assert len(list(shared._read_documents([tmp_path / name]))) == pieces
-    path = write_jsonl(tmp_path / "d.jsonl", ["x\n\n" * 2000])
-    assert len(list(shared._read_documents([path]))) == 1
 
 
 # Three letters with a space before each: too few pairs for a vocabulary.
@@ -289,7 +235,7 @@ def test_bad_source_is_one_error_line(tmp_path, capsys, kind):
     assert prepared(tmp_path, source).main(["--verify"]) == 0
 
 
-@pytest.mark.parametrize("source", ["/no/such/folder", "~/no-such-folder", "./no-such-folder", "../no-such.txt"])
+@pytest.mark.parametrize("source", ["~/no-such-folder", "./no-such-folder"])
 def test_missing_path_is_not_asked_of_the_hub(tmp_path, capsys, source):
     prepared(tmp_path, source, expect=1)
     assert error_line(
@@ -379,24 +325,6 @@ def test_long_documents_encode_as_if_whole(shared, monkeypatch, parts):
         assert tokenizer.encode(text) == whole
 
 
-@pytest.mark.parametrize("character", ["a", " ", "\n", "!", "漢", "\x00"])
-def test_long_runs_of_one_character_are_no_problem(shared, character):
-    tokenizer = shared.Tokenizer.from_directory()
-    assert tokenizer.decode(tokenizer.encode(character * 1_500_000)) == character * 1_500_000
-
-
-def test_tokenizer_learns_from_so_much_in_all_and_of_each_document(tmp_path, monkeypatch):
-    evaluator, path, seen = load_prepare(PREPARE, "smoke", tmp_path), tmp_path / "a.parquet", []
-    assert (evaluator.TOKENIZER_CHARS, evaluator.TOKENIZER_DOCUMENT_CHARS) == (10**9, 10_000)
-    evaluator.TOKENIZER_CHARS = 25_000
-    pq.write_table(pa.table({"text": ["a" * 10_001, "b" * 50, "c" * 20_000, "d" * 9_000, "e"]}), path)
-    spy = SimpleNamespace(train_from_iterator=lambda texts, *_, **__: seen.extend(texts), get_mergeable_ranks=list)
-    monkeypatch.setattr(rustbpe, "Tokenizer", lambda: spy)
-    with pytest.raises(evaluator.UserError, match="the vocabulary has 0 tokens"):
-        evaluator._train_tokenizer([path])
-    assert seen == ["a" * 10_000, "b" * 50, "c" * 10_000, "d" * 4_950]
-
-
 # ----- tokens -----
 
 
@@ -419,12 +347,12 @@ def test_token_files_hold_every_document_and_batch(own, tmp_path):
     assert ends[-1] == len(shard.tokens)
 
 
-@pytest.mark.parametrize("lost_bytes", [8, 24, 10**9])
-def test_truncated_token_file_is_named(shared, tmp_path, lost_bytes):
+def test_truncated_token_file_is_named(shared, tmp_path):
     path = tmp_path / "x.tokens"
-    path.write_bytes((shared.CACHE / "tokens/val.tokens").read_bytes()[:-lost_bytes])
-    with pytest.raises(shared.UserError, match=r"x\.tokens is not a token file"):
-        shared._read_shard(path)
+    for lost_bytes in (8, 24, 10**9):
+        path.write_bytes((shared.CACHE / "tokens/val.tokens").read_bytes()[:-lost_bytes])
+        with pytest.raises(shared.UserError, match=r"x\.tokens is not a token file"):
+            shared._read_shard(path)
 
 
 # ----- manifest and the whole preparation -----
@@ -442,7 +370,7 @@ def test_damaged_manifest_is_named(shared, tmp_path, capsys, text):
     assert error.endswith("): delete it and run 'uv run prepare.py'")
 
 
-@pytest.mark.parametrize("name", ["tokenizer.tiktoken", "tokenizer.json", "tokens/val.tokens", "tokens/test.tokens"])
+@pytest.mark.parametrize("name", ["tokenizer.tiktoken", "tokens/test.tokens"])
 def test_changed_metric_file_is_named_before_a_run_trains(own, capsys, name):
     """The byte table is computed from tokenizer.tiktoken, so that file stands for it."""
     path = own.CACHE / name
@@ -551,22 +479,6 @@ def test_lock_of_a_device_can_be_taken_by_every_user(tmp_path, capsys):
     path.mkdir()
     with pytest.raises(evaluator.UserError, match=r"gpu.lock cannot be opened .*: set AUTORESEARCH_LOCKS to a folder"):
         evaluator._lock(path, "another run holds gpu")
-
-
-def test_attention_kernel_is_fetched_after_the_data_and_is_no_condition(own, monkeypatch, capsys):
-    """With a pretended GPU and a harness/device.py of the test's own."""
-    calls = []
-
-    def fetch_attention_kernel():
-        calls.append((own.CACHE / "manifest.json").exists())
-        raise OSError("no route\nto the hub")
-
-    device = SimpleNamespace(fetch_attention_kernel=fetch_attention_kernel)
-    monkeypatch.setitem(sys.modules, "harness.device", device)
-    assert own.main([]) == 0 and calls == []  # no CUDA device
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert own.main([]) == 0 and calls == [True]
-    assert "note: no attention kernel was fetched (OSError: no route to the hub)\n" in capsys.readouterr().err
 
 
 def test_devices_are_named_as_cuda_visible_devices_names_them(shared, monkeypatch):

@@ -165,7 +165,7 @@ class Field:
 
     def hear(self, words: str, seconds: float = 90.0) -> str:
         """Wait until the newest loop has said this; all that it has said."""
-        wait_for(lambda: words in self.output.read_text() or self.loops[-1].poll() is not None, seconds)
+        wait_for(lambda: words in self.output.read_text() or self.loops[-1].poll() is not None, seconds=seconds)
         text = self.output.read_text()
         assert words in text, text
         return text
@@ -203,7 +203,7 @@ def field(tmp_path: Path, monkeypatch):
 
 
 def wait_for(condition, seconds: float = 90.0):
-    """Poll until the condition is true; its value."""
+    """As conftest's, which `drive` cannot import: it empties the environment of the loop's variables."""
     end = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < end, "the condition did not come true"
@@ -252,7 +252,7 @@ def test_loop_on_a_cluster_outlives_what_it_loses(field: Field):
     pids = wait_for(lambda: len(field.training()) >= 2 and field.training())
     (daemon,) = (pid for pid in pids if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"sleep"))
     loop.kill()
-    wait_for(lambda: field.training() == [daemon], 10)
+    wait_for(lambda: field.training() == [daemon], seconds=10)
     (field.cache / "daemon").unlink()
     loop = field.loop(workers=2, runs=999, SOME_API_KEY="withheld")
     (pid,) = wait_for(lambda: daemon not in field.training() and field.training())
@@ -267,7 +267,7 @@ def test_loop_on_a_cluster_outlives_what_it_loses(field: Field):
 
     # A lost actor's run is made again; so is a lost node's, on one that joined late.
     os.kill(actor, signal.SIGKILL)
-    wait_for(lambda: pid not in field.training(), 10)
+    wait_for(lambda: pid not in field.training(), seconds=10)
     (again,) = wait_for(field.training)
     assert "was lost" in field.hear(first.node_id[:6])
     late_cache = field.folder / "late cache"
@@ -280,7 +280,7 @@ def test_loop_on_a_cluster_outlives_what_it_loses(field: Field):
     (late_cache / "data").touch()  # it is asked again
     wait_for(lambda: len(field.training()) == 2)  # the second worker's
     field.cluster.remove_node(first, allow_graceful=False)
-    wait_for(lambda: again not in field.training(), 10)
+    wait_for(lambda: again not in field.training(), seconds=10)
     (late_cache / "hold").unlink()
     for number in (1, 2):
         said = field.hear(f"run {number}: ")
@@ -302,7 +302,7 @@ def test_loop_on_a_cluster_outlives_what_it_loses(field: Field):
     loop = field.loop(workers=2, runs=2)
     wait_for(field.training)
     field.cluster.shutdown()
-    wait_for(lambda: not field.training(), 10)
+    wait_for(lambda: not field.training(), seconds=10)
     said = field.hear("the end")
     assert f"error: Ray on {address} is gone: the same command goes on once it is back" in said
     assert loop.wait() == 0 and "Traceback" not in said and not field.of_ray()
@@ -332,7 +332,7 @@ def test_ray_of_this_machine_is_the_loops_alone(field: Field):
     (field.cache / "hold").touch()
     wait_for(lambda: len(field.training()) == 2)
     loop.kill()
-    wait_for(lambda: not field.training(), 10)
+    wait_for(lambda: not field.training(), seconds=10)
     said = field.output.read_text()
     assert "Ray on this machine: nodes 1, GPUs 2" in said
     assert [line for line in said.splitlines() if not re.match(r"run \d|Ray on", line)] == []

@@ -11,7 +11,7 @@ import pytest
 from reading_fixtures import BASELINE, DOMAIN, WARMER, WIDER, StandInTag, live_status, made, small_ledger
 
 from harness.ledger import STALE, Ledger, Run, parse_tsv
-from harness.report import audit_text, cost_text, last_audit, pace_text, report_text, status_text
+from harness.report import audit_text, last_audit, report_text, status_text
 
 NOISE = "from 2 repeats of commits here, pooled with 0.014 as measured before for pocket"
 COST = (
@@ -94,36 +94,12 @@ def test_better_score_than_the_best_is_explained(reason, said):
     assert line.startswith("best score of a single run: 1.600000, run 0007, ") and said in line
 
 
-def test_report_where_higher_is_better():
-    domain = dataclasses.replace(DOMAIN, metric="acc", unit="points", lower_is_better=False)
-    runs = [made(1, BASELINE, 0.5, "keep", "baseline"), made(2, WIDER, 0.6, "keep", "wider", base=BASELINE)]
-    assert "best: acc 0.600000" in report_text(Ledger(domain, runs))
-    assert "0.100000 points (20.00%) better" in report_text(Ledger(domain, runs))
-
-
 def test_report_before_there_is_a_baseline():
     assert report_text(Ledger(DOMAIN)).startswith("no scored run yet")
     only = made(1, BASELINE, 1.7, "discard", "an odd ledger", purpose="baseline")
     assert "nothing was kept" in report_text(Ledger(DOMAIN, [only]))
     alone = made(1, BASELINE, 1.7, "keep", "baseline", purpose="baseline")
     assert "(run 0001, aaaaaaa), the baseline, believed from 1 run" in report_text(Ledger(DOMAIN, [alone]))
-
-
-def test_agent_without_a_model_says_nothing_of_dollars():
-    assert cost_text(Ledger(DOMAIN, [made(1, BASELINE, 1.7, "keep", "baseline")])) == ""
-    unknown = {"calls": 2, "tokens_in": None, "tokens_out": 7, "usd": None}
-    ledger = Ledger(DOMAIN, [made(1, BASELINE, 1.7, "keep", "baseline", cost=unknown)])
-    assert cost_text(ledger) == "cost: 2 agent calls; dollars unknown; tokens unknown"
-    assert cost_text(small_ledger()) == COST
-
-
-def test_pace_leaves_out_the_hours_in_which_no_loop_ran():
-    day = 86_400
-    runs = [made(n, f"{n}", 1.7, "keep", "x", started_at=day + 60.0 * n, seconds=50.0) for n in range(1, 11)]
-    runs += [made(n, f"{n}", 1.7, "keep", "x", started_at=2 * day + 60.0 * n, seconds=50.0) for n in range(11, 21)]
-    assert pace_text(Ledger(DOMAIN, runs)) == "pace: 61.0 runs an hour, 0.85 at a time, 50 s each"
-    two = [made(n, f"{n}", 1.7, "keep", "x", started_at=day + 30.0 * (n // 2), seconds=30.0) for n in range(2, 12)]
-    assert ", 2.00 at a time, " in pace_text(Ledger(DOMAIN, two))
 
 
 # ---- status ---------------------------------------------------------------------------------------------------------
@@ -157,18 +133,6 @@ bbbbbbb\t1.680000\t2.0\tkeep\traise width to 384 (again, seed 9)
 pace: 63.5 runs an hour, 0.62 at a time, 40 s each
 {COST}"""
     )
-
-
-def test_status_of_a_hundred_workers_stays_on_one_screen(tmp_path):
-    workers = [worker("training", 5, number) for number in range(64)] + [worker("proposing", 9)] * 36
-    text = status_text(StandInTag(tmp_path, small_ledger(), live_status(*workers, devices=64)))
-    assert "  and 52 training, 36 proposing\n" in text
-    assert len(text.splitlines()) < 30
-
-
-def test_status_where_no_loop_runs(tmp_path):
-    text = status_text(StandInTag(tmp_path, Ledger(DOMAIN)))
-    assert text == "autoresearch/t: no loop is running\nNo run yet: the baseline comes first."
 
 
 # ---- audit ----------------------------------------------------------------------------------------------------------

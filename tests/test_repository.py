@@ -38,7 +38,7 @@ def test_checkout_of_another_user_is_an_error_with_gits_own_remedy(checkout, mon
     Repository(checkout.path, "train.py", "program.md")
 
 
-@pytest.mark.parametrize("name", ["index.lock", "HEAD.lock", "refs/heads/autoresearch/t.lock"])
+@pytest.mark.parametrize("name", ["index.lock", "refs/heads/autoresearch/t.lock"])
 def test_lock_left_by_a_crash_is_removed(checkout, git, name, capsys):
     lock = checkout.path / ".git" / name
     lock.parent.mkdir(parents=True, exist_ok=True)
@@ -68,15 +68,6 @@ def test_lock_of_a_living_git_is_waited_for_then_told(checkout, git, tmp_path, p
     git.reset(checkout.path, checkout.git("rev-parse", "HEAD"), "autoresearch/t")
 
 
-def test_lock_released_in_time_is_no_matter(checkout, git, monkeypatch, capsys):
-    monkeypatch.setattr(repository, "LOCK_PATIENCE", 30)
-    lock = checkout.path / ".git/index.lock"
-    lock.write_text("")
-    threading.Timer(0.5, lock.unlink).start()
-    git.reset(checkout.path, checkout.git("rev-parse", "HEAD"), "autoresearch/t")
-    assert capsys.readouterr().err == ""
-
-
 def test_failure_of_git_is_one_line_for_a_person(git):
     with pytest.raises(UserError, match=r"^git cat-file failed: fatal: .*nonsense.*$") as caught:
         git.read("nonsense", "train.py")
@@ -94,19 +85,6 @@ def test_ctrl_c_does_not_reach_git(checkout, git):
     group = os.getpgid(pid)
     thread.join()
     assert group != os.getpgrp()
-
-
-def test_difference_is_whole_though_settings_and_attributes_would_hide_it(checkout, git):
-    old = git.head()
-    new = git.commit(old, b"DEPTH = 5\n", "deeper", "refs/autoresearch/t/1")
-    checkout.git("config", "diff.hide.textconv", "echo")
-    attributes = checkout.path / ".git" / "info" / "attributes"
-    attributes.parent.mkdir(exist_ok=True)
-    for attribute in ("-diff", "diff=hide"):
-        attributes.write_text(f"train.py {attribute}\n")
-        assert b"\n+DEPTH = 5\n" in git.diff(old, new)
-    checkout.git("config", "diff.external", "true")
-    assert b"\n+DEPTH = 5\n" in git.diff(old, new)
 
 
 def test_merge_joins_edits_apart_and_refuses_edits_of_one_line(git):
@@ -172,13 +150,6 @@ def test_reset_restores_whatever_replaced_the_file(checkout, git, kind):
     git.reset(checkout.path, commit, "autoresearch/t")
     assert path.is_file() and not path.is_symlink() and path.read_bytes() == git.read(commit, "train.py")
     assert not (checkout.outside / "elsewhere").exists()
-
-
-def test_worktree_is_whole_though_an_agent_made_the_checkout_sparse(checkout, git):
-    checkout.git("sparse-checkout", "set", "--no-cone", "nothing")
-    place = checkout.outside / "worktree"
-    git.add_worktree(place, git.head())
-    assert (place / "prepare.py").exists() and (place / "harness").is_dir()
 
 
 def test_commit_replaces_one_file_of_the_parents_tree(checkout, git):

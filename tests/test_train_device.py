@@ -247,20 +247,6 @@ def test_device_batch_halves_until_it_fits_and_divides_the_total_and_one_row_is_
         device.fit_device_batch(lambda rows: trial(rows, limit=0), 8, 8)
 
 
-def test_fit_is_remembered_by_device_memory_and_kind_and_a_damaged_note_is_none(monkeypatch, tmp_path):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "card")
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (23.7 * 2**30, 24 * 2**30))
-    note = device.fit_note("flex, a model")
-    assert device.read_fit(note, 64) == 64
-    for text, rows in (("16", 16), ("128", 64), ("-1", 1), ("", 64), ("many", 64)):
-        note.write_text(text)
-        assert device.read_fit(device.fit_note("flex, a model"), 64) == rows
-    assert device.fit_note("sdpa, a model") != note
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (11.7 * 2**30, 12 * 2**30))
-    assert device.fit_note("flex, a model") != note
-
-
 def snapshot(model) -> dict:
     return {name: t.detach().clone() for name, t in itertools.chain(model.named_parameters(), model.named_buffers())}
 

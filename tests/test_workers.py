@@ -16,7 +16,7 @@ import loop
 from harness.domain import Description
 from harness.edit import Dropped, Edit
 from harness.ledger import Run
-from harness.replicates import run_again, run_baseline
+from harness.replicates import run_baseline
 from harness.runner import Job, MachineFault, Runner
 
 KNOBS = "ABCDEF"
@@ -141,19 +141,6 @@ def test_edit_that_conflicts_or_repeats_what_runs_is_dropped(ratchet):
     edit, _ = ratchet.begin(knob_edit(ratchet, "C", 4))
     with pytest.raises(Dropped, match="repeats an experiment that runs now"):
         ratchet.experiment(edit)
-
-
-def test_commit_that_runs_again_is_worth_all_its_runs_but_the_first(ratchet, monkeypatch):
-    scores = iter([0.9, 1.5, 1.3])
-    monkeypatch.setattr(ratchet.runner, "attempt", lambda job, device: replace(job.run, score=next(scores)))
-    baseline = ratchet.tag.ledger.baseline
-    lucky = ratchet.experiment(knob_edit(ratchet, "C", 1))
-    assert ratchet.tag.ledger.best == 0.9
-    run_again(ratchet, lucky.commit)
-    assert ratchet.tag.ledger.best == 1.5 and ratchet.tag.champion == lucky.commit
-    assert ratchet.tag.ledger.better_former() == baseline
-    again = run_again(ratchet, baseline)
-    assert again.status == "keep" and ratchet.tag.champion == baseline
 
 
 # The real loop
