@@ -243,3 +243,15 @@ def test_loss_of_its_own_does_not_normalise_the_score(evaluator):
     tokenizer = evaluator.Tokenizer.from_directory()
     tokenizer.encoding.decode_single_token_bytes = None
     assert evaluator.evaluate_bpb(Toy(), tokenizer, 16) == honest and math.isfinite(honest)
+
+
+def test_digest_of_the_weights_tells_models_apart_and_knows_one_again(tiny, tmp_path):
+    found = []
+    for i, seed in enumerate([1, 1, 2]):
+        path = tmp_path / f"{i}.json"
+        evaluator = load_prepare(tiny[0], "tiny", tiny[1], AUTORESEARCH_RESULT=str(path))
+        start_clock(evaluator)
+        evaluate(evaluator, Toy(seed=seed), batch_size=10 + i)
+        evaluator._stopwatch.lock.close()
+        found.append(json.loads(path.read_text())["weights_sha256"])
+    assert len(found[0]) == 64 and found[0] == found[1] != found[2]

@@ -18,7 +18,7 @@ from conftest import FAKE_PREPARE, FAKE_TRAIN
 from harness import machine, processes, runner
 from harness.ledger import Run
 from harness.processes import find_processes
-from harness.runner import Job, LocalRunner, MachineFault, Place, Stopped, measure
+from harness.runner import Job, LocalRunner, MachineFault, Place, Stopped, crash_reason, measure
 from loop import DOMAIN
 
 
@@ -230,3 +230,18 @@ def test_stop_ends_a_run_without_a_result(runs: Runs):
     threading.Timer(1, runs.stop.set).start()
     with pytest.raises(Stopped):
         runs.ending("time.sleep(600)")
+
+
+@pytest.mark.parametrize(
+    ("log", "reason"),
+    [
+        ("", "no output (exit code 1)"),
+        ("step 1\nstep 2\n\n", "step 2 (exit code 1)"),
+        ("Traceback (most recent call last):\n  File x\nValueError: 3 % 2\n", "ValueError: 3 % 2 (exit code 1)"),
+        ("torch.OutOfMemoryError: CUDA\nrank 0 exits\n", "torch.OutOfMemoryError: CUDA (exit code 1)"),
+        ("error: loss is nan at step 7\nattention: sdpa\n", "error: loss is nan at step 7 (exit code 1)"),
+        ("KeyError: 'a'\nDuring handling\nIndexError: b\n", "IndexError: b (exit code 1)"),
+    ],
+)
+def test_crash_reason_is_the_line_that_says_why(log: str, reason: str):
+    assert crash_reason(log, "exit code 1") == reason

@@ -165,3 +165,22 @@ def test_foreign_operator_torn_file_and_no_file_are_one_error_line_each(tiny, tm
         capsys.readouterr()
         assert evaluator.main(["--score", str(tmp_path / name)]) == 1
         assert reason in error_line(capsys)
+
+
+CACHE = {}
+
+
+def cached(logits, idx):
+    """What the forward of an honest model may do: a tensor made once, kept in a module's dict."""
+    if "scale" not in CACHE:
+        CACHE["scale"] = torch.full((V,), 1.5)
+    return logits * CACHE["scale"]
+
+
+def test_cached_tensor_of_a_forward_is_no_fake_one_in_an_audit(tiny, tmp_path):
+    CACHE.clear()
+    record = audit(tiny, tmp_path, Wrapped(cached))
+    assert record["exported"] and record["test_rows"] == 100
+    assert type(CACHE["scale"]) is torch.Tensor
+    scores = load_prepare(tiny[0], "tiny", tiny[1])._score_network(tmp_path / "result.pt2")
+    assert scores["val_bpb"] == record["val_bpb"]

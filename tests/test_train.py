@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from train_fixtures import CLIMBMIX, batch, build, in_float32_on_one_thread, shake  # noqa: F401 (a fixture)
 
 import train
+from harness import device
 from train import GPT, GPTConfig, MuonAdamW, UserError
 
 TINY = GPTConfig(sequence_len=12, vocab_size=37, n_layer=3, n_head=4, n_kv_head=2, n_embd=64, window_pattern="SL")
@@ -132,6 +133,25 @@ def test_loss_and_gradients_equal_those_of_the_softcapped_cross_entropy_in_float
     grads = torch.autograd.grad(loss, list(model.parameters()))
     for got, want in zip(grads, torch.autograd.grad(expected, list(precise.parameters())), strict=True):
         torch.testing.assert_close(got.double(), want, rtol=2e-3, atol=2e-5)
+
+
+def test_bfloat16_where_a_cpu_has_units_for_it_is_close_and_keeps_parameters_and_stream_in_float32(monkeypatch):
+    model = shake(build(TINY))
+    x, y = batch(TINY)
+    expected = model(x, y)
+    expected_grads = torch.autograd.grad(expected, list(model.parameters()))
+    monkeypatch.setattr(device, "CPU_HAS_BFLOAT16", True)
+    products, streams = [], []
+    model.transformer.h[0].attn.c_q.register_forward_hook(lambda module, args, output: products.append(output.dtype))
+    model.transformer.h[1].register_forward_hook(lambda module, args, output: streams.append(output.dtype))
+    loss = model(x, y)
+    grads = torch.autograd.grad(loss, list(model.parameters()))
+    assert (products, streams, loss.dtype) == ([torch.bfloat16], [torch.float32], torch.float32)
+    assert {t.dtype for t in (*model.parameters(), *model.buffers(), *grads)} == {torch.float32}
+    torch.testing.assert_close(loss, expected, rtol=0.02, atol=0.02)
+    got, want = (torch.cat([grad.flatten() for grad in each]) for each in (grads, expected_grads))
+    assert torch.cosine_similarity(got, want, dim=0) > 0.99
+    assert train.polar_express(torch.randn(1, 4, 8)).dtype == torch.bfloat16
 
 
 # ---- Optimizer ----
