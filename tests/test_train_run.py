@@ -195,7 +195,7 @@ def test_run_ends_with_the_summary_in_order_and_format(smoke_env, tmp_path):
     assert float(values["total_seconds"]) > float(values["training_seconds"]) + float(values["startup_seconds"])
     assert values["sample"].startswith(r"def read_lines(path):\n")
     assert "val_bpb:" not in run.stderr
-    assert re.search(r"\nmilliseconds of a micro-step of 32 rows: forward .*, loss .*, backward .*, opt", run.stderr)
+    assert re.search(r"\nmilliseconds of a micro-step of 48 rows: forward .*, loss .*, backward .*, opt", run.stderr)
     assert run.stderr.splitlines()[0].startswith("profile smoke (AUTORESEARCH_PROFILE), 2 s on cpu, seed 42")
 
 
