@@ -198,14 +198,20 @@ class Ratchet:
             return runs
         say(f"  {run.description}: a gain so far, up to {self.confirm} fresh seeds to confirm it")
         for _ in range(self.confirm):
-            seed = fresh_seed()
-            for commit in (run.base, run.commit):
-                what = "champion" if commit == run.base else run.description
-                again = Run(0, commit, seed=seed, purpose="replicate", description=f"{what} (seed {seed})")
-                runs.append(self.execute(again, device))
+            runs += self.measure_pair(run, device)
             if any(one.status == "crash" for one in runs) or self.is_confirmed(runs):
                 break
         return runs
+
+    def measure_pair(self, run: Run, device) -> list[Run]:
+        """Champion and candidate once more, both on one fresh seed."""
+        seed = fresh_seed()
+        pair = []
+        for commit in (run.base, run.commit):
+            what = "champion" if commit == run.base else run.description
+            again = Run(0, commit, seed=seed, purpose="replicate", description=f"{what} (seed {seed})")
+            pair.append(self.execute(again, device))
+        return pair
 
     def execute(self, run: Run, device) -> Run:
         """Make one run; it gets a number and a folder if it has none."""

@@ -9,7 +9,6 @@ import difflib
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -127,8 +126,9 @@ def order_runs(sides: list[str], replicates: int) -> list[str]:
 # Measuring
 
 
-def ablate(ratchet, replicates: int, workers: int = 1) -> None:
-    """Measure what is still to be measured of the champion's ablation. UserError where there is nothing to ablate."""
+def ablate(ratchet, replicates: int, workers: int = 1) -> str:
+    """Measure what is still to be measured of the champion's ablation; its group. UserError where there is nothing to
+    ablate."""
     tag = ratchet.tag
     if not changes_in_branch(tag.ledger):
         raise UserError("no change is in the branch: there is nothing to ablate", 2)
@@ -144,7 +144,7 @@ def ablate(ratchet, replicates: int, workers: int = 1) -> None:
             else:
                 left.append(side)
         if not left:
-            return
+            return group
         if not has_told:
             has_told = True
             _tell_plan(tag.ledger, sides, left, workers)
@@ -173,12 +173,6 @@ def _measure(ratchet, group: str, side: str, commit: str) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What it says
-
-
-def last_ablation(ledger: Ledger) -> str:
-    """The group of the newest ablation, "" before there is one."""
-    groups = [run.group.partition("/")[0] for run in ledger.runs if run.purpose == "ablation"]
-    return groups[-1] if groups else ""
 
 
 def read_contributions(ledger: Ledger, group: str) -> list[Contribution]:
@@ -310,11 +304,7 @@ def _try_without(ratchet, source: bytes, taken: list[Contribution], replicates: 
     first = Run(number, commit, champion, FIRST_SEED, "experiment", description=description, fingerprint=mark)
     runs = [ratchet.execute(first, device)]
     for _ in range(replicates):
-        seed = fresh_seed()
-        for side in (champion, commit):
-            words = CHAMPION if side == champion else description
-            again = Run(0, side, seed=seed, purpose="replicate", description=f"{words} (seed {seed})")
-            runs.append(ratchet.execute(again, device))
+        runs += ratchet.measure_pair(first, device)
     with ratchet.lock:
         if crash := next((run for run in runs if run.status == "crash"), None):
             return ratchet.record(runs, "crash", crash.reason)
@@ -323,16 +313,3 @@ def _try_without(ratchet, source: bytes, taken: list[Contribution], replicates: 
         if loss > (tag.ledger.sigma or 0.0):
             return ratchet.record(runs, "discard", f"{tag.domain.score_text(loss)} worse, more than one sigma")
         return ratchet.record(runs, "pending" if tag.domain.approve else "keep")
-
-
-def run_ablation(replicates: int, workers: int, is_applied: bool) -> Callable:
-    """What a session does for the command: a function of its ratchet."""
-
-    def work(ratchet) -> str:
-        ablate(ratchet, replicates, workers)
-        group = group_of(ratchet.tag.champion)
-        if is_applied:
-            apply(ratchet, replicates)
-        return group
-
-    return work

@@ -363,7 +363,7 @@ def command_report(domain: Domain, checkout: Path, ratchet: type, args: argparse
     if not tag.ledger.rows:
         raise UserError(f"{tag.branch} has no rows yet: 'uv run loop.py --agent random' starts a run")
     print(report.report_text(tag.ledger))
-    if group := ablation.last_ablation(tag.ledger):
+    if group := tag.ledger.last_group("ablation"):
         print(f"\n{ablation.ablation_text(tag, group)}")
     page.draw_progress(tag.ledger, checkout / "progress.png")
     page.write_page(tag.ledger, checkout / "report.html", tag)
@@ -394,7 +394,13 @@ def command_ablate(domain: Domain, checkout: Path, ratchet: type, args: argparse
     with tag.locked():
         if not tag.ledger.baseline:
             raise UserError("there are no rows to ablate: 'uv run loop.py --agent random' starts a run", 2)
-        work = ablation.run_ablation(args.replicates, args.workers, args.apply)
+
+        def work(loop) -> str:
+            group = ablation.ablate(loop, args.replicates, args.workers)
+            if args.apply:
+                ablation.apply(loop, args.replicates)
+            return group
+
         group = one_session(tag, ratchet, work, options=options)
     print(ablation.ablation_text(tag, group))
     if args.apply:

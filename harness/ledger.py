@@ -193,6 +193,11 @@ class Ledger:
         """The first run with the same syntax tree."""
         return self._fingerprints.get(fingerprint)
 
+    def last_group(self, purpose: str) -> str:
+        """The newest audit or ablation, "" before there is one."""
+        groups = [run.group.partition("/")[0] for run in self.runs if run.purpose == purpose]
+        return groups[-1] if groups else ""
+
     def stale_gains(self) -> list[Run]:
         """Gains on former champions that a loop which was stopped has not run again."""
         again = {run.again_of for run in self.runs}

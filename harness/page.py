@@ -15,7 +15,7 @@ import warnings
 from io import BytesIO, StringIO
 from pathlib import Path
 
-from harness.ablation import ablation_text, last_ablation
+from harness.ablation import ablation_text
 from harness.compare import Point, is_busy, read_curve, verdict
 from harness.console import ERROR_CHARS, duration, one_line, say
 from harness.domain import Domain
@@ -29,7 +29,6 @@ from harness.report import (
     choose_changes,
     cost_text,
     kept_text,
-    last_audit,
     next_lines,
     noise_lines,
     pace_text,
@@ -307,8 +306,8 @@ def compose(ledger: Ledger, tag=None) -> str:
     from markupsafe import Markup
 
     changes = ledger.changes()
-    ablation = ablation_text(tag, last_ablation(ledger)) if tag is not None and last_ablation(ledger) else ""
-    audit, doubts = audit_text(ledger, last_audit(ledger)) if last_audit(ledger) else ("", [])
+    ablation = ablation_text(tag, group) if tag is not None and (group := ledger.last_group("ablation")) else ""
+    audit, doubts = audit_text(ledger, group) if (group := ledger.last_group("audit")) else ("", [])
     chosen = choose_runs(ledger, changes)
     named = {"baseline": ledger.baseline, "champion": ledger.champion}
     if ledger.baseline == ledger.champion:

@@ -300,12 +300,6 @@ def next_lines(ledger: Ledger, changes: list[Change]) -> list[str]:
 # audit
 
 
-def last_audit(ledger: Ledger) -> str:
-    """The group of the newest audit, "" before there is one."""
-    groups = [run.group.partition("/")[0] for run in ledger.runs if run.purpose == "audit"]
-    return groups[-1] if groups else ""
-
-
 def audit_text(ledger: Ledger, group: str) -> tuple[str, list[str]]:
     """Baseline and champion on fresh seeds, in the run's own process and in a clean one; and what is to be doubted,
     a line each."""

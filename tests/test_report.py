@@ -11,7 +11,7 @@ import pytest
 from reading_fixtures import BASELINE, DOMAIN, WARMER, WIDER, StandInTag, live_status, made, small_ledger
 
 from harness.ledger import STALE, Ledger, Run, parse_tsv
-from harness.report import audit_text, last_audit, report_text, status_text
+from harness.report import audit_text, report_text, status_text
 
 NOISE = "from 2 repeats of commits here, pooled with 0.014 as measured before for pocket"
 COST = (
@@ -155,7 +155,7 @@ def audited(gain: float = 0.05, test_gain: float | None = None, seeds: int = 2, 
 
 def test_audit_of_an_honest_night_gives_the_table_and_no_doubt():
     ledger = small_ledger(*audited())
-    assert last_audit(ledger) == "audit 1" and last_audit(small_ledger()) == ""
+    assert ledger.last_group("audit") == "audit 1" and small_ledger().last_group("audit") == ""
     text, doubts = audit_text(ledger, "audit 1")
     assert doubts == []
     assert (
