@@ -4,20 +4,16 @@ import subprocess
 import sys
 import textwrap
 import threading
+from dataclasses import replace
 from pathlib import Path
 
+import loop
 from harness.agents import Agent, NoProposal, Proposal, Worktree
-from harness.domain import Domain
 from harness.ledger import Run
 from harness.repository import Repository
 from harness.tag import Tag
 
-DOMAIN = Domain(
-    metric="val_bpb", test_metric="test_bpb", lower_is_better=True, unit="bpb", score_name="bits per byte",
-    score_range=(0, 99), editable="train.py", instructions="program.md", describe_command=(), prepare_command=(),
-    train_command=(), score_command=(), verify_hint="", split="val", same_in_every_run=(),
-    assumed_sigma={"pocket": 0.01},
-)  # fmt: skip
+DOMAIN = replace(loop.DOMAIN, assumed_sigma={"pocket": 0.01})
 TRAIN = "# ---- Knobs ----\nDEPTH = 4  # layers\nLR = 0.1\n# ---- Model ----\nprint(DEPTH)\n"
 FILES = {
     "train.py": TRAIN,

@@ -1,4 +1,4 @@
-"""A small night for the tests of what a person reads: a domain, its runs, and a tag with their folders."""
+"""A small night for the tests of what a person reads: its runs, and a tag with their folders."""
 
 import time
 from dataclasses import dataclass, field
@@ -6,29 +6,8 @@ from pathlib import Path
 
 from harness.domain import Domain
 from harness.ledger import Ledger, Run
+from loop import DOMAIN
 
-DOMAIN = Domain(
-    metric="val_bpb",
-    test_metric="test_bpb",
-    lower_is_better=True,
-    unit="bpb",
-    score_name="validation bits per byte",
-    score_range=(0.01, 100.0),
-    editable="train.py",
-    instructions="program.md",
-    describe_command=("true",),
-    prepare_command=(),
-    train_command=("true",),
-    score_command=("true",),
-    verify_hint="verify",
-    split="val",
-    same_in_every_run=(),
-    assumed_sigma={"pocket": 0.014},
-    steps="num_steps",
-    curve_pattern=r"step (?P<step>\d{1,12}) \| (?P<percent>[\d.]{1,12})% \| loss (?P<loss>[^ |]{1,30}) ",
-    batch_pattern=r"batch (?P<size>[\d,]{1,20}) tokens = ",
-    sample="sample",
-)
 BASELINE, WIDER, WARMER, SLOWER = (letter * 40 for letter in "abcd")
 STARTED = 1_700_000_000.0
 RECORD = {"profile": "pocket", "tokens": 1000, "bytes": 3000, "device_name": "a CPU"}
@@ -47,13 +26,13 @@ def made(number: int, commit: str, score: float | None, status: str, description
     return Run(number, commit, status=status, description=description, score=score, **facts | changes)
 
 
-def small_night() -> list[Run]:
-    """The baseline twice; a gain, kept; a slower and worse edit; a crash; the gain once more, less good."""
+def small_ledger(*more: Run) -> Ledger:
+    """The baseline twice; a gain, kept; a slower and worse edit; a crash; the gain again, less good; then others."""
     cost = {"calls": 1, "tokens_in": 9000, "tokens_out": 1000, "usd": 0.25}
     unknown = {"calls": 2, "tokens_in": None, "tokens_out": None, "usd": None}
     faster = {"steps": 540.0, "tokens_per_second": 21_600.0, "loss_half": 3.9, "loss_end": 3.3}
     slower = {"steps": 480.0, "tokens_per_second": 19_200.0, "loss_half": 4.2, "loss_end": 3.6, "busy_others": 0.3}
-    return [
+    night = [
         made(1, BASELINE, 1.72, "keep", "baseline", purpose="baseline", summary=SUMMARY),
         made(2, BASELINE, 1.74, "keep", "baseline (seed 7)", purpose="replicate", tokens_per_second=20_400.0),
         made(3, WIDER, 1.65, "keep", "raise width to 384", base=BASELINE, cost=cost, **faster),
@@ -61,10 +40,7 @@ def small_night() -> list[Run]:
         made(5, WARMER, None, "crash", "warm up longer", base=WIDER, reason="NameError: name 'WARM' is not defined"),
         made(6, WIDER, 1.68, "keep", "raise width to 384 (again, seed 9)", purpose="replicate", **faster),
     ]
-
-
-def small_ledger(*more: Run) -> Ledger:
-    return Ledger(DOMAIN, [*small_night(), *more])
+    return Ledger(DOMAIN, [*night, *more])
 
 
 @dataclass

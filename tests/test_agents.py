@@ -39,6 +39,9 @@ def test_proposal_is_the_edited_file_with_its_description_and_other_changes_are_
     found = lab.propose('assert not pathlib.Path("experiment.txt").exists(); git("diff --quiet HEAD"); knob("LR", 0.2)')
     assert isinstance(found, Proposal), found
     assert (found.description, found.touched) == ("LR 0.1 -> 0.2", ())
+    crashed = TRAIN + "1 / 0\n"  # where there is one, the agent begins from it, and leaving it is no edit
+    assert lab.propose("pass", start=crashed).kind == "unchanged"
+    assert lab.propose(EDIT, start=crashed).source == EDITED + b"1 / 0\n"
 
 
 def test_agent_finds_ledger_and_newest_runs_inside_its_worktree(lab, monkeypatch):
@@ -55,23 +58,13 @@ def test_agent_finds_ledger_and_newest_runs_inside_its_worktree(lab, monkeypatch
     assert b"DEPTH = 1" in lab.propose(look).source
     for number in range(3, 6):
         lab.add_run(log=f"log {number}")
-    untouched = lab.file("runs").stat().st_ino
     lab.propose(EDIT)
     assert sorted(os.listdir(lab.file("runs"))) == ["0003", "0004", "0005"]
-    assert lab.file("runs/0005/run.log").read_text() == "log 5"
-    assert lab.file("runs").stat().st_ino == untouched
     written = lab.file("runs/0005/run.log").stat().st_mtime_ns
     (lab.tag.folder(4) / "run.log").write_text("it went on")
     lab.propose(EDIT)
     assert lab.file("runs/0005/run.log").stat().st_mtime_ns == written  # copied once
     assert lab.file("runs/0004/run.log").read_text() == "it went on"
-
-
-def test_agent_begins_from_the_crashed_file_where_there_is_one_and_leaving_it_is_no_edit(lab):
-    crashed = TRAIN + "1 / 0\n"
-    assert lab.propose("pass", start=crashed).kind == "unchanged"
-    assert lab.propose(EDIT, start=crashed).source == EDITED + b"1 / 0\n"
-    assert lab.propose(EDIT).source == EDITED
 
 
 PROMPT = 'Quote "it", $HOME, `ls`, \\n and ü.\n' * 3000  # 100 kB
@@ -95,7 +88,6 @@ def test_prompt_comes_on_standard_input_or_as_a_file_inside_the_worktree(lab):
         ('knob("DEPTH", 8); pathlib.Path("experiment.txt").write_bytes(b"caf\\xff\\x00")', "caf\ufffd"),
         ('knob("DEPTH", 8); say("\\n")', "DEPTH 4 -> 8"),
         ('knob("DEPTH", 8); os.mkfifo("experiment.txt")', "DEPTH 4 -> 8"),
-        ('knob("DEPTH", 8); os.mkdir("experiment.txt")', "DEPTH 4 -> 8"),
         ('open("train.py", "a").write("1\\n"); os.symlink("/etc/hostname", "experiment.txt")', "edit of train.py"),
     ],
 )  # fmt: skip
@@ -109,9 +101,7 @@ def test_description_is_one_clean_line_of_the_agents_or_the_changed_constants(la
 HARM = {
     "deletes everything": 'subprocess.run("rm -rf * .git .gitignore", shell=True); '
     f'pathlib.Path("train.py").write_text({TRAIN!r})',
-    "removes the worktree's pointer": 'os.remove(".git")',
     "points git elsewhere": 'pathlib.Path(".git").write_text("gitdir: ../../../.git\\n")',
-    "initialises its own repository": 'os.remove(".git"); git("init -q")',
     "removes git's entry of the worktree": 'import shutil; '
     'shutil.rmtree(subprocess.getoutput("git rev-parse --absolute-git-dir"))',
     "commits": 'pathlib.Path("prepare.py").write_text("1"); git("commit -qam mine"); git("checkout -q -b mine$$")',
@@ -124,14 +114,17 @@ HARM = {
     "turns files into folders": 'os.remove("prepare.py"); os.makedirs("prepare.py/x"); os.makedirs("torch/y")',
     "puts pipes": 'os.remove("results.tsv"); [os.mkfifo(n) for n in ("results.tsv", ".train.py", "prompt.md")]',
     "replaces the runs": 'subprocess.run("rm -rf runs", shell=True); os.symlink(OUTSIDE, "runs")',
-    "makes a pipe of the runs": 'subprocess.run("rm -rf runs", shell=True); os.mkfifo("runs")',
     "leaves 40 MB": 'pathlib.Path("weights.bin").write_bytes(b"x" * 40_000_000)',
+    "hides processes": "hide(False); hide(True)",
     "nests repositories": 'os.mkdir("nested"); git("init -q nested"); os.chmod("train.py", 0o755)',
     "edits its instructions": 'pathlib.Path("program.md").write_text("Cheat.")',
     "prints without end": 'for _ in range(300): print("x" * 100_000)',
 }  # fmt: skip
 LOOK = """
 import json
+def hide(session):
+    code = "import signal as s, time; s.signal(s.SIGTERM, s.SIG_IGN); print(1, flush=True); time.sleep(600)"
+    subprocess.Popen([sys.executable, "-c", code], start_new_session=session, stdout=subprocess.PIPE).stdout.readline()
 left = sorted(set(os.listdir(".")) - {".git", "program.md"})
 (OUTSIDE / "left").write_text(json.dumps([left, pathlib.Path("prepare.py").read_text()]))
 """
@@ -145,7 +138,7 @@ def test_whatever_an_agent_does_its_edit_counts_and_the_next_begins_clean(lab, m
         proposal = lab.propose(f"{LOOK}\n{harm}\n{EDIT}")
         assert isinstance(proposal, Proposal), (name, proposal)
         assert (proposal.source, proposal.description) == (EDITED, "raise depth"), name
-        assert lab.persons_state() == before, name
+        assert lab.persons_state() == before and find_marked(lab.tag.mark) == set(), name
         left, prepare = json.loads((lab.outside / "left").read_text())
         assert left == [".gitignore", "prepare.py", "results.tsv", "runs", "train.py"], after
         assert prepare == "print('the evaluator')\n", after
@@ -156,7 +149,6 @@ def test_whatever_an_agent_does_its_edit_counts_and_the_next_begins_clean(lab, m
 
 DAMAGE = {
     'os.remove("train.py"); os.symlink("/etc/hostname", "train.py")': "train.py is not a regular file",
-    'os.remove("train.py"); os.symlink("prepare.py", "train.py")': "train.py is not a regular file",
     'os.remove("train.py")': "train.py is not a regular file",
     'os.remove("train.py"); os.makedirs("train.py/deep")': "train.py is not a regular file",
     'os.remove("train.py"); os.mkfifo("train.py")': "train.py is not a regular file",
@@ -168,16 +160,6 @@ def test_train_that_is_no_regular_file_or_too_large_is_a_refused_edit(lab):
     for damage, reason in DAMAGE.items():
         assert lab.propose(damage) == NoProposal(reason, "refused edit", agents.UNKNOWN)
     assert lab.propose(EDIT).source == EDITED
-
-
-def test_processes_that_an_agent_leaves_behind_are_ended(lab):
-    leave = """
-        ignoring = "import signal as s, time; s.signal(s.SIGTERM, s.SIG_IGN); print(1, flush=True); time.sleep(600)"
-        for session in (False, True):
-            subprocess.Popen([sys.executable, "-c", ignoring], start_new_session=session, stdout=-1).stdout.readline()
-    """
-    assert isinstance(lab.propose(leave + "        " + EDIT), Proposal)
-    assert find_marked(lab.tag.mark) == set()
 
 
 # -----------------------------------------------------------------------------
@@ -230,10 +212,9 @@ def test_environment_hides_that_one_cli_starts_another_and_starts_clean_unless_a
     assert {"CLAUDECODE", "CLAUDE_CODE_SESSION_ID"}.isdisjoint(env)
     assert (env["ANTHROPIC_API_KEY"], env["CLAUDE_CODE_SAFE_MODE"]) == ("k", "1")
     assert json.loads(env["OPENCODE_CONFIG_CONTENT"]) == {"formatter": False}
-    config = '{"formatter": {}, "model": "m"}'
-    env = agent_environment({"CLAUDE_CODE_SAFE_MODE": "0", "OPENCODE_CONFIG_CONTENT": config})
-    assert (env["CLAUDE_CODE_SAFE_MODE"], env["OPENCODE_CONFIG_CONTENT"]) == ("0", config)
-    assert agent_environment({"OPENCODE_CONFIG_CONTENT": "{ // a comment\n}"})["OPENCODE_CONFIG_CONTENT"][0] == "{"
+    for config in ('{"formatter": {}, "model": "m"}', "{ // a comment\n}"):
+        env = agent_environment({"CLAUDE_CODE_SAFE_MODE": "0", "OPENCODE_CONFIG_CONTENT": config})
+        assert (env["CLAUDE_CODE_SAFE_MODE"], env["OPENCODE_CONFIG_CONTENT"]) == ("0", config)
 
 
 CHECKS = {  # name: what its check says (answer, exit code) to who is logged out, and in; measured
@@ -272,16 +253,7 @@ def refusal(name: str | None, command: str | None = None) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("name", CHECKS)
-def test_cli_is_refused_where_nobody_is_logged_in_and_chosen_where_somebody_is(tools, name):
-    tools(name, *CHECKS[name][0])
-    line = refusal(name)
-    assert line.startswith(f"{name} is not logged in: ") and "export" in line
-    tools(name, *CHECKS[name][1])
-    assert choose_agent(name, None) is AGENTS[name]
-
-
-def test_missing_and_unknown_agents_are_refused_with_the_remedy(tools):
+def test_agent_that_is_missing_unknown_or_not_logged_in_is_refused_with_the_remedy(tools):
     for name, agent in AGENTS.items():
         if agent.has_model:
             assert refusal(name).startswith(f"{name} is not installed: {agent.install}")
@@ -292,20 +264,24 @@ def test_missing_and_unknown_agents_are_refused_with_the_remedy(tools):
     for command in ("", "'open", "nowhere --flag"):
         assert "starts no program that is installed" in refusal(None, command)
     assert choose_agent(None, "pi -p 'x y'").command == "pi -p 'x y'"
+    for name, (logged_out, logged_in) in CHECKS.items():
+        tools(name, *logged_out)
+        line = refusal(name)
+        assert line.startswith(f"{name} is not logged in: ") and "export" in line
+        tools(name, *logged_in)
+        assert choose_agent(name, None) is AGENTS[name]
 
 
-def test_claude_as_root_is_refused_with_what_to_do(tools, monkeypatch):
-    tools("claude", *CHECKS["claude"][1])
-    monkeypatch.delenv("IS_SANDBOX")
-    monkeypatch.setattr(os, "geteuid", lambda: 0)
-    assert "IS_SANDBOX=1" in refusal("claude")
-    monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    assert choose_agent("claude", None)
-
-
-def test_check_that_hangs_or_is_unknown_refuses_nobody(tools, monkeypatch):
+def test_claude_as_root_is_refused_with_what_to_do_and_a_check_that_hangs_or_is_unknown_refuses_nobody(
+    tools, monkeypatch
+):
     tools("claude", "error: unknown command 'auth'", 1)
     assert choose_agent("claude", None)
+    monkeypatch.delenv("IS_SANDBOX")
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert choose_agent("claude", None)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert "IS_SANDBOX=1" in refusal("claude")
     monkeypatch.setattr(agents, "CHECK_SECONDS", 0.1)
     monkeypatch.setitem(agents.AGENTS, "slow", Agent("/bin/sleep", check="60", refused="exit code"))
     assert choose_agent("slow", None)
@@ -329,12 +305,6 @@ FAILURES = {  # name: (output, exit code, kind, what the reason ends with)
         '[{"tool_name":"Edit"},{"tool_name":"Write"},{"tool_name":"Edit"}]}',
         0, "failed", "the agent failed: it was not allowed to use Edit, Write: I could not.",
     ),
-    "codex 401": (
-        '{"type":"item.completed","item":{"type":"error","message":"Model metadata for `lab` not found."}}\n'
-        '{"type":"error","message":"unexpected status 401 Unauthorized: scripted 401"}\n'
-        '{"type":"turn.failed","error":{"message":"unexpected status 401 Unauthorized: scripted 401"}}',
-        1, "refused", "exit code 1: unexpected status 401 Unauthorized: scripted 401",
-    ),
     "codex's limit": (
         '{"type":"turn.failed","error":{"message":"You\'ve hit your usage limit. Upgrade to Pro, visit the settings to '
         'purchase more credits or wait: try again at 9:43 PM."}}',
@@ -343,10 +313,6 @@ FAILURES = {  # name: (output, exit code, kind, what the reason ends with)
     "opencode 403": (
         '{"type":"error","error":{"name":"APIError","data":{"message":"no","statusCode":403}}}', 0, "refused",
         "the agent failed: 403: no",
-    ),
-    "droid 429": (
-        '{"type":"error","source":"agent_loop","message":"429 scripted 429"}\n'
-        '{"type":"error","source":"cli","message":"Exec failed"}', 1, "rate limit", "429 scripted 429; Exec failed",
     ),
     "an error that was overcome": (
         '{"type":"error","message":"Reconnecting... 429"}\n{"type":"item.completed","item":{"text":"I would not."}}',
@@ -366,7 +332,7 @@ def test_failure_is_told_in_the_clis_own_words_and_sorted_and_an_edit_before_cou
     assert lab.propose(f"print({output!r}); knob('DEPTH', 8); sys.exit({code})").source == EDITED
 
 
-def test_log_tells_json_in_plain_words_too_and_json_left_in_the_answer_folder_is_read(lab):
+def test_json_left_in_the_answer_folder_is_read_and_the_log_tells_it_in_plain_words(lab):
     export = json.dumps({"error": {"message": "Invalid API key", "code": "x"}, "usage": {}, "cost_usd": None}, indent=1)
     agent = lab.agent(f'pathlib.Path(sys.argv[1], "export.json").write_text({export!r}); sys.exit(1)')
     answer = lab.propose(Agent(f"{agent.command} {{answer}}"))
@@ -417,13 +383,7 @@ COSTS = {
     "vibe": (VIBE, Cost(1, 9, 2, 0.5)),
     "copilot": (COPILOT, Cost(1, 10, 3, None)),
     "plain text": ("I raised DEPTH; it cost $3.\n", agents.UNKNOWN),
-    "no such price": (CLAUDE.replace("0.3125", "-1"), Cost(1, 3065, 206, None)),
 }  # fmt: skip
-
-
-def test_cost_is_read_from_what_a_cli_prints():
-    for name, (output, cost) in COSTS.items():
-        assert agents.read_answer(output).cost == cost, name
 
 
 RUBBISH = [
@@ -433,11 +393,12 @@ RUBBISH = [
     '{"type":"result","total_cost_usd":NaN}', '{"type":"result","total_cost_usd":1' + "0" * 5000 + "}",
     '{"type":"turn.completed","usage":{"input_tokens":1e30,"output_tokens":99999999999999}}',
     '{"type":"step_finish","part":{"tokens":{"input":1.5,"output":"2","cache":4},"cost":"free"}}',
-    '{"type":"item.completed","item":"x"}', '{"type":"message_end","message":{"role":"assistant","usage":{"cost":1}}}',
 ]  # fmt: skip
 
 
-def test_what_cannot_be_is_unknown():
+def test_cost_is_read_from_what_a_cli_prints_and_what_cannot_be_is_unknown():
+    for name, (output, cost) in COSTS.items():
+        assert agents.read_answer(output).cost == cost, name
     for output in RUBBISH:
         assert agents.read_answer(output).cost == agents.UNKNOWN, output[:80]
 
@@ -446,16 +407,3 @@ def test_costs_add_up_and_one_that_is_unknown_leaves_the_sum_unknown():
     total = Cost(1, 10, 2, 0.5) + Cost(1, 5, 1, 0.25)
     assert total.as_dict() == {"calls": 2, "tokens_in": 15, "tokens_out": 3, "usd": 0.75}
     assert (total + Cost(1, 5, 1, None)).as_dict() == {"calls": 3, "tokens_in": 20, "tokens_out": 4, "usd": None}
-
-
-def test_agent_without_a_model_costs_nothing_and_says_so_where_it_has_nothing_to_turn(lab):
-    random = AGENTS["random"]
-    lab.env["AUTORESEARCH_PROFILE"] = "pocket"
-    proposal = lab.propose(random)
-    assert isinstance(proposal, Proposal) and proposal.cost.as_dict() == {}
-    assert " -> " in proposal.description
-    (lab.checkout / "train.py").write_text("print('no numbers')\n")
-    lab.git("commit", "-qam", "a fork")
-    lab.champion = lab.tag.repository.head()
-    answer = lab.propose(random, start="print('no numbers')\n")
-    assert answer.kind == "refused" and "train.py has no hyperparameter to turn" in answer.reason

@@ -47,20 +47,6 @@ next:
     )
 
 
-def test_report_of_any_ledger_file():
-    text = """commit\tval_bpb\tmemory_gb\tstatus\tdescription
-baseline\t1.000\t44.0\tkeep\tbaseline
-1111111\t0.990\t44.0\tkeep\twider
-2222222\t0.000\t0.0\tcrash\tboom
-3333333\t0.992\t44.0\tkeep\tsimplify: fewer lines
-"""
-    ledger, bad = parse_tsv(text, DOMAIN, "pocket")
-    assert bad == 0 and words_of(ledger) == ["within the noise", "worse, but simpler"]
-    report = report_text(ledger)
-    assert "believed better is run 0002 (1111111, 0.990000): given away for less code" in report
-    assert report.endswith("given away for less code: 0.002000 of at most 0.028000 (two sigma)")
-
-
 def words_of(ledger: Ledger) -> list[str]:
     """What the table of kept changes says of each."""
     table = report_text(ledger).split("\n\n")[1].splitlines()
@@ -71,17 +57,20 @@ def words_of(ledger: Ledger) -> list[str]:
 def test_no_kept_change_is_worse_without_a_word():
     repeats = [made(number, WIDER, 1.9, "keep", "again", purpose="replicate") for number in (7, 8)]
     back = made(9, BASELINE, 1.7, "keep", "again", purpose="replicate")
-    assert words_of(small_ledger(*repeats)) == ["worse by its repeats"]
-    ledger = small_ledger(*repeats, back)
-    assert words_of(ledger) == ["worse by its repeats, left the branch"]
-    assert "believed better is run 0001 (aaaaaaa, 1.730000): 'uv run" in report_text(small_ledger(*repeats))
-    assert "0 changes are in the branch" in report_text(ledger)
-    assert "1 more was kept and left the branch" in report_text(ledger)
     unknown = [made(1, BASELINE, 1.7, "keep", "b", record={}), made(2, WIDER, 1.6, "keep", "w", base=BASELINE)]
-    assert words_of(Ledger(DOMAIN, unknown)) == ["noise unknown"]
-    assert "uv run loop.py try --base" in report_text(Ledger(DOMAIN, unknown))
-    by_hand, _ = parse_tsv("a 1.0 1 keep x\nb 1.1 1 keep y\n", DOMAIN, "")
-    assert words_of(by_hand) == ["worse"]
+    by_hand = "base 1.0 1 keep b\n1111111 0.99 44 keep wider\n2222222 0 0 crash boom\n3333333 0.992 44 keep "
+    for ledger, words, said in (
+        (small_ledger(*repeats), ["worse by its repeats"], "better is run 0001 (aaaaaaa, 1.730000): 'uv run"),
+        (small_ledger(*repeats, back), ["worse by its repeats, left the branch"], "1 more was kept and left the"),
+        (Ledger(DOMAIN, unknown), ["noise unknown"], "uv run loop.py try --base"),
+        (parse_tsv(f"{by_hand}x", DOMAIN, "pocket")[0], ["within the noise", "worse"], "better is run 0002 (1111111"),
+        (
+            parse_tsv(f"{by_hand}simplify: fewer lines", DOMAIN, "pocket")[0],
+            ["within the noise", "worse, but simpler"],
+            "given away for less code: 0.002000 of at most 0.028000 (two sigma)",
+        ),
+    ):
+        assert words_of(ledger) == words and said in report_text(ledger)
 
 
 @pytest.mark.parametrize(
@@ -98,8 +87,6 @@ def test_report_before_there_is_a_baseline():
     assert report_text(Ledger(DOMAIN)).startswith("no scored run yet")
     only = made(1, BASELINE, 1.7, "discard", "an odd ledger", purpose="baseline")
     assert "nothing was kept" in report_text(Ledger(DOMAIN, [only]))
-    alone = made(1, BASELINE, 1.7, "keep", "baseline", purpose="baseline")
-    assert "(run 0001, aaaaaaa), the baseline, believed from 1 run" in report_text(Ledger(DOMAIN, [alone]))
 
 
 # ---- status ---------------------------------------------------------------------------------------------------------
@@ -178,10 +165,7 @@ DOUBTS = {
     "lucky belief": (audited(-0.02), "champion: believed 1.680000, its fresh runs give 1.755000"),
     "not exported": (audited(clean_score=None, problem="a list in forward"), "in a clean process: a list in forward"),
     "other clean scores": (audited(clean_score=1.7), "1.680000 in its own process and 1.700000 in a clean one (valid"),
-    "clean score is NaN": (
-        audited(clean_test_score=float("nan")),
-        "and nan in a clean one (held-out): believe n",
-    ),
+    "clean score is NaN": (audited(clean_test_score=float("nan")), "and nan in a clean one (held-out): believe n"),
     "clean test score is missing": (audited(clean_test_score=None), "nothing in a clean one"),
     "floor": (audited(record={"floors": {"f1": 0.2}}), "champion, run 0011: f1 0.2 is below its floor 0.9"),
     "floor is NaN": (audited(record={"floors": {"f1": float("nan")}}), "f1 nan is below its floor 0.9"),
@@ -197,7 +181,6 @@ def test_audit_doubts_in_one_line_each(runs, said):
     assert any(said in doubt for doubt in doubts), doubts
     assert "baseline, f1: 0.95, 0.95 (floor 0.9)\nbaseline, weights' SHA-256: 3f2a91c0e5d1, " in text
     assert not any("\n" in doubt for doubt in doubts)
-    assert len(text.splitlines()) >= 8
 
 
 def test_audit_without_a_kept_change_or_a_held_out_split():
