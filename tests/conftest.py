@@ -49,7 +49,8 @@ settings.load_profile("unhurried")
 ROOT = Path(__file__).resolve().parents[1]
 
 FAKE_PREPARE = '''
-"""A domain that costs nothing: describe() and finish() as the real prepare.py has them."""
+"""A domain that costs nothing: describe() and finish() as the real prepare.py has them. What the machine is like
+stands in files of the cache: `kind` (cpu, cuda), `devices` (how many), `device` (their name), `digest`."""
 import hashlib, json, os, pathlib, sys, time
 
 PROFILE = os.environ.get("AUTORESEARCH_PROFILE", "fake")
@@ -57,17 +58,21 @@ if PROFILE not in ("fake", "other"):
     print(f"error: unknown profile {PROFILE!r}", file=sys.stderr)
     sys.exit(2)
 CACHE = pathlib.Path(os.environ["AUTORESEARCH_CACHE"])
-DEVICES = 4
-DEVICE_NAME = os.environ.get("FAKE_DEVICE_NAME", "cpu")
+
+def text(name, default):
+    return (CACHE / name).read_text() if (CACHE / name).exists() else default
 
 def describe():
-    manifest = CACHE / "manifest.json"
-    prepared = manifest.exists() and manifest.read_text() == "{}"
-    devices = {f"cpu{i}": {"lock": str(CACHE / f"cpu{i}.lock"), "free_gb": 0.0} for i in range(DEVICES)}
+    kind = text("kind", "cpu")
+    names = [f"cpu{i}" for i in range(int(text("devices", "4")))]
+    if kind == "cuda":
+        names = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")
+    prepared = text("manifest.json", "") == "{}"
     return {
         "profile": PROFILE, "reason": "test", "time_budget": 1, "cache": str(CACHE), "prepared": prepared,
-        "problem": None if prepared else "no manifest", "digest": "d" * 64, "rows": {"val": 7, "test": 5},
-        "device": "cpu", "device_name": DEVICE_NAME, "devices": devices,
+        "problem": None if prepared else "no manifest", "digest": text("digest", "d" * 64),
+        "rows": {"val": 7, "test": 5}, "device": kind, "device_name": text("device", "cpu"),
+        "devices": {name: {"lock": str(CACHE / f"{name}.lock"), "free_gb": 0.0} for name in names},
         "prepare_sha256": hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest(),
     }
 
@@ -77,12 +82,12 @@ def start_clock():
 
 def finish(score, memory=512.0, attention="sdpa", **changes):
     """What evaluate_bpb and the summary do: the record, then the printed lines."""
+    facts = describe()
     record = {
         "val_bpb": float(score), "profile": PROFILE, "split": "val",
         "seed": int(os.environ.get("AUTORESEARCH_SEED", 42)), "training_seconds": 0.5,
-        "rows": 7, "tokens": 70, "bytes": 210, "digest": "d" * 64,
-        "prepare_sha256": describe()["prepare_sha256"], "device_name": DEVICE_NAME, "weights_sha256": "w" * 64,
-    }
+        "rows": 7, "tokens": 70, "bytes": 210, "weights_sha256": "w" * 64,
+    } | {key: facts[key] for key in ("digest", "device_name", "prepare_sha256")}
     if os.environ.get("AUTORESEARCH_AUDIT") == "1":
         result = pathlib.Path(os.environ["AUTORESEARCH_RESULT"]).with_name("result.pt2")
         result.write_text(json.dumps({"val_bpb": float(score), "test_bpb": float(score) + 0.01}))
@@ -104,6 +109,8 @@ FAKE_TRAIN = '''
 import os, time
 import prepare
 
+while (prepare.CACHE / "hold").exists():  # a test wants to meet it here
+    time.sleep(0.01)
 prepare.start_clock()
 
 # ---- Knobs ----
@@ -114,8 +121,6 @@ NOISE = 0.0  # bpb for each step of the seed
 # ---- The rest ----
 
 time.sleep(SECONDS)
-while (prepare.CACHE / "hold").exists():  # a test wants to meet it here
-    time.sleep(0.01)
 seed = int(os.environ.get("AUTORESEARCH_SEED", 42))
 prepare.finish(1.0 + abs(DEPTH - 12) / 100 + abs(LR - 0.1) / 10 + NOISE * (seed - 42))
 '''
@@ -126,16 +131,10 @@ DEEPER = 'knob("DEPTH", knob("DEPTH") + 1)'  # for Checkout.agent: a proposal th
 
 def start_piped(command: list[str], env: dict[str, str], cwd: Path | None = None) -> subprocess.Popen:
     """A child in a session of its own, with nothing to read; `hear` and `ended` read what it prints."""
-    return subprocess.Popen(
-        command,
-        cwd=cwd,
-        env=env,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, cwd=cwd, env=env, text=True, start_new_session=True, **pipes)
+    process.heard = ""  # of its stderr so far
+    return process
 
 
 @functools.cache
@@ -152,7 +151,7 @@ def template() -> Path:
     checkout.set_constant("harness/agents.py", "FIRST_REST", "0.05")
     checkout.set_constant("harness/agents.py", "LAST_REST", "0.2")
     checkout.set_constant("harness/runner.py", "RETRY_SECONDS", "0.1")
-    checkout.replace("loop.py", "startup_allowance=300", "startup_allowance=8")
+    checkout.replace("loop.py", "startup_allowance=300", "startup_allowance=60")
     checkout.replace("loop.py", '"pocket": 0.014}', '"pocket": 0.014, "fake": 0.0004}')
     (checkout.path / "prepare.py").write_text(FAKE_PREPARE)
     (checkout.path / "train.py").write_text(FAKE_TRAIN)
@@ -297,19 +296,23 @@ def ended(process: subprocess.Popen, code: int = 0, timeout: float = 30) -> subp
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         out, err = process.communicate()
-        raise AssertionError(f"{process.args} took over {timeout} s:\n{out}\n{err}") from None
+        raise AssertionError(f"{process.args} took over {timeout} s:\n{out}\n{process.heard}{err}") from None
+    err = process.heard + err
     assert process.returncode == code, err
     assert "Traceback" not in out + err, out + err
     return subprocess.CompletedProcess(process.args, code, out, err)
 
 
 def hear(process: subprocess.Popen, words: str, seconds: float = 20.0) -> str:
-    """Wait for the line of stderr with these words. What is read here is missing from what `ended` returns."""
+    """Wait for the next line of stderr with these words."""
     alarm = threading.Timer(seconds, os.killpg, (process.pid, signal.SIGKILL))
     alarm.start()
     try:
-        while words not in (line := process.stderr.readline()):
-            assert line, f"it never said {words!r}"
+        line = ""
+        while words not in line:
+            line = process.stderr.readline()
+            assert line, f"it never said {words!r}:\n{process.heard}"
+            process.heard += line
         return line
     finally:
         alarm.cancel()

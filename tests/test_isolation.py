@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import BASELINE, DEEPER, wait_for
+from conftest import BASELINE, wait_for
 
 from harness import isolation
 from harness.processes import find_processes
@@ -70,15 +70,6 @@ def switched_on(monkeypatch):
 
 
 @pytest.fixture
-def isolated(checkout, switched_on):
-    """A scratch checkout whose runs are isolated, with a home that holds keys."""
-    if why := isolation.why_not():
-        pytest.skip(why)
-    checkout.env["AUTORESEARCH_ISOLATION"] = "on"
-    return checkout
-
-
-@pytest.fixture
 def naughty(checkout):
     """A checkout whose train.py leaves weights, looks for some, and reaches out; every place is cleaned afterwards."""
     home = Path(checkout.env["HOME"])
@@ -95,75 +86,76 @@ def naughty(checkout):
             Path(folder, f"weights-{checkout.cache.parent.name}").unlink()
 
 
+@pytest.fixture
+def isolated(naughty, switched_on):
+    """The same with bubblewrap, and a daemon that hides in every run: its command line, found nowhere else."""
+    if why := isolation.why_not():
+        pytest.skip(why)
+    naughty.env["AUTORESEARCH_ISOLATION"] = "on"
+    naughty.daemon = "100000.5" + str(time.time_ns())
+    (naughty.cache / "daemon").write_text(naughty.daemon)
+    return naughty
+
+
 def seen(checkout, number: int) -> dict:
     log = (checkout.home() / "runs" / f"{number:04d}" / "run.log").read_text()
     return json.loads(next(line for line in log.splitlines() if line.startswith("seen: "))[6:])
 
 
-def test_isolated_run_leaves_nothing_and_sees_no_keys_network_or_process(isolated, naughty):
-    second = "100000.5" + str(time.time_ns())  # seconds: an argument that no other process has
-    (naughty.cache / "daemon").write_text(second)
-    naughty.loop("--tag", "t", "--agent-cmd", naughty.agent(DEEPER), "--max-experiments", "2")
-    assert naughty.statuses() == ["keep", "keep", "keep"]
-    assert all(run.is_isolated for run in naughty.runs())
-    for number in (1, 2, 3):
-        found = seen(naughty, number)
+def test_isolated_run_leaves_nothing_and_sees_no_keys_network_or_process(isolated):
+    agent = isolated.agent("""
+        if count() < 2:
+            knob("DEPTH", 5)
+        else:
+            pathlib.Path("train.py").write_text("import os\\nos.kill(os.getpid(), 11)\\n")
+    """)
+    isolated.loop("--tag", "t", "--agent-cmd", agent, "--max-experiments", "2")
+    assert isolated.statuses() == ["keep", "keep", "crash"]
+    assert isolated.rows()[2][4] == "killed by SIGSEGV: edit of train.py"
+    assert all(run.is_isolated for run in isolated.runs())
+    for number in (1, 2):
+        found = seen(isolated, number)
         # A kept run's compilers' files are what the next one starts from.
         assert found["met"] == ([] if number == 1 else ["the compilers' files"])
         assert "the data" not in found["left"] and "its own TMPDIR" in found["left"]
         assert not found["network"] and not found["keys"] and not found["others"] and not found["python"]
-    assert not find_processes("cmdline", second.encode())
-    assert not list(naughty.cache.glob("weights*")) + list(Path(naughty.env["HOME"]).glob("**/weights*"))
+    assert not find_processes("cmdline", isolated.daemon.encode())
+    assert not list(isolated.cache.glob("weights*")) + list(Path(isolated.env["HOME"]).glob("**/weights*"))
 
 
-def test_run_meets_no_compilers_files_of_a_discarded_run(naughty):
-    """With and without bubblewrap."""
+def test_run_without_bubblewrap_is_said_not_to_be_isolated_and_meets_no_files_of_a_discarded_run(naughty):
     worse = naughty.agent('knob("DEPTH", 3 - count() / 10)')
     naughty.loop("--tag", "t", "--agent-cmd", worse, "--max-experiments", "2")
     assert naughty.statuses() == ["keep", "discard", "discard"]
-    marker = naughty.home().parent / "compile_cache" / naughty.rows()[0][0]
-    kept = [path.name[:7] for path in marker.parent.iterdir()]
-    assert sorted(kept) == sorted(row[0] for row in naughty.rows())
-    for path in marker.parent.glob(f"{naughty.rows()[0][0]}*/weights*"):
+    assert not naughty.runs()[0].is_isolated
+    assert seen(naughty, 1)["keys"] == [".netrc", ".config/keys"] and seen(naughty, 1)["network"]
+    compiled = naughty.home().parent / "compile_cache"
+    assert sorted(path.name[:7] for path in compiled.iterdir()) == sorted(row[0] for row in naughty.rows())
+    for path in compiled.glob(f"{naughty.rows()[0][0]}*/weights*"):
         path.unlink()  # the baseline's own
     naughty.loop("--tag", "t", "--agent-cmd", naughty.agent('knob("DEPTH", 2)'), "--max-experiments", "1")
     assert "the compilers' files" not in seen(naughty, 4)["met"]
 
 
-def test_run_without_bubblewrap_is_said_not_to_be_isolated(naughty):
-    naughty.loop(*BASELINE)
-    assert not naughty.runs()[0].is_isolated
-    assert seen(naughty, 1)["keys"] == [".netrc", ".config/keys"] and seen(naughty, 1)["network"]
-
-
-def test_kill_of_the_loop_ends_a_process_that_hides(isolated, naughty):
-    second = "100000.5" + str(time.time_ns())
-    (naughty.cache / "daemon").write_text(second)
-    naughty.hold.touch()
-    loop = naughty.popen(*BASELINE)
-    wait_for(lambda: find_processes("cmdline", second.encode()))
+def test_kill_of_the_loop_ends_a_process_that_hides(isolated):
+    isolated.hold.touch()
+    loop = isolated.popen(*BASELINE)
+    wait_for(lambda: find_processes("cmdline", isolated.daemon.encode()))
     loop.send_signal(signal.SIGKILL)
     loop.wait()
-    wait_for(lambda: not find_processes("cmdline", second.encode()))
-
-
-def test_signal_that_ends_an_isolated_run_is_named(isolated):
-    crash = isolated.agent('pathlib.Path("train.py").write_text("import os\\nos.kill(os.getpid(), 11)\\n")')
-    isolated.loop("--tag", "t", "--agent-cmd", crash, "--max-experiments", "1")
-    assert isolated.rows()[1][3:] == ["crash", "killed by SIGSEGV: edit of train.py"]
+    wait_for(lambda: not find_processes("cmdline", isolated.daemon.encode()))
 
 
 def test_machine_whose_gpu_is_out_of_sight_inside_runs_without_isolation(isolated):
-    marker = Path("/tmp", f"gpu-{isolated.cache.parent.name}")
-    marker.touch()
-    text = (isolated.path / "prepare.py").read_text()
-    text = text.replace("DEVICES = 4", f"DEVICES = 4 if pathlib.Path({str(marker)!r}).exists() else 0")
-    isolated.write("prepare.py", text.replace('"device": "cpu"', '"device": "cuda"'))
+    (isolated.cache / "daemon").unlink()
+    outside = Path("/tmp", f"gpu-{isolated.cache.parent.name}")  # inside there is another /tmp
+    isolated.replace("prepare.py", 'text("kind", "cpu")', f'"cuda" if pathlib.Path("{outside}").exists() else "cpu"')
     isolated.commit("a GPU")
+    outside.touch()
     try:
         loop = isolated.loop(*BASELINE)
     finally:
-        marker.unlink()
+        outside.unlink()
     assert "note: runs are not isolated (inside bubblewrap it finds cpu, outside cpu)" in loop.stderr
     assert not isolated.runs()[0].is_isolated
 

@@ -234,12 +234,13 @@ def test_tag_goes_on_from_runs_jsonl_alone_and_only_where_scores_compare(checkou
     checkout.loop(*BASELINE)
     assert (checkout.path / "results.tsv").read_text() == before
     assert len(runs.read_text().splitlines()) == 1
-    for variable, told in {
-        "AUTORESEARCH_PROFILE": "begun with profile 'fake', this is 'other'",
-        "FAKE_DEVICE_NAME": "begun with device_name 'cpu', this is 'other'",
-    }.items():
-        (error,) = errors(checkout.loop(*BASELINE, code=2, **{variable: "other"}))
-        assert told in error and "--tag" in error
+    for name, told in {"device": "device_name 'cpu', this is 'other'", "digest": "digest 'dddd"}.items():
+        (checkout.cache / name).write_text("other")
+        (error,) = errors(checkout.loop(*BASELINE, code=2))
+        assert f"begun with {told}" in error and "--tag" in error
+        (checkout.cache / name).unlink()
+    (error,) = errors(checkout.loop(*BASELINE, code=2, AUTORESEARCH_PROFILE="other"))
+    assert "begun with profile 'fake', this is 'other'" in error
     runs.write_text("no run\n" + runs.read_text())
     (error,) = errors(checkout.loop(*BASELINE, code=1))
     assert "runs.jsonl:1 is not a run" in error and "mend or delete that line" in error

@@ -18,7 +18,6 @@ from harness.prompt import (
     UNSETTLED,
     conflict_task,
     crash_task,
-    unified,
     write_prompt,
 )
 
@@ -70,36 +69,24 @@ def test_memory_counts_an_experiment_once_and_calls_no_crash_or_busy_discard_a_d
 
 
 def test_dead_end_names_the_champion_of_its_time_and_none_is_told_while_the_noise_is_unknown():
-    for profile, count in (("pocket", 1), ("of their own", 0)):
-        night = Night(profile=profile)
+    for domain, profile, count in ((DOMAIN, "pocket", 1), (HIGHER, "pocket", 1), (DOMAIN, "of their own", 0)):
+        sign = 1 if domain.lower_is_better else -1
+        night = Night(domain, profile)
         for n in range(10):
-            night.add("discard", 1.0, f"near {n}")
-        night.add("keep", 0.9, "a deeper model")
-        night.add("discard", 1.2, "no warm-up", reason="sensitivity 0.7 is below 0.9")
-        ends = night.told().get("Dead ends", [])
+            night.add("discard", 1.0 + sign * n / 1000, f"near {n}")
+        night.add("keep", 1.0 - sign * 0.1, "a deeper model")
+        night.add("discard", 1.0 + sign * 0.2, "no warm-up", reason="sensitivity 0.7 is below 0.9")
+        told = night.told()
+        assert [line.split("\t")[4] for line in told["Near misses"]] == [f"near {n}" for n in range(10)]
         base = night.ledger.champion
-        told = f"- sensitivity 0.7 is below 0.9: no warm-up: 0.300000 worse than {base} (a deeper model)"
-        assert ends == [told] * count
-
-
-def test_memory_follows_the_direction_of_the_metric():
-    night = Night(HIGHER)
-    for n in range(1, 14):
-        night.add("discard", 0.9 - n / 1000, f"idea {n}")
-    told = night.told()
-    assert [line.split("\t")[4] for line in told["Near misses"]] == [f"idea {n}" for n in range(1, 11)]
-    assert [line.split(":")[0] for line in told["Dead ends"]] == ["- idea 11", "- idea 12", "- idea 13"]
+        end = f"- sensitivity 0.7 is below 0.9: no warm-up: 0.300000 worse than {base} (a deeper model)"
+        assert told.get("Dead ends", []) == [end] * count
 
 
 def test_memory_keeps_the_newest_of_each_kind_and_tells_a_plateau_as_it_begins():
     night = Night()
-    late = night.add("discard", 1.1, "late bloomer")
-    night.add("keep", 0.9999, "late bloomer", commit=late, purpose="replicate")
-    for n in range(KEPT - 1):
+    for n in range(KEPT + 1):
         night.add("keep", 0.99 - n / 1e6, f"kept {n}")
-    kept = night.told()["Kept so far"]
-    assert [kept[line].rpartition("\t")[2] for line in (0, -1)] == ["late bloomer", f"kept {KEPT - 2}"]
-    night.add("keep", 0.98, "last")
     for n in range(PLATEAU):
         assert "Nothing was kept" not in night.prompt()
         night.add("discard", 1.2 + n / 1e6, f"worse {n}")
@@ -109,7 +96,7 @@ def test_memory_keeps_the_newest_of_each_kind_and_tells_a_plateau_as_it_begins()
     for n in range(UNSETTLED + 1):
         night.add("crash", None, f"boom {n}")
     told = night.told()
-    assert [told["Kept so far"][line].rpartition("\t")[2] for line in (0, -1)] == ["kept 0", "last"]
+    assert [told["Kept so far"][line].rpartition("\t")[2] for line in (0, -1)] == ["kept 1", f"kept {KEPT}"]
     assert [line.split(":")[0] for line in told["Dead ends"]] == [f"- far worse {n}" for n in range(DEAD_ENDS)]
     assert [line.rpartition(" ")[2] for line in told["Not settled"]] == [f"{n}" for n in range(1, UNSETTLED + 1)]
 
@@ -141,13 +128,8 @@ def test_prompt_has_every_part_in_order_and_none_that_is_empty():
     night = Night()
     for n in range(30):
         night.add("discard", 1.5 + n, f"idea {n}")
-    whole = night.prompt(
-        running=["idea\none"],
-        verdicts=["first table", "second table"],
-        refusal="it\nrepeats",
-        task="Mend this.",
-        suggestions=["LR 0.1 -> 0.2"],
-    )
+    told = {"verdicts": ["first table", "second table"], "suggestions": ["LR 0.1 -> 0.2"]}
+    whole = night.prompt(running=["idea\none"], refusal="it\nrepeats", task="Mend this.", **told)
     parts = ["Do it.\n\n---", "Best val_bpb 1.0", "commit\tval_bpb\tmemory_gb", "idea 10\n", "idea 29\n", "Near misses"]
     parts += ["Dead ends", "Nothing was kept", "\n- LR 0.1 -> 0.2\n", "first table\n\nsecond table", "\n- idea one\n"]
     parts += ["The last proposal was refused: it repeats", "Mend this.", "Now: edit train.py once", "experiment.txt"]
@@ -166,7 +148,3 @@ def test_prompt_stays_short_however_long_night_descriptions_and_logs_are():
     size = len(night.prompt(running=["wide " * 100] * 3000, refusal="r" * 10**5, task=conflict))
     assert size < 2 * TASK_CHARS + 60_000
     assert crash_task("train.py", "x" * 10**6 + "the error").endswith("the error")
-
-
-def test_difference_of_two_sources_is_that_of_their_lines():
-    assert unified(b"a\nb\n", b"a\nc\n").splitlines()[2:] == ["@@ -1,2 +1,2 @@", " a", "-b", "+c"]

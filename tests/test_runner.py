@@ -85,9 +85,6 @@ def test_run_that_agrees_with_its_evaluator_is_measured_and_travels(runs: Runs):
     assert run.summary == {"val_bpb": "1.080000", "peak_vram_mb": "512.0", "attention": "sdpa"}
     assert 0 <= run.startup_seconds <= run.seconds + 0.2 and 0 <= run.training_seconds < 2
     assert run.record["weights_sha256"] == "w" * 64 and 0 <= run.busy_others <= 1
-    output = runs.folder / "runs" / "0001"
-    assert json.loads((output / "result.json").read_text())["val_bpb"] == 1.08
-    assert "val_bpb:          1.080000" in (output / "run.log").read_text()
     assert pickle.loads(pickle.dumps(run)) == run
     assert pickle.loads(pickle.dumps(runs.job(FAKE_TRAIN))).archive == runs.job(FAKE_TRAIN).archive
 
@@ -101,8 +98,8 @@ CRASHES = [
     ("prepare.finish(0.5, prepare_sha256='a')", "the record's prepare_sha256 is 'a'"),
     ("prepare.finish(0.5, val_bpb=0.500003)", "printed val_bpb 0.5, the evaluator measured 0.500003"),
     ("prepare.finish(0.5, val_bpb=True)", "the evaluator's record: val_bpb is True, not a finite number"),
+    ("prepare.finish(0.5, training_seconds=4.0)", "trained for 4.0 s, the budget is 1 s"),
     (f"{GOOD}; {RESULT}.write_text('[]')", "the evaluator's record is not a JSON object"),
-    (f"{GOOD}; {RESULT}.write_bytes(b'\\xff')", "printed val_bpb 0.5, but the evaluator left no record"),
     (f"{GOOD}; {RESULT}.write_text('[' * 99999)", "printed val_bpb 0.5, but the evaluator left no record"),
     ("prepare.finish(-1)", "val_bpb -1 is outside of 0.01 to 100"),
     ("prepare.finish(float('nan'))", "val_bpb is 'nan', not a finite number"),
@@ -116,6 +113,7 @@ CRASHES = [
     (f"{GOOD}; os.unlink(str({RESULT}) + '.stopped')", ""),  # seen or not: either way no run hangs on it
     (f"{GOOD}; {RESULT}.unlink(); os.mkfifo({RESULT})", "printed val_bpb 0.5, but the evaluator left no record"),
     (f"{GOOD}; {RESULT}.unlink(); {RESULT}.symlink_to('/dev/zero')", "printed val_bpb 0.5, but the evaluator left no"),
+    (f"time.sleep(3.2); {GOOD}", "trained for 3."),  # by the loop's own clock
 ]  # fmt: skip
 
 
@@ -127,20 +125,12 @@ def test_run_without_a_believable_result_is_a_crash_with_its_reason(runs: Runs):
         assert len(run.reason) < 160  # room for the idea in the ledger's cell
 
 
-def test_training_longer_than_the_evaluators_clock_says_is_a_crash(runs: Runs):
-    run = runs.ending(f"time.sleep(3.2); {GOOD}")
-    assert run.status == "crash" and "by the loop's clock, the evaluator counted 0.5 s" in run.reason
-    run = runs.ending("prepare.finish(0.5, training_seconds=4.0)")
-    assert run.status == "crash" and run.reason == "trained for 4.0 s, the budget is 1 s"
-
-
 @pytest.mark.parametrize(
     "ending",
     [
-            f"{GOOD}; raise ValueError('the sample failed')",
+        f"{GOOD}; raise ValueError('the sample failed')",
         f"{GOOD}; import threading; threading.Thread(target=time.sleep, args=(600,)).start()",
-        f"print('99% |####', end=''); {GOOD}",
-            f"print('99% |####', end='', file=__import__('sys').stderr, flush=True); {GOOD}; print(); print('---')",
+        f"print('99% |####', end='', file=__import__('sys').stderr, flush=True); {GOOD}; print(); print('---')",
     ],
 )
 def test_run_that_was_scored_is_scored_however_it_ends_and_whatever_it_prints_around(runs: Runs, ending: str):
@@ -149,7 +139,11 @@ def test_run_that_was_scored_is_scored_however_it_ends_and_whatever_it_prints_ar
     assert (run.status, run.score) == ("", 0.5) and run.summary["attention"] == "sdpa"
 
 
-def test_run_that_takes_too_long_is_a_crash_and_leaves_no_process(runs: Runs):
+def test_run_that_takes_too_long_is_a_crash_and_one_that_is_stopped_has_no_result(runs: Runs):
+    threading.Timer(1, runs.stop.set).start()
+    with pytest.raises(Stopped):
+        runs.ending("time.sleep(600)")
+    runs.stop.clear()
     runs.domain = replace(runs.domain, startup_allowance=-1)
     run = runs.ending("time.sleep(600)")
     assert run.status == "crash" and run.reason == "timeout after 1 s"
@@ -181,12 +175,6 @@ def test_run_finds_the_tree_and_a_fresh_place_and_neither_secrets_nor_variables_
         assert found["flags"] and found["path"][-1] == variables["PWD"]  # what is installed goes before the tree
 
 
-def test_files_beside_train_shadow_nothing_that_is_installed(runs: Runs):
-    evil = dict.fromkeys(("json.py", "git.py", "numpy.py", "sitecustomize.py"), "1 / 0")
-    job = runs.job(FAKE_TRAIN.replace("import os, time", "import json, os, time, numpy\n"), **evil)
-    assert measure(job, runs.place(job), runs.stop).score == 1.08
-
-
 def test_network_of_an_audit_is_scored_again_without_train(runs: Runs):
     fresh_cache = f"assert {str(runs.folder / 'compiled')!r} not in os.environ['TORCHINDUCTOR_CACHE_DIR']"
     run = runs.ending(f"{fresh_cache}; {GOOD}", purpose="audit")
@@ -196,13 +184,10 @@ def test_network_of_an_audit_is_scored_again_without_train(runs: Runs):
     assert (run.score, run.clean_score, run.problem) == (0.5, None, "it has a lock")
 
 
-def test_run_on_another_device_or_kernel_is_the_machines_fault_at_first(runs: Runs):
+def test_run_on_another_device_is_the_machines_fault_at_first(runs: Runs):
     with pytest.raises(MachineFault, match="it ran on a tpu, the baseline on a cpu") as caught:
         runs.ending("prepare.finish(0.5, device_name='tpu')")
     assert caught.value.is_suspect
-    job = replace(runs.job(FAKE_TRAIN), baseline={"attention": "flash"})
-    with pytest.raises(MachineFault, match="attention is sdpa, the baseline's is flash"):
-        measure(job, runs.place(job), runs.stop)
 
 
 def test_crash_beside_lost_data_or_a_full_disk_is_the_machines_fault(runs: Runs, monkeypatch):
@@ -224,12 +209,6 @@ def test_device_that_another_run_holds_is_waited_for(runs: Runs, tag, monkeypatc
         threading.Timer(1, fcntl.flock, (file, fcntl.LOCK_UN)).start()
         assert local.measure(job, "cpu0").score == 1.08
     assert capsys.readouterr().err.count("waiting: another run holds the device cpu") == 1
-
-
-def test_stop_ends_a_run_without_a_result(runs: Runs):
-    threading.Timer(1, runs.stop.set).start()
-    with pytest.raises(Stopped):
-        runs.ending("time.sleep(600)")
 
 
 @pytest.mark.parametrize(

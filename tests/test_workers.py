@@ -10,7 +10,7 @@ import time
 from dataclasses import replace
 
 import pytest
-from conftest import Checkout, ended, errors, hear, wait_for
+from conftest import BASELINE, Checkout, ended, hear, wait_for
 
 import loop
 from harness.domain import Description
@@ -115,27 +115,25 @@ def test_any_order_of_arrival_loses_no_gain_and_assumes_none(ratchet):
     check_night(ratchet)
 
 
-def test_two_gains_that_do_not_go_together_are_not_added(ratchet):
-    """A and B each gain alone. Whichever is decided first stays; the other runs again on it, and loses."""
+def test_two_gains_that_do_not_go_together_are_not_added_and_an_edit_that_conflicts_or_repeats_is_dropped(ratchet):
+    """A and B each gain alone: B, an edit of the former champion, was decided later and runs again on A, and loses."""
     base = ratchet.tag.champion
-    edits = [knob_edit(ratchet, "A", 4, base), knob_edit(ratchet, "B", 4, base)]
-    threads = [threading.Thread(target=ratchet.experiment, args=(edit,)) for edit in edits]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    stale = [run for run in ratchet.tag.ledger.runs if run.is_stale]
-    again = [run for run in ratchet.tag.ledger.runs if run.again_of]
-    if stale:  # else one had ended before the other began
-        assert stale[0].reason.startswith("gained on a former champion") and stale[0].status == "discard"
-        assert again[0].again_of == stale[0].number
-    assert again == [] or again[0].status == "discard"
-    assert len(ratchet.tag.ledger.changes()) == 1
+    late = knob_edit(ratchet, "B", 4, base)
+    decide = ratchet.decide
+    meanwhile = []
 
+    def decide_after_another(runs: list[Run], edit: Edit) -> tuple[str, str]:
+        if not meanwhile:
+            meanwhile.append(True)
+            ratchet.experiment(knob_edit(ratchet, "A", 4, base))
+        return decide(runs, edit)
 
-def test_edit_that_conflicts_or_repeats_what_runs_is_dropped(ratchet):
-    base = ratchet.tag.champion
-    ratchet.experiment(knob_edit(ratchet, "A", 4))
+    ratchet.decide = decide_after_another
+    run = ratchet.experiment(late)
+    (stale,) = [run for run in ratchet.tag.ledger.runs if run.is_stale]
+    assert stale.reason.startswith("gained on a former champion") and stale.status == "discard"
+    assert (run.again_of, run.status) == (stale.number, "discard")
+    assert [change.run.description for change in ratchet.tag.ledger.changes()] == ["A = 4"]
     with pytest.raises(Dropped, match="conflicts with the new champion"):
         ratchet.experiment(knob_edit(ratchet, "A", 3, base))
     edit, _ = ratchet.begin(knob_edit(ratchet, "C", 4))
@@ -147,61 +145,42 @@ def test_edit_that_conflicts_or_repeats_what_runs_is_dropped(ratchet):
 
 
 def test_four_workers_fill_four_devices_and_stop_as_one(checkout: Checkout):
-    agent = checkout.agent("""
-        knob("LR", 0.2 + count() / 100)
-    """)
-    checkout.loop("--tag", "t", "--agent-cmd", "true", "--max-experiments", "0")
+    checkout.loop(*BASELINE)
     checkout.hold.touch()
+    agent = checkout.agent('knob("LR", 0.2 + count() / 100)')
     process = checkout.popen("--tag", "t", "--agent-cmd", agent, "--workers", "4")
     for _ in range(4):
         hear(process, "run 000")
     status = wait_for(lambda: (text := checkout.loop("status", "--tag", "t").stdout).count("training") >= 4 and text)
-    assert all(f"{number:04d}" in status or f" {number} " in status for number in (2, 3, 4, 5))
+    assert all(f"{number:04d}" in status for number in (2, 3, 4, 5))
     process.send_signal(signal.SIGTERM)
     ended(process)
     assert checkout.orphans() == [] and checkout.statuses() == ["keep"]
 
 
-def test_workers_that_propose_ahead_keep_every_device_busy(checkout: Checkout):
-    """With --ahead 2 there are three workers for one device; each edit is merged onto the champion of its moment."""
+def test_workers_beyond_the_devices_propose_ahead_and_rest_alone_where_their_agent_fails(checkout: Checkout):
+    """Three workers for one device; each edit is merged onto the champion of its moment. The agent of one fails."""
     checkout.replace("train.py", "LR = 0.1", "\n\n\nLR = 0.5")
-    checkout.commit("lines between the knobs")
+    (checkout.cache / "devices").write_text("1")
+    checkout.set_constant("harness/agents.py", "FIRST_REST", "60")
+    checkout.set_constant("harness/agents.py", "LAST_REST", "60")
+    checkout.commit("lines between the knobs, long rests")
     agent = checkout.agent("""
+        if os.getcwd().endswith("/1"):
+            sys.exit("worker one fell over")
         n = count()
         if n % 2:
             knob("DEPTH", 4 + n)
         else:
             knob("LR", 0.5 - n / 100)
-        say(f"idea {n}")
     """)
-    checkout.loop("--tag", "t", "--agent-cmd", agent, "--ahead", "2", "--max-experiments", "6")
-    rows = checkout.rows()
-    assert len(rows) >= 4
-    best = [float(row[1]) for row in rows if row[3] == "keep"]
-    assert best == sorted(best, reverse=True)
-    again = {run.again_of for run in checkout.runs()}
-    assert all(run.number in again for run in checkout.runs() if run.is_stale)
-
-
-def test_failure_of_one_worker_rests_no_other(checkout: Checkout):
-    agent = checkout.agent("""
-        if os.getcwd().endswith("/1"):
-            sys.exit("worker one fell over")
-        knob("LR", 0.2 + count() / 100)
-    """)
-    checkout.set_constant("harness/agents.py", "FIRST_REST", "60")
-    checkout.set_constant("harness/agents.py", "LAST_REST", "60")
-    checkout.commit("long rests")
-    process = checkout.popen("--tag", "t", "--agent-cmd", agent, "--workers", "2")
+    process = checkout.popen("--tag", "t", "--agent-cmd", agent, "--workers", "2", "--ahead", "1")
+    hear(process, "note: 2 workers, 1 device here")
     hear(process, "worker one fell over")
-    wait_for(lambda: len(checkout.rows()) >= 4, seconds=60)
+    wait_for(lambda: len(checkout.rows()) >= 7, seconds=60)
     process.send_signal(signal.SIGINT)
     ended(process)
-
-
-def test_more_workers_than_devices_is_said(checkout: Checkout):
-    checkout.replace("prepare.py", "DEVICES = 4", "DEVICES = 1")
-    checkout.commit("one device")
-    done = checkout.loop("--tag", "t", "--agent-cmd", "true", "--workers", "2", "--max-experiments", "0")
-    assert "note: 2 workers, 1 device here" in done.stderr
-    assert errors(done) == []
+    best = [float(row[1]) for row in checkout.rows() if row[3] == "keep"]
+    assert best == sorted(best, reverse=True) and len(best) > 2
+    again = {run.again_of for run in checkout.runs()}
+    assert all(run.number in again for run in checkout.runs() if run.is_stale)
