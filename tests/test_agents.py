@@ -86,7 +86,6 @@ def test_prompt_comes_on_standard_input_or_as_a_file_inside_the_worktree(lab):
     [
         ('knob("DEPTH", 8); say("a\\tline\\nor two \\u202e" + "x" * 300)', "a line or two " + "x" * 186),
         ('knob("DEPTH", 8); pathlib.Path("experiment.txt").write_bytes(b"caf\\xff\\x00")', "caf\ufffd"),
-        ('knob("DEPTH", 8); say("\\n")', "DEPTH 4 -> 8"),
         ('knob("DEPTH", 8); os.mkfifo("experiment.txt")', "DEPTH 4 -> 8"),
         ('open("train.py", "a").write("1\\n"); os.symlink("/etc/hostname", "experiment.txt")', "edit of train.py"),
     ],
@@ -101,14 +100,12 @@ def test_description_is_one_clean_line_of_the_agents_or_the_changed_constants(la
 HARM = {
     "deletes everything": 'subprocess.run("rm -rf * .git .gitignore", shell=True); '
     f'pathlib.Path("train.py").write_text({TRAIN!r})',
-    "points git elsewhere": 'pathlib.Path(".git").write_text("gitdir: ../../../.git\\n")',
     "removes git's entry of the worktree": 'import shutil; '
     'shutil.rmtree(subprocess.getoutput("git rev-parse --absolute-git-dir"))',
     "commits": 'pathlib.Path("prepare.py").write_text("1"); git("commit -qam mine"); git("checkout -q -b mine$$")',
     "stages junk": 'pathlib.Path("junk").write_text("1"); git("add -A -f"); git("rm -q --cached prepare.py")',
     "hides a change from git": 'pathlib.Path("prepare.py").write_text("1"); '
     'git("update-index --skip-worktree prepare.py")',
-    "spoils the index": 'pathlib.Path(subprocess.getoutput("git rev-parse --git-path index")).write_bytes(b"junk")',
     "leaves a lock": 'pathlib.Path(subprocess.getoutput("git rev-parse --git-path index.lock")).touch()',
     "checks out next to nothing": 'git("sparse-checkout set --no-cone nothing"); git("show HEAD:train.py > train.py")',
     "turns files into folders": 'os.remove("prepare.py"); os.makedirs("prepare.py/x"); os.makedirs("torch/y")',
@@ -360,7 +357,6 @@ PI = (
     '{"type":"message_end","message":{"role":"assistant","content":[{"type":"text","text":"Done."}],"usage":{"input":5,'
     '"output":3,"cacheRead":7,"cacheWrite":2,"totalTokens":17,"cost":{"input":1,"total":0.125}}}}'
 )
-QWEN = '{"type":"result","usage":{"input_tokens":20,"output_tokens":3,"cache_read_input_tokens":8,"total_tokens":23}}'
 DROID = (
     '{"type":"completion","finalText":"Done.","usage":{"input_tokens":20,"output_tokens":3,"cache_read_input_tokens":8,'
     '"cache_creation_input_tokens":1}}'
@@ -377,15 +373,12 @@ COSTS = {
     "codex": (CODEX, Cost(1, 1200, 34, None)),
     "opencode": (OPENCODE, Cost(1, 9, 7, 0.75)),
     "pi": (f"{PI}\n{PI}", Cost(1, 28, 6, 0.25)),
-    "qwen": (QWEN, Cost(1, 20, 3, None)),
     "droid": (DROID, Cost(1, 29, 3, None)),
-    "gemini": (GEMINI, Cost(1, 20, 3, None)),
+    "gemini, qwen": (GEMINI, Cost(1, 20, 3, None)),
     "vibe": (VIBE, Cost(1, 9, 2, 0.5)),
     "copilot": (COPILOT, Cost(1, 10, 3, None)),
     "plain text": ("I raised DEPTH; it cost $3.\n", agents.UNKNOWN),
-}  # fmt: skip
-
-
+}
 RUBBISH = [
     "", "{", "[]", "[1]", "null", "\x00\ufffd", "[" * 100_000, '{"type": []}', '{"type": "result"}', '{"error": [7]}',
     '{"type":"result","total_cost_usd":"3","modelUsage":[],"result":7}', '{"message": {"content": [], "role": {}}}',

@@ -107,10 +107,6 @@ def test_verdict_says_the_rule_by_which_it_fell_and_what_to_do_next(run, said):
 
 def test_headline_is_one_line_of_what_was_decided():
     ledger = small_ledger()
-    assert [headline(ledger, ledger[number]) for number in (1, 4, 5)] == [
-        "run 0001 keep: val_bpb 1.720000, 500 steps, 40 s (baseline)",
-        "run 0004 discard: val_bpb 1.690000, 0.010000 worse ± 0.043726, 480 steps (-11%), 40 s (value embeddings)",
-        "run 0005 crash: NameError: name 'WARM' is not defined (warm up longer)",
-    ]
-    audit = made(7, WIDER, 1.69, "measured", "champion, seed 3", purpose="audit", group="audit 1/champion")
-    assert headline(ledger, audit).startswith("run 0007 measured: val_bpb 1.690000, 0.025000 worse ± ")
+    said = "run 0004 discard: val_bpb 1.690000, 0.010000 worse ± 0.043726, 480 steps (-11%), 40 s (value embeddings)"
+    assert headline(ledger, ledger[4]) == said
+    assert headline(ledger, ledger[5]) == "run 0005 crash: NameError: name 'WARM' is not defined (warm up longer)"

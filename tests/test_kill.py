@@ -1,7 +1,7 @@
 """Kill -9 at every step: the loop, its agent, its training, or all of them at once as when the plug is pulled.
 
     uv run pytest tests/test_kill.py                      # a kill while an agent works
-    uv run pytest tests/test_kill.py -m slow              # 20: at state transitions, at random, of children
+    uv run pytest tests/test_kill.py -m slow              # 20: at state transitions and at random
     KILLS=150 uv run pytest tests/test_kill.py -m slow    # 300
 
 A state transition is whatever loop.py does to the outside: a process started (git, agent, training), a file of the
@@ -17,7 +17,7 @@ import signal
 import subprocess
 
 import pytest
-from conftest import Checkout, ended, wait_for
+from conftest import Checkout, wait_for
 
 from harness.files import is_locked
 
@@ -67,8 +67,6 @@ if sys.orig_argv[1].endswith("loop.py"):
 AGENT = """
     n = count()
     time.sleep(0.03)
-    while (OUTSIDE / "hold the agent").exists():
-        time.sleep(0.01)
     knob("SECONDS", -n if n % 5 == 4 else 0.05)  # it cannot sleep for less than nothing
     if n % 5 == 4:
         pass
@@ -118,51 +116,26 @@ class Night:
         self.check()
         return len(log.read_text().splitlines())
 
-    def kill_at(self, transition: int, everything: bool) -> None:
-        """Kill right before a state transition: the loop alone, or with every process that it started."""
-        env = {"KILL_AT": str(transition)} | ({"KILL_ALL": "1"} if everything else {})
-        process = self.checkout.popen(*self.options, "--max-experiments", "2", **env)
+    def kill_in_hook(self, how: str, **env: str) -> None:
+        """Kill where the hook is told to: right before a state transition, or a git command in the checkout."""
+        process = self.checkout.popen(*self.options, "--max-experiments", "4", **env)
         _, err = process.communicate(timeout=60)
         assert process.returncode in (0, -signal.SIGKILL), err
         self.kills += process.returncode == -signal.SIGKILL
-        self.check_after_kill(f"transition {transition}, everything {everything}")
-
-    def kill_at_move(self, command: str) -> None:
-        """Kill while the checkout moves to a new champion: right before this git command. The first was the start's."""
-        process = self.checkout.popen(*self.options, "--max-experiments", "4", KILL_MOVE=command)
-        _, err = process.communicate(timeout=60)
-        assert process.returncode == -signal.SIGKILL, err
-        self.kills += 1
-        self.check_after_kill(command)
+        self.check_after_kill(how)
 
     def kill_at_random(self, seconds: float, everything: bool) -> None:
         process = self.checkout.popen(*self.options)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            for pid in self.checkout.processes(f"KILL_CHECKOUT={self.checkout.path}") if everything else [process.pid]:
-                kill(pid)
-        assert process.wait(10) == -signal.SIGKILL
+        pids = self.checkout.processes(f"KILL_CHECKOUT={self.checkout.path}") if everything else [process.pid]
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         process.communicate()
+        assert process.returncode == -signal.SIGKILL
         self.kills += 1
         self.check_after_kill(f"after {seconds:.3f} s, everything {everything}")
-
-    def kill_child(self, role: str) -> None:
-        """Kill the agent or the training; the loop goes on, a killed agent costs no row, a killed training one."""
-        hold = self.checkout.hold if role == "run" else self.checkout.outside / "hold the agent"
-        hold.touch()  # until it is killed
-        process = self.checkout.popen(*self.options, "--max-experiments", "2")
-        kill(wait_for(lambda: self.checkout.processes(f"AUTORESEARCH_MARK={self.checkout.home()}:{role}"))[0])
-        hold.unlink()
-        err = ended(process, timeout=60).stderr
-        assert err.count("SIGKILL") == 1, err
-        self.kills += 1
-        before = len(self.rows)
-        self.check()
-        new = self.rows[before:]
-        killed = [row for row in new if "SIGKILL" in row[4]]
-        begun = [row for row in new if not self.runs[row[0]].again_of]
-        assert len(begun) == 2 and len(killed) == (role == "run"), new
 
     def check_after_kill(self, how: str) -> None:
         """Nothing recorded may be gone; then a restart must put everything right."""
@@ -183,8 +156,7 @@ class Night:
         assert (checkout.path / "results.tsv").read_text() == (checkout.home() / "results.tsv").read_text(), how
         # the champion: the last kept row, branch and files at it
         kept = next(row[0] for row in reversed(rows) if row[3] == "keep")
-        champion = checkout.git("rev-parse", "refs/heads/autoresearch/t")
-        assert champion.startswith(kept), how
+        assert checkout.git("rev-parse", "refs/heads/autoresearch/t").startswith(kept), how
         assert checkout.git("symbolic-ref", "HEAD") == "refs/heads/autoresearch/t", how
         assert checkout.git("status", "--porcelain", "--untracked-files=no") == "", how
         best = [float(row[1]) for row in rows if row[3] == "keep"]
@@ -193,23 +165,18 @@ class Night:
         layout = "--format=%(refname:lstrip=3) %(objectname) %(subject)"
         lines = checkout.git("for-each-ref", layout, "refs/autoresearch/t")
         refs = {int(number): rest for number, rest in (line.split(" ", 1) for line in lines.splitlines())}
-        for number, rest in refs.items():
-            assert rest.split(" ", 1)[1].startswith(f"run {number:04d}: "), how
+        assert all(f" run {number:04d}: " in rest for number, rest in refs.items()), how
         assert {number: refs[number] for number in self.refs} == self.refs, how
         runs = checkout.runs()
-        for run in runs:
-            assert run.purpose == "baseline" or refs[run.number].startswith(run.commit), how
+        assert all(run.purpose == "baseline" or refs[run.number].startswith(run.commit) for run in runs), how
         numbers = [run.number for run in runs]
         assert len(set(numbers)) == len(numbers), how
-        if self.workers == 1:
-            assert numbers == sorted(numbers), how
+        assert self.workers > 1 or numbers == sorted(numbers), how
         folders = {int(path.name) for path in (checkout.home() / "runs").iterdir()}
         assert folders >= self.folders and max(folders) >= max(refs, default=0), how
         # a gain on a former champion was run again, or dropped by name
         again = {run.again_of for run in runs}
-        for run in runs:
-            assert not run.is_stale or run.number in again, how
-        self.runs = {run.commit[:7]: run for run in runs}
+        assert all(run.number in again for run in runs if run.is_stale), how
         # no process, no lock, nothing on the bench
         assert checkout.orphans() == [], how
         assert [path for path in (checkout.path / ".git").rglob("*.lock") if path.is_file()] == [], how
@@ -221,39 +188,32 @@ class Night:
         self.folders = folders
 
 
-def kill(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
-
-
-def many_kills(night: Night, count: int, seed: int) -> None:
-    """A night of `count` kills: of ten, five at state transitions, three at random moments, one of each child."""
-    chance = random.Random(seed)
-    every = night.transitions()
-    step = max(1, 2 * every // count)
-    places = itertools.cycle(range(1 + chance.randrange(step), every + 1, step))
-    while night.kills < count:
-        kind = night.kills % 10
-        if kind < 5:
-            night.kill_at(next(places), everything=kind % 2 == 1)
-        elif kind < 8:
-            night.kill_at_random(0.1 + chance.random(), everything=kind == 6)
-        else:
-            night.kill_child("agent" if kind == 8 else "run")
-    print(f"seed {seed}: {night.kills} kills, {len(night.rows)} rows, {every} transitions")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 4])
 def test_kill_at_every_step_loses_nothing(checkout, workers):
-    many_kills(Night(checkout, workers), KILLS, seed=random.randrange(10**6))
+    """Of ten kills, six at state transitions and four at random moments; every other one takes all processes."""
+    seed = random.randrange(10**6)
+    chance = random.Random(seed)
+    night = Night(checkout, workers)
+    every = night.transitions()
+    step = max(1, 2 * every // KILLS)
+    places = itertools.cycle(range(1 + chance.randrange(step), every + 1, step))
+    while night.kills < KILLS:
+        if night.kills % 10 < 6:
+            place = str(next(places))
+            everything = {"KILL_ALL": "1"} if night.kills % 2 else {}
+            night.kill_in_hook(f"transition {place}, {everything}", KILL_AT=place, **everything)
+        else:
+            night.kill_at_random(0.1 + chance.random(), everything=night.kills % 2 == 1)
+    print(f"seed {seed}: {night.kills} kills, {len(night.rows)} rows, {every} transitions")
 
 
 @pytest.mark.slow
 def test_kill_while_the_checkout_moves_leaves_no_change_in_it(checkout):
     night = Night(checkout, workers=2)
-    for command in ("read-tree", "restore"):
-        night.kill_at_move(command)
+    for number, command in enumerate(("read-tree", "restore"), 1):
+        night.kill_in_hook(command, KILL_MOVE=command)
+        assert night.kills == number
 
 
 @pytest.mark.parametrize("role", ["agent", pytest.param("run", marks=pytest.mark.slow)])

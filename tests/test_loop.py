@@ -4,6 +4,7 @@ Two nights are scripted, step by step, and the first tests look at what they lef
 """
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -43,14 +44,12 @@ GOOD_AND_BAD_IDEAS = """
         path.write_text(text.replace("EXTRA = [1, 2, 3, 4, 5, 6, 7, 8]\\n", ""))
     elif n == 10:
         knob("DEPTH", 7)
-        pathlib.Path("prepare.py").write_text("raise SystemExit(9)")
-        pathlib.Path("new.py").write_text("")
+        for name in ("prepare.py", "pyproject.toml", "uv.lock", "new.py"):
+            pathlib.Path(name).write_text("raise SystemExit(9)")
 """
 WORTHLESS = [  # what an agent leaves, and what it hears: none of it costs a row
     ("knob('DEPTH', '(')", "train.py does not compile"),
     ("os.unlink('train.py'); os.mkfifo('train.py')", "train.py is not a regular file"),
-    ("os.unlink('train.py'); os.symlink('prepare.py', 'train.py')", "train.py is not a regular file"),
-    ("os.unlink('train.py'); os.mkdir('train.py')", "train.py is not a regular file"),
     ("open('train.py', 'a').write('# a comment')", "train.py is the champion's"),
     ("pass", "left train.py as it was"),
     ("print('no more credit on this planet'); sys.exit(7)", "no more credit on this planet"),
@@ -79,7 +78,9 @@ def night(module_checkout) -> Checkout:
     night.replace("train.py", "# ---- The rest", "EXTRA = [1, 2, 3, 4, 5, 6, 7, 8]\n# ---- The rest")
     night.replace("train.py", "* (seed - 42))", "* (seed - 42), accuracy=0.5 if DEPTH == 6 else 0.95)")
     night.replace("loop.py", "floors={}", 'floors={"accuracy": 0.9}')
-    night.commit("something to remove, and a floor")
+    for name in ("pyproject.toml", "uv.lock"):
+        night.write(name, "# of the project\n")
+    night.commit("something to remove, a floor, and the list of packages")
     command = ["--tag", "t", "--agent-cmd", night.agent(GOOD_AND_BAD_IDEAS), "--max-experiments", "8"]
     night.said = night.loop(*command, timeout=120).stderr
     return night
@@ -113,37 +114,31 @@ def test_night_keeps_what_is_better_and_drops_the_rest(night: Checkout):
     assert not (night.path / ".autoresearch" / "t" / "1").exists()
 
 
-def found(night: Checkout, call: int) -> str:
-    return (night.outside / f"found{call}").read_text()
-
-
-def test_repeat_by_syntax_tree_is_refused_and_the_agent_is_told(night: Checkout):
-    assert "repeats run 3 (discard: idea 2)" in found(night, 4)
+def test_repeat_and_crash_are_told_to_the_next_proposal_once(night: Checkout):
+    """A repeat by syntax tree is refused. A crash is handed back until it was mended once: call 5 does nothing, so the
+    task stays; call 6 crashes too, so call 7 has the champion's file again."""
+    found = [(night.outside / f"found{call}").read_text() for call in range(1, 11)]
+    assert "repeats run 3 (discard: idea 2)" in found[3]
     assert "idea 3" not in (night.path / "results.tsv").read_text()
-
-
-def test_crash_is_handed_back_until_it_was_mended_once_then_the_champions_file_again(night: Checkout):
-    """Call 5 does nothing, so the task stays; call 6 crashes too."""
     assert night.rows()[3][4] == "ZeroDivisionError: division by zero (exit code 1): idea 4"
-    assert ["DEPTH = 1/0" in found(night, call) for call in (4, 5, 6, 7)] == [False, True, True, False]
-    assert "an experiment that crashed" in found(night, 5) and "an experiment that crashed" not in found(night, 7)
-    assert "DEPTH = 5" in found(night, 7)
+    assert ["DEPTH = 1/0" in text for text in found[3:7]] == [False, True, True, False]
+    assert "an experiment that crashed" in found[4] and "an experiment that crashed" not in found[6]
+    assert "DEPTH = 5" in found[6]
 
 
-def test_floor_discards_a_gain_with_its_reason_first(night: Checkout):
-    assert night.rows()[5][4] == "accuracy 0.5 is below its floor 0.9: DEPTH 5 -> 6"
+def test_floor_discards_a_gain_and_a_simplification_is_kept_within_the_noise_strings_counted(night: Checkout):
+    assert [row[3:] for row in night.rows()[5:8]] == [
+        ["discard", "accuracy 0.5 is below its floor 0.9: DEPTH 5 -> 6"],
+        ["discard", "simplify: in a string"],
+        ["keep", "simplify: without it"],
+    ]
 
 
-def test_simplification_is_kept_within_the_noise_and_strings_count(night: Checkout):
-    assert [row[3:] for row in night.rows()[6:8]] == [
-        ["discard", "simplify: in a string"], ["keep", "simplify: without it"],
-    ]  # fmt: skip
-
-
-def test_agents_other_edits_are_undone_and_said(night: Checkout):
-    assert "the agent also changed prepare.py: undone" in night.said
-    assert night.runs()[-1].touched == ("prepare.py",)
+def test_agents_edits_of_evaluator_and_packages_are_undone_and_said_and_its_gain_counts(night: Checkout):
+    assert "the agent also changed prepare.py, pyproject.toml, uv.lock: undone" in night.said
+    assert night.runs()[-1].touched == ("prepare.py", "pyproject.toml", "uv.lock")
     assert night.git("show", "--name-only", "--format=", "autoresearch/t") == "train.py"
+    assert (night.path / "uv.lock").read_text() == "# of the project\n" and not (night.path / "new.py").exists()
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +191,6 @@ def rough_night(module_checkout) -> Checkout:
 def test_edit_that_is_not_worth_a_run_costs_no_row_and_is_named(rough_night: Checkout):
     for _, reason in WORTHLESS:
         assert reason in rough_night.said, reason
-    assert rough_night.said.count("train.py is not a regular file") == 3
     assert [run.number for run in rough_night.runs()] == [1, 2, 3]
     calls = (rough_night.outside / "uv-calls").read_text()
     assert "pip uninstall" in calls and "evil" in calls
@@ -244,15 +238,11 @@ def test_tag_goes_on_from_runs_jsonl_alone_and_only_where_scores_compare(checkou
     runs.write_text("no run\n" + runs.read_text())
     (error,) = errors(checkout.loop(*BASELINE, code=1))
     assert "runs.jsonl:1 is not a run" in error and "mend or delete that line" in error
-
-
-def test_tag_of_an_older_loop_is_refused_and_its_ledger_can_still_be_read(checkout: Checkout):
-    checkout.home().mkdir(parents=True)
+    runs.unlink()  # as an older loop.py left it
     old = checkout.home() / "results.tsv"
-    old.write_text("commit\tval_bpb\tmemory_gb\tstatus\tdescription\nabc1234\t1.0\t0.5\tkeep\tbaseline\n")
     (error,) = errors(checkout.loop(*BASELINE, code=2))
     assert "begun by an older loop.py: choose another --tag" in error
-    assert "1.000000" in checkout.loop("report", str(old)).stdout
+    assert "1.080000" in checkout.loop("report", str(old)).stdout
 
 
 # Gains that are asked about
@@ -324,7 +314,7 @@ def test_person_stops_a_night_once_at_once_and_by_closing_the_terminal(checkout:
         for one in signals[:-1]:
             process.send_signal(one)
             hear(process, "finishing what runs")
-        process.send_signal(signals[-1])
+        os.killpg(process.pid, signals[-1])  # as a terminal does: agent and git get it too
         assert "stopped" in ended(process).stderr
         assert checkout.statuses() == ["keep"] and checkout.orphans() == []
 

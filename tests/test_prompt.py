@@ -74,11 +74,10 @@ def test_dead_end_names_the_champion_of_its_time_and_none_is_told_while_the_nois
         night = Night(domain, profile)
         for n in range(10):
             night.add("discard", 1.0 + sign * n / 1000, f"near {n}")
-        night.add("keep", 1.0 - sign * 0.1, "a deeper model")
+        base = night.add("keep", 1.0 - sign * 0.1, "a deeper model")
         night.add("discard", 1.0 + sign * 0.2, "no warm-up", reason="sensitivity 0.7 is below 0.9")
         told = night.told()
         assert [line.split("\t")[4] for line in told["Near misses"]] == [f"near {n}" for n in range(10)]
-        base = night.ledger.champion
         end = f"- sensitivity 0.7 is below 0.9: no warm-up: 0.300000 worse than {base} (a deeper model)"
         assert told.get("Dead ends", []) == [end] * count
 

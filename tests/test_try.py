@@ -38,13 +38,19 @@ def test_gain_moves_the_branch_and_a_loss_puts_the_champion_back(night: Checkout
     assert night.statuses()[4:] == ["keep"]
 
 
-def test_first_try_of_an_edit_runs_the_baseline_too_once_the_branch_is_that_of_a_run(checkout: Checkout):
+def test_first_try_runs_the_baseline_too_once_the_branch_is_that_of_a_run_and_describes_what_has_no_words(
+    checkout: Checkout,
+):
     (error,) = errors(checkout.loop("try", "x", code=2))
     assert "this checkout is not on the branch of a run: 'git checkout -b autoresearch/" in error
     checkout.git("checkout", "-q", "-b", "autoresearch/t")
     checkout.set_knob(DEPTH=6)
-    checkout.loop("try", "deeper")
-    assert [row[3:] for row in checkout.rows()] == [["keep", "baseline"], ["keep", "deeper"]]
+    checkout.loop("try", "  ")
+    assert [row[3:] for row in checkout.rows()] == [["keep", "baseline"], ["keep", "DEPTH 4 -> 6"]]
+    checkout.set_knob(DEPTH=5)
+    checkout.loop("try", "tab\there two\nlines a\u202eb ü" + "x" * 1000)
+    odd = checkout.rows()[2]
+    assert len(odd) == 5 and "\u202e" not in odd[4] and len(odd[4]) <= 300
 
 
 def test_refused_edit_stays_where_it_is(night: Checkout):
@@ -106,13 +112,3 @@ def test_again_and_base_measure_on_fresh_seeds_and_a_former_champion_takes_the_t
     night.loop("try", "--again", "1")
     assert "lucky" not in night.git("log", "-1", "--format=%s")
     assert "else -0.1" not in (night.path / "train.py").read_text()
-
-
-def test_description_of_any_text_is_one_cell_and_none_is_the_changed_hyperparameters(night: Checkout):
-    words = ["tab\there two\nlines a\u202eb \ud83d\ude00 ü" + "x" * 1000, "  "]
-    for depth, text in zip((3, 2), words, strict=True):
-        night.set_knob(DEPTH=depth)
-        night.loop("try", text.encode("utf-8", "surrogatepass").decode("utf-8", "replace"))
-    _, odd, none = night.rows()
-    assert len(odd) == 5 and "\u202e" not in odd[4] and len(odd[4]) <= 300
-    assert none[4] == "DEPTH 4 -> 2"
