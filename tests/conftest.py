@@ -129,14 +129,6 @@ BASELINE = "--tag", "t", "--agent-cmd", "true", "--max-experiments", "0"  # for 
 DEEPER = 'knob("DEPTH", knob("DEPTH") + 1)'  # for Checkout.agent: a proposal that is better, up to 12
 
 
-def start_piped(command: list[str], env: dict[str, str], cwd: Path | None = None) -> subprocess.Popen:
-    """A child in a session of its own, with nothing to read; `hear` and `ended` read what it prints."""
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(command, cwd=cwd, env=env, text=True, start_new_session=True, **pipes)
-    process.heard = ""  # of its stderr so far
-    return process
-
-
 @functools.cache
 def template() -> Path:
     """The checkout that every scratch one is a copy of, made once a process: short waits, compiled, committed."""
@@ -218,7 +210,6 @@ class Checkout:
         head = """
             import os, pathlib, re, subprocess, sys, time
             OUTSIDE = pathlib.Path(__file__).parent
-            HOLD = pathlib.Path(os.environ["AUTORESEARCH_CACHE"], "hold")  # as Checkout.hold
             prompt = sys.stdin.read()
             def knob(name, value=None):
                 text = pathlib.Path("train.py").read_text()
@@ -236,28 +227,33 @@ class Checkout:
         return f"{sys.executable} {path}"
 
     def popen(self, *args: str, **env: str) -> subprocess.Popen:
+        """Start a command in a session of its own, with nothing to read; `hear` and `ended` read what it prints."""
         if "--workers" in args and "--ray" not in args:
             args = (*args, "--ray", "off")  # threads: Ray takes seconds to start
-        return start_piped([sys.executable, str(self.path / "loop.py"), *args], self.env | env, self.path)
+        options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        options |= {"cwd": self.path, "env": self.env | env, "start_new_session": True}
+        process = subprocess.Popen([sys.executable, str(self.path / "loop.py"), *args], **options)
+        process.heard = ""  # of its stderr so far
+        return process
 
     def loop(self, *args: str, code: int = 0, timeout: float = 60, **env: str) -> subprocess.CompletedProcess:
         """Run a command to its end, which must have this exit code."""
         return ended(self.popen(*args, **env), code, timeout)
 
-    def home(self, tag: str = "t") -> Path:
-        return self.path / ".git" / "autoresearch" / tag
+    def home(self) -> Path:
+        return self.path / ".git" / "autoresearch" / "t"
 
-    def rows(self, tag: str = "t") -> list[list[str]]:
-        lines = (self.home(tag) / "results.tsv").read_text().splitlines()
+    def rows(self) -> list[list[str]]:
+        lines = (self.home() / "results.tsv").read_text().splitlines()
         assert lines[0] == "commit\tval_bpb\tmemory_gb\tstatus\tdescription"
         return [line.split("\t") for line in lines[1:]]
 
-    def statuses(self, tag: str = "t") -> list[str]:
-        return [row[3] for row in self.rows(tag)]
+    def statuses(self) -> list[str]:
+        return [row[3] for row in self.rows()]
 
-    def runs(self, tag: str = "t") -> list[Run]:
+    def runs(self) -> list[Run]:
         """The lines of runs.jsonl."""
-        return read_runs(self.home(tag) / "runs.jsonl")
+        return read_runs(self.home() / "runs.jsonl")
 
     def processes(self, entry: str) -> list[int]:
         """Ids of the living processes in whose environment an entry begins so."""

@@ -17,49 +17,34 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
 from typing import Self
 
-# -----------------------------------------------------------------------------
-# Turns of a script
-
 
 @dataclass(frozen=True)
-class Run:
-    """Calls the CLI's own shell tool."""
-
+class Run:  # calls the CLI's own shell tool
     command: str
 
 
 @dataclass(frozen=True)
-class Call:
-    """Calls another of the CLI's own tools: claude's Edit, Write or Read."""
-
+class Call:  # calls another of the CLI's own tools: claude's Edit, Write or Read
     tool: str
     arguments: dict
 
 
 @dataclass(frozen=True)
-class Say:
-    """Answers with text, which ends the agent's work."""
-
+class Say:  # answers with text, which ends the agent's work
     text: str
 
 
 @dataclass(frozen=True)
-class Status:
-    """Refuses with an HTTP status and, where given, a Retry-After."""
-
+class Status:  # refuses with an HTTP status and, where given, a Retry-After
     code: int
     retry_after_seconds: int | None = None
 
 
-@dataclass(frozen=True)
-class Hang:
-    """Accepts the request and never answers."""
+class Hang:  # accepts the request and never answers
+    pass
 
 
 Turn = Run | Call | Say | Status | Hang
-
-# -----------------------------------------------------------------------------
-# What a request says
 
 
 @dataclass(frozen=True)
@@ -77,14 +62,15 @@ class Request:
     @property
     def user_text(self) -> str:
         """All that the user's side said, joined: a prompt must be in it whole."""
-        messages = self.body.get("messages") or self.body.get("input") or []
-        return "\n".join(text for m in messages if m.get("role") == "user" for text in texts(m.get("content")))
-
-
-def texts(content: str | list | None) -> list[str]:
-    if isinstance(content, str):
-        return [content]
-    return [part["text"] for part in content or [] if "text" in part]
+        said = []
+        for message in self.body.get("messages") or self.body.get("input") or []:
+            content = message.get("content") or []
+            if message.get("role") != "user":
+                continue
+            if isinstance(content, str):
+                content = [{"text": content}]
+            said += [part["text"] for part in content if "text" in part]
+        return "\n".join(said)
 
 
 def tool_call(request: Request, turn: Run | Call) -> tuple[str, dict]:
@@ -157,9 +143,6 @@ def chat_completions(request: Request, number: int, turn: Run | Call | Say):
 
 
 STREAMS = {"/messages": anthropic_messages, "/responses": openai_responses, "/chat/completions": chat_completions}
-
-# -----------------------------------------------------------------------------
-# The server
 
 
 class ModelServer(ThreadingHTTPServer):

@@ -58,12 +58,9 @@ def test_agent_finds_ledger_and_newest_runs_inside_its_worktree(lab, monkeypatch
     assert b"DEPTH = 1" in lab.propose(look).source
     for number in range(3, 6):
         lab.add_run(log=f"log {number}")
-    lab.propose(EDIT)
-    assert sorted(os.listdir(lab.file("runs"))) == ["0003", "0004", "0005"]
-    written = lab.file("runs/0005/run.log").stat().st_mtime_ns
     (lab.tag.folder(4) / "run.log").write_text("it went on")
     lab.propose(EDIT)
-    assert lab.file("runs/0005/run.log").stat().st_mtime_ns == written  # copied once
+    assert sorted(os.listdir(lab.file("runs"))) == ["0003", "0004", "0005"]
     assert lab.file("runs/0004/run.log").read_text() == "it went on"
 
 
@@ -81,17 +78,17 @@ def test_prompt_comes_on_standard_input_or_as_a_file_inside_the_worktree(lab):
     assert not path.exists()
 
 
-@pytest.mark.parametrize(
-    ("body", "description"),
-    [
-        ('knob("DEPTH", 8); say("a\\tline\\nor two \\u202e" + "x" * 300)', "a line or two " + "x" * 186),
-        ('knob("DEPTH", 8); pathlib.Path("experiment.txt").write_bytes(b"caf\\xff\\x00")', "caf\ufffd"),
-        ('knob("DEPTH", 8); os.mkfifo("experiment.txt")', "DEPTH 4 -> 8"),
-        ('open("train.py", "a").write("1\\n"); os.symlink("/etc/hostname", "experiment.txt")', "edit of train.py"),
-    ],
-)  # fmt: skip
-def test_description_is_one_clean_line_of_the_agents_or_the_changed_constants(lab, body, description):
-    assert lab.propose(body).description == description
+DESCRIPTIONS = [
+    ('knob("DEPTH", 8); say("a\\tline\\nor two \\u202e" + "x" * 300)', "a line or two " + "x" * 186),
+    ('knob("DEPTH", 8); pathlib.Path("experiment.txt").write_bytes(b"caf\\xff\\x00")', "caf\ufffd"),
+    ('knob("DEPTH", 8); os.mkfifo("experiment.txt")', "DEPTH 4 -> 8"),
+    ('open("train.py", "a").write("1\\n"); os.symlink("/etc/hostname", "experiment.txt")', "edit of train.py"),
+]
+
+
+def test_description_is_one_clean_line_of_the_agents_or_the_changed_constants(lab):
+    for body, description in DESCRIPTIONS:
+        assert lab.propose(body).description == description
 
 
 # -----------------------------------------------------------------------------
@@ -179,16 +176,8 @@ def test_agent_over_its_time_fails_and_one_that_is_stopped_gives_no_half_an_edit
     answer = lab.propose("time.sleep(600)", limit=0.5)
     assert answer.kind == "failed" and answer.reason.startswith("the agent ended with timeout after")
     assert not answer.reason.endswith(":")
-    agent = lab.agent(EDIT + '(OUTSIDE / "ready").touch(); time.sleep(600)')
-    answers = []
-    thread = threading.Thread(target=lambda: answers.append(lab.propose(agent)))
-    thread.start()
-    while not (lab.outside / "ready").exists():
-        assert thread.is_alive()
-        thread.join(0.01)
-    lab.stop.set()
-    thread.join()
-    assert isinstance(answers[0], NoProposal)
+    threading.Timer(1, lab.stop.set).start()
+    assert isinstance(lab.propose(EDIT + "time.sleep(600)"), NoProposal)
 
 
 def test_back_off_doubles_to_a_limit_is_longer_for_rate_limits_and_ends_with_a_success():

@@ -23,14 +23,6 @@ def make_fork(checkout: Checkout) -> None:
     checkout.commit("another problem")
 
 
-def test_nothing_but_the_fork_block_names_the_metric():
-    texts = {"loop.py": BLOCK_OF_LOOP.sub("", (ROOT / "loop.py").read_text())}
-    texts |= {path.name: path.read_text() for path in (ROOT / "harness").glob("*.py") if path.stem != "device"}
-    texts["domain.py"] = texts["domain.py"].replace('memory: str = "peak_vram_mb"', "")  # a default, for the original
-    for name, text in texts.items():
-        assert not re.search(r"val_bpb|test_bpb|num_steps|peak_vram_mb|[\"']val[\"']", text), name
-
-
 def test_fork_checks_keeps_discards_crashes_reports_and_audits(checkout: Checkout):
     assert len(BLOCKS["evaluate.py"].splitlines()) < 45
     make_fork(checkout)

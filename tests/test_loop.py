@@ -5,7 +5,6 @@ Two nights are scripted, step by step, and the first tests look at what they lef
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -16,37 +15,18 @@ from conftest import BASELINE, DEEPER, Checkout, ended, errors, hear, wait_for
 ONE = "--tag", "t", "--max-experiments", "1", "--agent-cmd"
 
 # What an agent does in its n-th call. It keeps what it found: the file, then the prompt.
-GOOD_AND_BAD_IDEAS = """
-    n = count()
-    path = pathlib.Path("train.py")
-    text = path.read_text()
-    (OUTSIDE / f"found{n}").write_text(text + prompt)
-    say(f"idea {n}")
-    if n == 1:
-        knob("DEPTH", 5)
-    elif n == 2:
-        knob("DEPTH", 3)
-    elif n == 3:
-        knob("DEPTH", 3)
-        path.write_text(path.read_text() + "# another comment\\n\\n'and words'\\n")
-    elif n == 4:
-        knob("DEPTH", "1/0")
-    elif n == 6:
-        knob("DEPTH", "2/0")
-    elif n == 7:
-        say("")
-        knob("DEPTH", 6)
-    elif n == 8:
-        say("simplify: in a string")
-        path.write_text(text.replace("EXTRA = [1, 2, 3, 4, 5, 6, 7, 8]", "exec('EXTRA = [1, 2, 3, 4, 5, 6, 7, 8, 9]')"))
-    elif n == 9:
-        say("simplify: without it")
-        path.write_text(text.replace("EXTRA = [1, 2, 3, 4, 5, 6, 7, 8]\\n", ""))
-    elif n == 10:
-        knob("DEPTH", 7)
-        for name in ("prepare.py", "pyproject.toml", "uv.lock", "new.py"):
-            pathlib.Path(name).write_text("raise SystemExit(9)")
-"""
+IDEAS = [
+    "knob('DEPTH', 5)",
+    "knob('DEPTH', 3)",
+    "knob('DEPTH', 3); path.write_text(path.read_text() + '# another comment\\n\\n\"and words\"\\n')",
+    "knob('DEPTH', '1/0')",
+    "pass",
+    "knob('DEPTH', '2/0')",
+    "say(''); knob('DEPTH', 6)",
+    "say('simplify: in a string'); path.write_text(text.replace(EXTRA, f'exec({EXTRA!r})'))",
+    "say('simplify: without it'); path.write_text(text.replace(EXTRA, ''))",
+    "knob('DEPTH', 7); [pathlib.Path(name).write_text('raise SystemExit(9)') for name in OTHER]",
+]
 WORTHLESS = [  # what an agent leaves, and what it hears: none of it costs a row
     ("knob('DEPTH', '(')", "train.py does not compile"),
     ("os.unlink('train.py'); os.mkfifo('train.py')", "train.py is not a regular file"),
@@ -73,16 +53,26 @@ def module_checkout(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def night(module_checkout) -> Checkout:
-    """Eight experiments of GOOD_AND_BAD_IDEAS, with a floor that DEPTH 6 falls below."""
+    """Eight experiments of IDEAS, with a floor that DEPTH 6 falls below."""
     night = module_checkout("night")
-    night.replace("train.py", "# ---- The rest", "EXTRA = [1, 2, 3, 4, 5, 6, 7, 8]\n# ---- The rest")
+    extra = "EXTRA = [1, 2, 3, 4, 5, 6, 7, 8]\n"
+    night.replace("train.py", "# ---- The rest", f"{extra}# ---- The rest")
     night.replace("train.py", "* (seed - 42))", "* (seed - 42), accuracy=0.5 if DEPTH == 6 else 0.95)")
     night.replace("loop.py", "floors={}", 'floors={"accuracy": 0.9}')
     for name in ("pyproject.toml", "uv.lock"):
         night.write(name, "# of the project\n")
     night.commit("something to remove, a floor, and the list of packages")
-    command = ["--tag", "t", "--agent-cmd", night.agent(GOOD_AND_BAD_IDEAS), "--max-experiments", "8"]
-    night.said = night.loop(*command, timeout=120).stderr
+    agent = night.agent(f"""
+        EXTRA = {extra!r}
+        OTHER = "prepare.py", "pyproject.toml", "uv.lock", "new.py"
+        n = count()
+        path = pathlib.Path("train.py")
+        text = path.read_text()
+        (OUTSIDE / f"found{{n}}").write_text(text + prompt)
+        say(f"idea {{n}}")
+        exec({IDEAS!r}[n - 1])
+    """)
+    night.said = night.loop("--tag", "t", "--agent-cmd", agent, "--max-experiments", "8", timeout=120).stderr
     return night
 
 
@@ -154,10 +144,7 @@ def rough_night(module_checkout) -> Checkout:
     uv.parent.mkdir()
     uv.write_text(f'#!/bin/sh\necho "$@" >> {night.outside}/uv-calls\nrm -rf {packages}/evil-1.0.dist-info\n')
     uv.chmod(0o755)
-    night.replace("train.py", "import os, time", "import os, sys, time\nprint(sorted(os.environ), sys.path[0])")
-    night.commit("look at the environment")
-    secrets = dict.fromkeys(("ANTHROPIC_API_KEY", "HF_TOKEN", "MY_PASSWORD"), "x")
-    env = secrets | {"PYTHONPATH": str(packages), "PATH": f"{uv.parent}:{night.env['PATH']}"}
+    env = {"PYTHONPATH": str(packages), "PATH": f"{uv.parent}:{night.env['PATH']}"}
     agent = night.agent(f"""
         def install_evil():
             folder = pathlib.Path({str(packages)!r}, "evil-1.0.dist-info")
@@ -201,12 +188,6 @@ def test_nothing_that_an_agent_or_a_run_left_lives_on_or_reaches_a_run(rough_nig
     assert rough_night.statuses() == ["keep", "keep", "crash"]
     assert rough_night.orphans() == []
     assert not (rough_night.outside / "hooked").exists()
-
-
-def test_training_sees_no_key_and_nothing_that_changes_python(rough_night: Checkout):
-    log = (rough_night.home() / "runs" / "0001" / "run.log").read_text()
-    assert "AUTORESEARCH_SEED" in log
-    assert not re.search("API_KEY|HF_TOKEN|PASSWORD|PYTHONPATH", log)
 
 
 def test_run_with_another_attention_kernel_is_made_again_and_then_a_crash(rough_night: Checkout):
@@ -329,7 +310,7 @@ def test_person_stops_a_night_once_at_once_and_by_closing_the_terminal(checkout:
     assert checkout.statuses() == ["keep", "keep"] and checkout.runs()[1].number == 4
 
 
-def test_patience_target_hours_and_the_stop_file_end_a_night_and_notify_hears_of_it(checkout: Checkout):
+def test_patience_target_hours_dollars_and_the_stop_file_end_a_night_and_notify_hears_of_it(checkout: Checkout):
     worse = checkout.agent('knob("DEPTH", 3 - count() * 0.1)')
     done = checkout.loop("--tag", "t", "--agent-cmd", worse, "--patience", "2")
     assert "no keep in 2 experiments (--patience)" in done.stderr and checkout.statuses()[1:] == ["discard"] * 2
@@ -339,6 +320,10 @@ def test_patience_target_hours_and_the_stop_file_end_a_night_and_notify_hears_of
     assert "reaches --target 1.075" in done.stderr and checkout.rows()[-1][1] == "1.070000"
     assert "kept val_bpb 1.070000 (run 0004)" in heard.read_text() and "the loop ended: " in heard.read_text()
     assert "--hours 0 are over" in checkout.loop(*command, "--hours", "0").stderr
+    bill = '{"type": "result", "total_cost_usd": 0.75, "usage": {"input_tokens": 9, "output_tokens": 9}}'
+    dear = checkout.agent(f"print({bill!r})\n{DEEPER}")
+    done = checkout.loop("--tag", "t", "--agent-cmd", dear, "--max-usd", "1")
+    assert "--max-usd 1 is spent" in done.stderr and [run.cost.get("usd") for run in checkout.runs()[-2:]] == [0.75] * 2
     agent = checkout.agent(DEEPER + '\nopen(os.environ["CHECKOUT"] + "/STOP", "w")')
     checkout.loop("--tag", "t", "--agent-cmd", agent, CHECKOUT=str(checkout.path))
     assert not (checkout.path / "STOP").exists()

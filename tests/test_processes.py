@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from harness import processes
-from harness.files import open_regular, read_tail, read_text, write_atomically
+from harness.files import open_regular, read_tail, read_text
 from harness.processes import Ending, find_processes, run_child, sweep
 
 
@@ -138,16 +138,6 @@ sys.stdout.buffer.write(b"last line\\n")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
-
-
-def test_write_atomically_replaces_and_leaves_nothing(tmp_path):
-    for text in ("one\n", "two\n"):
-        write_atomically(tmp_path / "file", text)
-        assert (tmp_path / "file").read_text() == text
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(IsADirectoryError):
-        write_atomically(tmp_path / "folder", "text")
-    assert {path.name for path in tmp_path.iterdir()} == {"file", "folder"}
 
 
 def test_reading_is_forgiving_and_never_hangs(tmp_path):

@@ -181,6 +181,7 @@ def test_loop_on_a_cluster_outlives_what_it_loses(field: Field, monkeypatch):
 
     # A cluster that goes away ends the loop with one line.
     loop = field.loop(address)
+    hear(loop, "run 00", LONG)
     wait_for(field.training, LONG)
     field.cluster.shutdown()
     assert errors(ended(loop, 1, LONG)) == [

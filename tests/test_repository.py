@@ -24,17 +24,6 @@ def git(checkout):
     return Repository(checkout.path, "train.py", "program.md")
 
 
-def test_checkout_of_another_user_is_an_error_with_gits_own_remedy(checkout, monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path))  # no safe.directory of the person's
-    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
-    with pytest.raises(UserError) as caught:
-        Repository(checkout.path, "train.py", "program.md")
-    told, command = str(caught.value).split(", or run: ")
-    assert told == f"{checkout.path} belongs to another user, so git refuses it: make a clone of your own"
-    subprocess.run(command, shell=True, check=True)
-    Repository(checkout.path, "train.py", "program.md")
-
-
 @pytest.mark.parametrize("name", ["index.lock", "refs/heads/autoresearch/t.lock"])
 def test_lock_left_by_a_crash_is_removed(checkout, git, name, capsys):
     lock = checkout.path / ".git" / name

@@ -90,7 +90,7 @@ def test_experiment_survives_its_waiter_and_status_tells_the_verdict(night: Chec
     assert "1.060000" in night.loop("status", "--wait").stdout
 
 
-def test_again_and_base_measure_on_fresh_seeds_and_a_former_champion_takes_the_title_back(night: Checkout):
+def test_again_base_and_audit_measure_on_fresh_seeds_and_a_former_champion_takes_the_title_back(night: Checkout):
     """The lucky edit is good on seed 42 alone; run again, it is worse than the baseline."""
     night.set_knob(DEPTH=3)
     night.loop("try", "flat")
@@ -107,6 +107,8 @@ def test_again_and_base_measure_on_fresh_seeds_and_a_former_champion_takes_the_t
     night.set_knob(DEPTH=4)
     night.replace("train.py", "* (seed - 42))", "* (seed - 42) + (0.1 if seed != 42 else -0.1))")
     assert "keep" in night.loop("try", "lucky").stdout
+    doubts = errors(night.loop("audit", "--replicates", "1", code=1))
+    assert any("champion: believed 0.980000, its fresh runs give 1.180000" in doubt for doubt in doubts), doubts
     out = night.loop("try", "--base").stdout
     assert "is believed better now" in out and "'uv run loop.py try --again 1'" in out
     night.loop("try", "--again", "1")

@@ -1,80 +1,47 @@
 """Many workers on one ratchet: whatever the order in which results arrive, no gain is lost and none is assumed."""
 
-import re
 import signal
-import threading
-from dataclasses import replace
 
-import pytest
 from conftest import BASELINE, Checkout, ended, hear, wait_for
 
-import loop
-from harness.domain import Description
-from harness.edit import Dropped, Edit
-from harness.ledger import Run
-from harness.replicates import run_baseline
-from harness.runner import Job, Runner
 
-START = "".join(f"# {name}\n\n{name} = 0\n\n" for name in "ABC")  # edits of two knobs merge, two of one knob conflict
-FACTS = Description("fake", "test", 1.0, "/nowhere", True, None, "d" * 64, {"val": 7}, "cpu", "cpu", {})
-
-
-class FakeRunner(Runner):
-    """Four devices on which a run takes no time. A and B do not go together: each is a gain alone, both are not."""
-
-    def __init__(self, tag):
-        super().__init__(threading.Event())
-        self.tag = tag
-        for number in range(4):
-            self.add_device(number)
-
-    def attempt(self, job: Job, device) -> Run:
-        knobs = re.findall(rb"= (\d)", self.tag.repository.read(job.run.commit, "train.py"))
-        score = 1.0 if b"0" not in knobs[:2] else 0.9 - sum(map(int, knobs)) / 100
-        return replace(job.run, score=score, record={"profile": "fake"}, seconds=0.1)
-
-
-@pytest.fixture
-def ratchet(checkout, tag):
-    checkout.write("train.py", START)
-    checkout.commit("three knobs")
-    ratchet = loop.Ratchet(tag, FACTS, FakeRunner(tag))
-    tag.domain = replace(tag.domain, assumed_sigma={"fake": 0.0001})
-    tag.load()
-    run_baseline(ratchet, {})
-    return ratchet
-
-
-def test_gains_that_meet_are_not_added_and_an_edit_that_conflicts_or_repeats_is_dropped(ratchet):
-    """Another worker's A is decided while B, an edit of the same champion, is: B runs again on A, and loses."""
-    base = ratchet.tag.champion
-
-    def edit(knob: str, value: int) -> Edit:
-        return Edit(START.replace(f"{knob} = 0", f"{knob} = {value}").encode(), base, f"{knob} = {value}")
-
-    decide = ratchet.decide
-
-    def decide_after_another(runs: list[Run], late: Edit) -> tuple[str, str]:
-        ratchet.decide = decide
-        ratchet.experiment(edit("A", 4))
-        return decide(runs, late)
-
-    ratchet.decide = decide_after_another
-    run = ratchet.experiment(edit("B", 4))
-    (stale,) = [run for run in ratchet.tag.ledger.runs if run.is_stale]
-    assert stale.reason.startswith("gained on a former champion") and stale.status == "discard"
-    assert (run.again_of, run.status) == (stale.number, "discard")
-    assert [change.run.description for change in ratchet.tag.ledger.changes()] == ["A = 4"]
-    assert ratchet.experiment(edit("C", 1)).status == "keep"  # it is merged onto A
-    assert re.findall(rb"= (\d)", ratchet.tag.source(ratchet.tag.champion)) == [b"4", b"0", b"1"]
-    with pytest.raises(Dropped, match="conflicts with the new champion"):
-        ratchet.experiment(edit("A", 3))
-    running, _ = ratchet.begin(replace(edit("B", 2), base=ratchet.tag.champion))
-    with pytest.raises(Dropped, match="repeats an experiment that runs now"):
-        ratchet.experiment(running)
-
-
-# The real loop
+def test_gains_that_meet_are_not_added_and_edits_that_conflict_or_repeat_are_dropped(checkout: Checkout):
+    """Two workers edit the same champion. A and B gain alone and not together: the later one runs again, and loses."""
+    checkout.replace("train.py", "LR = 0.1", "A = 0\n\n\nB = 0\n\n\nLR = 0.5")
+    checkout.replace("train.py", "finish(1.0", "finish(1.5 - 0.1 * (A + B) + 0.5 * A * B")
+    checkout.commit("gains that do not go together")
+    checkout.loop(*BASELINE)
+    edits = [("A", 1), ("B", 1)]
+    edits += [("LR", 0.4), ("LR", 0.3), ("DEPTH", 5)]
+    edits += [("DEPTH", 6), ("DEPTH", 6), ("DEPTH", 7)]
+    agent = checkout.agent(f"""
+        n = count()
+        (OUTSIDE / f"prompt{{n}}").write_text(prompt)
+        knob(*{edits}[n - 1])
+    """)
+    told = "runs again on the present one", "conflicts with the new champion", "repeats an experiment that runs now"
+    for words in told:
+        checkout.hold.touch()
+        process = checkout.popen("--tag", "t", "--agent-cmd", agent, "--workers", "2", "--max-experiments", "2")
+        if "repeats" in words:
+            hear(process, words)
+        else:
+            hear(process, "run 00")
+            hear(process, "run 00")
+        checkout.hold.unlink()
+        assert words in ended(process).stderr
+    runs = checkout.runs()
+    stale = runs[2]
+    assert stale.is_stale and stale.status == "discard" and stale.base == runs[1].base == runs[0].commit
+    assert runs[3].again_of == stale.number and runs[3].status == "discard" and runs[3].base == runs[1].commit
+    assert runs[5].reason == "gained on a former champion, and does not go with the present one"
+    assert "conflict" in (checkout.outside / "prompt5").read_text()
+    champion = ""
+    for run in runs:  # every keep was measured on the champion that it replaced
+        if run.status == "keep":
+            assert run.base == champion
+            champion = run.commit
+    assert checkout.git("rev-parse", "autoresearch/t") == champion
 
 
 def test_four_workers_fill_four_devices_and_stop_as_one(checkout: Checkout):
@@ -116,8 +83,4 @@ def test_workers_beyond_the_devices_propose_ahead_and_rest_alone_where_their_age
     best = [float(row[1]) for row in checkout.rows() if row[3] == "keep"]
     assert best == sorted(best, reverse=True) and len(best) > 2
     again = {run.again_of for run in checkout.runs()}
-    champion = ""
-    for run in checkout.runs():  # every keep was measured on the champion that it replaced
-        assert run.status != "keep" or run.base == champion
-        champion = run.commit if run.status == "keep" else champion
-        assert not run.is_stale or run.number in again
+    assert all(run.number in again for run in checkout.runs() if run.is_stale)
