@@ -184,13 +184,10 @@ def test_edit_that_is_not_worth_a_run_costs_no_row_and_is_named(rough_night: Che
 
 
 def test_nothing_that_an_agent_or_a_run_left_lives_on_or_reaches_a_run(rough_night: Checkout):
-    """Processes, files, hooks and settings; the evaluator is the commit's."""
+    """Processes, files, hooks and settings; the evaluator is the commit's. Another attention kernel is tried again."""
     assert rough_night.statuses() == ["keep", "keep", "crash"]
     assert rough_night.orphans() == []
     assert not (rough_night.outside / "hooked").exists()
-
-
-def test_run_with_another_attention_kernel_is_made_again_and_then_a_crash(rough_night: Checkout):
     assert rough_night.said.count("attention is slow, the baseline's is sdpa") > 1
     assert rough_night.rows()[2][4].startswith("attention is slow")
 
@@ -332,18 +329,25 @@ def test_patience_target_hours_dollars_and_the_stop_file_end_a_night_and_notify_
 # The checkout of a person
 
 
-def test_persons_files_stay_as_they_are_and_their_instructions_count_at_once(checkout: Checkout):
+def test_persons_files_and_branch_stay_as_they_are_and_their_instructions_count_at_once(checkout: Checkout):
+    deeper = checkout.agent('(OUTSIDE / "prompt").write_text(prompt)\n' + DEEPER)
     checkout.loop(*BASELINE)
     (checkout.path / "prepare.py").write_text((checkout.path / "prepare.py").read_text() + "# mine\n")
     (checkout.path / "notes.txt").write_text("mine")
     (checkout.path / "program.md").write_text("Try depth.\n")
-    checkout.loop(*ONE, checkout.agent('(OUTSIDE / "prompt").write_text(prompt); knob("DEPTH", 5)'))
-    assert checkout.statuses() == ["keep", "keep"]
-    assert (checkout.path / "prepare.py").read_text().endswith("# mine\n")
-    assert (checkout.path / "notes.txt").exists()
-    assert checkout.git("rev-parse", "autoresearch/t").startswith(checkout.rows()[1][0])
+    checkout.loop(*ONE, deeper)
     assert (checkout.outside / "prompt").read_text().startswith("Try depth.")
-    assert (checkout.path / "program.md").read_text() == "Try depth.\n"
+    for name, text in {"prepare.py": "# mine\n", "notes.txt": "mine", "program.md": "Try depth.\n"}.items():
+        assert (checkout.path / name).read_text().endswith(text)
+    assert "DEPTH = 4 " in (checkout.path / "train.py").read_text()  # it follows the branch only if nobody works there
+    checkout.git("checkout", "-q", "-f", "main")
+    checkout.loop(*ONE, deeper)
+    assert checkout.git("symbolic-ref", "--short", "HEAD") == "main"
+    assert checkout.statuses() == ["keep"] * 3
+    assert checkout.git("rev-parse", "autoresearch/t").startswith(checkout.rows()[2][0])
+    checkout.git("checkout", "-q", "autoresearch/t")
+    checkout.loop(*ONE, deeper)
+    assert "DEPTH = 7.0" in (checkout.path / "train.py").read_text()
 
 
 def test_first_start_wants_a_clean_checkout_and_a_free_branch(checkout: Checkout):

@@ -9,7 +9,6 @@ import pytest
 
 from harness import repository
 from harness.console import UserError
-from harness.ledger import Run
 from harness.repository import Repository
 from harness.runner import unpack
 
@@ -131,32 +130,3 @@ def test_commit_replaces_one_file_of_the_parents_tree(checkout, git):
     unpack(git.archive(commit), tree)
     assert (tree / "a name\twith\nall").read_bytes() == bytes(range(256)) and (tree / "train.py").read_bytes() == b""
     assert os.readlink(tree / "link") == "run.sh" and os.access(tree / "run.sh", os.X_OK)
-
-
-def test_checkout_follows_the_branch_only_if_no_person_works_there(checkout, tag):
-    def keep(depth: int) -> str:
-        parent = tag.champion
-        commit = tag.commit(depth, b"DEPTH = %d\n" % depth, "deeper", parent)
-        tag.append(Run(depth, commit, base=parent, status="keep", score=1.0 - depth / 100))
-        tag.show_champion()
-        return commit
-
-    head = checkout.git("rev-parse", "HEAD")
-    tag.append(Run(1, head, purpose="baseline", status="keep", score=1.0))
-    checkout.git("checkout", "-q", "-b", tag.branch)
-    (checkout.path / "prepare.py").write_text("a person's edit")
-    first = keep(2)
-    assert (checkout.path / "prepare.py").read_text() == "a person's edit"
-    assert "DEPTH = 4" in (checkout.path / "train.py").read_text()
-    assert checkout.git("rev-parse", tag.branch) == first
-    checkout.git("checkout", "-q", "-f", tag.branch)
-    keep(3)  # the checkout goes along
-    assert (checkout.path / "train.py").read_text() == "DEPTH = 3\n"
-    (checkout.path / "train.py").write_text("DEPTH = 2\n")  # as if a kill came between the branch and the files
-    tag.show_champion()
-    assert (checkout.path / "train.py").read_text() == "DEPTH = 3\n"
-    checkout.git("checkout", "-q", "main")
-    fourth = keep(4)  # it shows another branch
-    assert checkout.git("symbolic-ref", "--short", "HEAD") == "main"
-    assert checkout.git("rev-parse", tag.branch) == fourth
-    assert checkout.git("status", "--porcelain", "--untracked-files=no") == ""
