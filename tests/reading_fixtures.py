@@ -1,10 +1,7 @@
-"""A small night for the tests of what a person reads: its runs, and a tag with their folders."""
+"""A small night for the tests of what a person reads."""
 
 import time
-from dataclasses import dataclass, field
-from pathlib import Path
 
-from harness.domain import Domain
 from harness.ledger import Ledger, Run
 from loop import DOMAIN
 
@@ -41,34 +38,6 @@ def small_ledger(*more: Run) -> Ledger:
         made(6, WIDER, 1.68, "keep", "raise width to 384 (again, seed 9)", purpose="replicate", **faster),
     ]
     return Ledger(DOMAIN, [*night, *more])
-
-
-@dataclass
-class StandInTag:
-    """What pages and status ask of a tag."""
-
-    home: Path
-    ledger: Ledger
-    live: dict = field(default_factory=dict)
-    is_locked: bool | None = None  # None: as `live` says
-    name: str = "t"
-    branch: str = "autoresearch/t"
-    domain: Domain = DOMAIN
-
-    @property
-    def checkout(self) -> Path:
-        return self.home
-
-    def folder(self, number: int) -> Path:
-        folder = self.home / "runs" / f"{number:04d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-
-    def is_busy(self) -> bool:
-        return bool(self.live) if self.is_locked is None else self.is_locked
-
-    def read_live(self) -> dict:
-        return self.live
 
 
 def live_status(*workers: dict, **changes) -> dict:

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 from conftest import wait_for
 from matplotlib.text import Text
-from reading_fixtures import BASELINE, DOMAIN, SLOWER, WIDER, StandInTag, live_status, made, small_ledger
+from reading_fixtures import BASELINE, DOMAIN, SLOWER, WIDER, live_status, made, small_ledger
 
 from harness import page
 from harness.ledger import Ledger, Run, parse_tsv
 from harness.page import PageWriter, compose, draw_progress
+from harness.tag import Tag
 
 CLOSING = "</style></title></pre></svg>]]>-->"
 EVIL = f"<script>alert(1)</script>{CLOSING}<img src=x onerror=alert(1)> \0\x1b[31m\u202e & {{{{ 7*7 }}}} $x_1$"
@@ -41,7 +42,7 @@ class Reader(html.parser.HTMLParser):
         self.words += data
 
 
-def night_of(tag_folder: Path, text: str = "") -> StandInTag:
+def fill(tag: Tag, text: str = "") -> None:
     """The small night and an audit of it, with run folders; every text of an agent or a run ends in `text`."""
     runs = [dataclasses.replace(run, description=f"{run.description} {text}") for run in small_ledger().runs]
     runs[0] = dataclasses.replace(runs[0], summary={"sample": f"sample {text}", "depth": f"4 {text}"})
@@ -49,16 +50,16 @@ def night_of(tag_folder: Path, text: str = "") -> StandInTag:
     for number, (role, commit) in enumerate((("baseline", BASELINE), ("champion", WIDER)), 7):
         facts = {"purpose": "audit", "group": f"audit 1/{role}", "test_score": 1.6, "problem": f"problem {text}"}
         runs.append(made(number, commit, 1.7, "measured", f"{role} {text}", **facts))
-    tag = StandInTag(tag_folder, Ledger(DOMAIN, runs))
+    tag.append(*runs)
     for run in runs:
         points = [f"step {step} | {step:.1f}% | loss {9 - step / 20} | " for step in range(1, 101)]
+        tag.folder(run.number).mkdir(parents=True)
         (tag.folder(run.number) / "run.log").write_text("\n".join([*points, f"log {text}"]))
         (tag.folder(run.number) / "change.diff").write_text(f" same\n-old\n+new {text}\n")
-    return tag
 
 
-def test_page_tells_everything_of_a_tag_and_reloads_itself_only_while_a_loop_runs(tmp_path):
-    tag = night_of(tmp_path)
+def test_page_tells_everything_of_a_tag_and_reloads_itself_only_while_a_loop_runs(tag):
+    fill(tag)
     read = Reader(compose(tag.ledger, tag))
     for words in (
         "Best val_bpb 1.680000 (bbbbbbb), 0.050000 better than the baseline",
@@ -75,15 +76,27 @@ def test_page_tells_everything_of_a_tag_and_reloads_itself_only_while_a_loop_run
     assert read.tags.count("details") == len(tag.ledger.runs)
     assert read.tags.count("svg") == 2  # progress and the curves of baseline and champion
     assert "ins" in read.tags and "del" in read.tags
-    for live, is_locked in ((live_status(), True), ({}, True), (live_status(), False)):  # it runs; ends; was killed
-        tag.live, tag.is_locked = live, is_locked
-        refreshes = ("http-equiv", "refresh") in Reader(compose(tag.ledger, tag)).attributes
-        assert refreshes == (bool(live) and is_locked)
+
+    def reloads() -> bool:
+        return ("http-equiv", "refresh") in Reader(compose(tag.ledger, tag)).attributes
+
+    tag.write_live(live_status())
+    assert not reloads()  # that loop was killed
+    with tag.locked():
+        assert reloads()
+        tag.clear_live()
+        assert not reloads()  # it is ending
 
 
-def test_page_shows_what_agents_wrote_as_text_and_asks_for_nothing(tmp_path):
-    tag = night_of(tmp_path, EVIL)
+def test_page_shows_what_agents_wrote_as_text_asks_for_nothing_and_survives_what_runs_leave(tag):
+    fill(tag, EVIL)
+    os.unlink(tag.folder(3) / "change.diff")
+    os.mkfifo(tag.folder(3) / "change.diff")
+    os.unlink(tag.folder(2) / "run.log")
+    (tag.folder(2) / "run.log").symlink_to("/etc/passwd")
+    (tag.folder(4) / "run.log").write_bytes(b"\xff\xfe\x00" * 100)
     text = compose(tag.ledger, tag)
+    assert "root:" not in text
     read = Reader(text)
     assert not {"img", "iframe", "object", "embed", "base", "form", "a", "script"} & set(read.tags)
     asked = [value for name, value in read.attributes if name in ("src", "href", "xlink:href", "action", "srcset")]
@@ -94,16 +107,6 @@ def test_page_shows_what_agents_wrote_as_text_and_asks_for_nothing(tmp_path):
     for words in ("raise width to 384 ", "sample ", "reason ", "problem ", "new ", "log ", "depth 4 ", "node "):
         assert f"{words}<script>alert(1)</script>" in read.words, words
     assert "49" not in text.split("7*7")[1][:20]
-
-
-def test_page_survives_what_a_run_may_leave_in_its_folder(tmp_path):
-    tag = night_of(tmp_path)
-    os.unlink(tag.folder(3) / "change.diff")
-    os.mkfifo(tag.folder(3) / "change.diff")
-    os.unlink(tag.folder(1) / "run.log")
-    (tag.folder(1) / "run.log").symlink_to("/etc/passwd")
-    (tag.folder(4) / "run.log").write_bytes(b"\xff\xfe\x00" * 100)
-    assert "root:" not in compose(tag.ledger, tag)
 
 
 @pytest.mark.parametrize("lower_is_better", [True, False])
@@ -178,33 +181,30 @@ if number == 1:
 """
 
 
-def test_page_is_rewritten_by_one_child_of_the_lowest_priority_and_a_failure_is_told_once(
-    tmp_path, monkeypatch, capfd
-):
+def test_page_is_rewritten_by_one_child_of_the_lowest_priority_and_a_failure_is_told_once(tag, monkeypatch, capfd):
     monkeypatch.setattr(page, "PAGE_SECONDS", 0)
     monkeypatch.setattr(page, "REST", 0)
-    writer = PageWriter(StandInTag(tmp_path, small_ledger()))
+    writer = PageWriter(tag)
     assert writer._command[-3:] == ["report", "--tag", "t"] and Path(writer._command[-4]).name == "loop.py"
-    writer._command[3:] = [sys.executable, "-c", FAKE_REPORT, str(tmp_path)]  # in place of `loop.py report`
+    writer._command[3:] = [sys.executable, "-c", FAKE_REPORT, str(tag.home)]  # in place of `loop.py report`
 
     def add_run() -> None:
-        ledger = writer._ledger
-        ledger.add(made(len(ledger.runs) + 1, SLOWER, 1.7, "discard", "more", base=WIDER))
+        tag.append(made(len(tag.ledger.runs) + 1, SLOWER, 1.7, "discard", "more", base=WIDER))
         writer.refresh()
 
     writer.refresh()
     assert writer._child is None  # no run came
-    (tmp_path / "hold").touch()
+    (tag.home / "hold").touch()
     add_run()
-    wait_for((tmp_path / "begun0").exists)
+    wait_for((tag.home / "begun0").exists)
     add_run()  # one is going on
-    (tmp_path / "hold").unlink()
+    (tag.home / "hold").unlink()
     wait_for(lambda: writer._child.poll() == 0)
-    assert (tmp_path / "begun0").read_text().startswith("19 ")
+    assert (tag.home / "begun0").read_text().startswith("19 ")
     writer.refresh()
     wait_for(lambda: writer._child.poll() == 1)
     writer._command[0] = "no-such-command"
     add_run()
     writer.close()
     assert capfd.readouterr().err == "warning: report.html is not rewritten: error: the disk is full\n"
-    assert not (tmp_path / "begun2").exists()
+    assert not (tag.home / "begun2").exists()

@@ -78,18 +78,6 @@ def test_timeout_ends_a_child_which_may_first_end_by_itself(child, monkeypatch, 
     assert child.log.read_text() == log
 
 
-@pytest.mark.parametrize("ending", ["", "; time.sleep(60)"])
-def test_grandchild_in_its_own_session_dies(child, ending):
-    grandchild = "import time, signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True)"
-    code = f"""
-up = subprocess.Popen([sys.executable, "-c", {grandchild + "; time.sleep(60)"!r}],
-                      start_new_session=True, stdout=subprocess.PIPE)
-up.stdout.readline(); print("up", flush=True){ending}
-"""
-    child.run(code, limit=1)
-    assert child.log.read_text() == "up\n"
-
-
 def test_sweep_spares_processes_of_another_mark(child):
     def start(mark: str) -> subprocess.Popen:
         return subprocess.Popen(["sleep", "60"], env=os.environ | {processes.MARK: mark}, start_new_session=True)

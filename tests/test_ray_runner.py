@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import Checkout, ended, errors, hear, wait_for
+from conftest import ROOT, Checkout, ended, errors, hear, wait_for
 
 from harness import machine, ray_runner
 from harness.console import UserError
@@ -56,15 +56,15 @@ class Field:
         env = self.checkout.env | variables
         return self.cluster.add_node(num_gpus=gpus, num_cpus=1, env_vars=env, include_dashboard=False)
 
-    def loop(self, address: str, **variables: str) -> subprocess.Popen:
+    def loop(self, address: str, tag: str = "t", **variables: str) -> subprocess.Popen:
         """Two workers without end on the cluster there, "": on a Ray of the loop's own."""
         agent = self.checkout.agent('knob("DEPTH", 4 + count() / 1000)')
-        options = ("--tag", "t", "--agent-cmd", agent, "--workers", "2", "--ahead", "0", "--ray", address)
+        options = ("--tag", tag, "--agent-cmd", agent, "--workers", "2", "--ahead", "0", "--ray", address)
         return self.checkout.popen(*options, **variables)
 
     def training(self) -> list[int]:
         """Ids of the processes of runs."""
-        mark = re.escape(f"AUTORESEARCH_MARK={self.checkout.home()}:").encode()
+        mark = re.escape(f"AUTORESEARCH_MARK={self.checkout.home().parent}/").encode()
         return sorted(find_processes("environ", mark + rb"[^\0]*run:"))
 
     def of_ray(self) -> list[int]:
@@ -114,6 +114,14 @@ def test_node_whose_scores_would_not_compare_is_told_why_and_what_to_do(field: F
     ):
         refusal = ray_runner._misfit(asking, replace(facts, **changes))
         assert refusal.startswith(told) and bool(refusal) == bool(told)
+
+
+@pytest.mark.xfail(strict=True, reason="ray puts its own psutil and colorama on the path: a later session misses them")
+def test_installed_packages_are_the_same_before_and_after_ray_is_imported():
+    """Else a tag that was begun on Ray cannot go on, and one that was begun without it refuses every edit on Ray."""
+    code = "from harness import machine; before = machine.installed_packages()\n"
+    code += "import ray; assert machine.installed_packages() == before"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
 
 
 @pytest.mark.slow
@@ -180,16 +188,15 @@ def test_loop_on_a_cluster_outlives_what_it_loses(field: Field, monkeypatch):
     assert "stopped: what was in flight is dropped" in said and said.count(refusal) == 1 and not field.training()
 
     # A cluster that goes away ends the loop with one line.
-    loop = field.loop(address)
+    loop = field.loop(address, "u")
     hear(loop, "run 00", LONG)
     wait_for(field.training, LONG)
     field.cluster.shutdown()
-    assert errors(ended(loop, 1, LONG)) == [
-        f"error: Ray on {address} is gone: the same command goes on once it is back"
-    ]
+    gone = f"error: Ray on {address} is gone: the same command goes on once it is back"
+    assert errors(ended(loop, 1, LONG)) == [gone]
     assert not field.of_ray()
     told = f"error: no Ray cluster at {address}: nobody answers there; 'ray start --address={address}'"
-    assert errors(ended(field.loop(address), 1, LONG))[0].startswith(told)
+    assert errors(ended(field.loop(address, "u"), 1, LONG))[0].startswith(told)
 
 
 @pytest.mark.slow

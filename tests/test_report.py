@@ -8,7 +8,7 @@ import re
 import time
 
 import pytest
-from reading_fixtures import BASELINE, DOMAIN, WARMER, WIDER, StandInTag, live_status, made, small_ledger
+from reading_fixtures import BASELINE, DOMAIN, WARMER, WIDER, live_status, made, small_ledger
 
 from harness.ledger import STALE, Ledger, Run, parse_tsv
 from harness.report import audit_text, report_text, status_text
@@ -96,11 +96,14 @@ def worker(doing: str, seconds: float, run: int = 0, description: str = "", node
     return {"doing": doing, "run": run, "description": description, "since": time.time() - seconds, "node": node}
 
 
-def test_status_says_on_one_screen_what_runs_where_and_where_it_stands(tmp_path):
+def test_status_says_on_one_screen_what_runs_where_and_where_it_stands(tag):
     workers = [worker("proposing", 200), worker("training", 12, 7, "deeper", "n1"), worker("training", 25, 8, "wider")]
-    live = live_status(*workers, waiting="the disk has 0.1 GB free", others=0.07)
+    tag.append(*small_ledger().runs)
+    tag.write_live(live_status(*workers, waiting="the disk has 0.1 GB free", others=0.07))
+    with tag.locked():
+        text = status_text(tag)
     assert (
-        status_text(StandInTag(tmp_path, small_ledger(), live))
+        text
         == f"""\
 autoresearch/t: a loop has been running for 2.0 h on 2 devices
   training   0007  12 s of about 40 s  n1  deeper

@@ -13,11 +13,11 @@ def test_gains_that_meet_are_not_added_and_edits_that_conflict_or_repeat_are_dro
     checkout.loop(*BASELINE)
     edits = [("A", 1), ("B", 1)]
     edits += [("LR", 0.4), ("LR", 0.3), ("DEPTH", 5)]
-    edits += [("DEPTH", 6), ("DEPTH", 6), ("DEPTH", 7)]
+    edits += [("DEPTH", 6), ("DEPTH", 6)]
     agent = checkout.agent(f"""
         n = count()
         (OUTSIDE / f"prompt{{n}}").write_text(prompt)
-        knob(*{edits}[n - 1])
+        knob(*({edits} + [("DEPTH", n)] * n)[n - 1])
     """)
     told = "runs again on the present one", "conflicts with the new champion", "repeats an experiment that runs now"
     for words in told:
