@@ -56,7 +56,7 @@ def test_run_is_believed_only_if_it_agrees_with_its_evaluator_and_else_a_crash_w
         assert run.status == "crash" if reason else run.score == 0.5, (ending, run.status)
         assert run.seconds < 9 and checkout.orphans() == []
     assert list((checkout.home() / "scratch").glob("*")) == []
-    assert 0 <= runs[-1].training_seconds < 2 and 0 <= runs[-1].startup_seconds < 4 and 0 <= runs[-1].busy_others <= 1
+    assert 0 < runs[-1].startup_seconds < runs[-1].seconds
 
 
 def test_run_finds_the_tree_and_a_fresh_place_and_neither_secrets_nor_variables_of_python(checkout: Checkout):
