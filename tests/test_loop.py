@@ -70,7 +70,7 @@ def night(module_checkout) -> Checkout:
         text = path.read_text()
         (OUTSIDE / f"found{{n}}").write_text(text + prompt)
         say(f"idea {{n}}")
-        exec({IDEAS!r}[n - 1])
+        exec(({IDEAS!r} + ["knob('LR', n)"] * n)[n - 1])
     """)
     night.said = night.loop("--tag", "t", "--agent-cmd", agent, "--max-experiments", "8", timeout=120).stderr
     return night
