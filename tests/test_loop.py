@@ -319,7 +319,7 @@ def test_patience_target_hours_dollars_and_the_stop_file_end_a_night_and_notify_
     assert "--hours 0 are over" in checkout.loop(*command, "--hours", "0").stderr
     bill = '{"type": "result", "total_cost_usd": 0.75, "usage": {"input_tokens": 9, "output_tokens": 9}}'
     dear = checkout.agent(f"print({bill!r})\n{DEEPER}")
-    done = checkout.loop("--tag", "t", "--agent-cmd", dear, "--max-usd", "1")
+    done = checkout.loop("--tag", "t", "--agent-cmd", dear, "--max-usd", "1", "--max-experiments", "5")
     assert "--max-usd 1 is spent" in done.stderr and [run.cost.get("usd") for run in checkout.runs()[-2:]] == [0.75] * 2
     agent = checkout.agent(DEEPER + '\nopen(os.environ["CHECKOUT"] + "/STOP", "w")')
     checkout.loop("--tag", "t", "--agent-cmd", agent, CHECKOUT=str(checkout.path))
