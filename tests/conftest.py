@@ -15,6 +15,7 @@ import functools
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -202,8 +203,8 @@ class Checkout:
     def agent(self, body: str) -> str:
         """An --agent-cmd that runs this Python code on the checkout.
 
-        It can call knob(NAME) to read a knob, knob(NAME, value) to set it, say(text) to describe the edit, and count()
-        for the number of calls so far.
+        It can call knob(NAME) to read a knob, knob(NAME, value) to set it, say(text) to describe the edit,
+        git(command), and count() for the number of calls so far; `prompt` is what it was told.
         """
         self.agents = getattr(self, "agents", 0) + 1
         path = self.outside / f"agent{self.agents}.py"
@@ -218,13 +219,16 @@ class Checkout:
                 return float(re.search(rf"(?m)^{name} = ([^ #\\s]+)", text)[1])
             def say(text):
                 pathlib.Path("experiment.txt").write_text(text)
-            def count(name="count"):
-                with open(OUTSIDE / name, "a") as file:
+            def git(command):
+                words = f"git -c user.name=a -c user.email=a@a {command}"
+                subprocess.run(words, shell=True, check=True, capture_output=True)
+            def count():
+                with open(OUTSIDE / "count", "a") as file:
                     file.write("x")
-                return len((OUTSIDE / name).read_text())
+                return len((OUTSIDE / "count").read_text())
         """
         path.write_text(textwrap.dedent(head) + textwrap.dedent(body))
-        return f"{sys.executable} {path}"
+        return shlex.join([sys.executable, str(path)])
 
     def popen(self, *args: str, **env: str) -> subprocess.Popen:
         """Start a command in a session of its own, with nothing to read; `hear` and `ended` read what it prints."""

@@ -12,6 +12,7 @@ import threading
 
 import pytest
 from agent_fixtures import TRAIN, Lab
+from conftest import FAKE_PREPARE
 
 from harness import agents
 from harness.agents import AGENTS, Agent, BackOff, Cost, NoProposal, Proposal, agent_environment, choose_agent
@@ -68,7 +69,7 @@ PROMPT = 'Quote "it", $HOME, `ls`, \\n and ü.\n' * 3000  # 100 kB
 
 
 def test_prompt_comes_on_standard_input_or_as_a_file_inside_the_worktree(lab):
-    agent = lab.agent('(OUTSIDE / "seen").write_text("".join(map(str, sys.argv[1:])) + sys.stdin.read())\n' + EDIT)
+    agent = lab.agent('(OUTSIDE / "seen").write_text("".join(map(str, sys.argv[1:])) + prompt)\n' + EDIT)
     lab.propose(agent, prompt=PROMPT)
     assert (lab.outside / "seen").read_text() == PROMPT
     lab.propose(Agent(f"{agent.command} 'Read {{prompt_file}}.'"), prompt=PROMPT)
@@ -127,6 +128,7 @@ left = sorted(set(os.listdir(".")) - {".git", "program.md"})
 def test_whatever_an_agent_does_its_edit_counts_and_the_next_begins_clean(lab, monkeypatch):
     monkeypatch.setattr("harness.repository.LOCK_PATIENCE", 0.2)
     before = lab.persons_state()
+    names = {*lab.git("ls-tree", "--name-only", "HEAD").split(), "results.tsv", "runs"} - {"program.md"}
     after = "nothing"
     for name, harm in (HARM | {"nothing": "pass"}).items():
         proposal = lab.propose(f"{LOOK}\n{harm}\n{EDIT}")
@@ -134,8 +136,7 @@ def test_whatever_an_agent_does_its_edit_counts_and_the_next_begins_clean(lab, m
         assert (proposal.source, proposal.description) == (EDITED, "raise depth"), name
         assert lab.persons_state() == before and find_marked(lab.tag.mark) == set(), name
         left, prepare = json.loads((lab.outside / "left").read_text())
-        assert left == [".gitignore", "prepare.py", "results.tsv", "runs", "train.py"], after
-        assert prepare == "print('the evaluator')\n", after
+        assert left == sorted(names) and prepare == FAKE_PREPARE, after
         assert lab.worktree.log.stat().st_size < 10**7, name
         assert not list(lab.outside.glob("0*")), name  # no run was copied through a link
         after = name

@@ -5,10 +5,7 @@ import json
 import re
 import signal
 
-import pytest
 from conftest import BASELINE, FAKE_TRAIN, Checkout, ended, errors, hear, wait_for
-
-from harness.runner import crash_reason
 
 GOOD = "prepare.finish(0.5)"
 RESULT = "prepare.pathlib.Path(os.environ['AUTORESEARCH_RESULT'])"
@@ -30,6 +27,10 @@ ENDINGS = [  # the last lines of train.py, and how its crash's reason begins; ""
     (f"{GOOD}; print('val_bpb: 0.4')", "val_bpb printed 2 times"),
     ("raise FloatingPointError('loss is nan at step 3')", "FloatingPointError: loss is nan at step 3 (exit code 1)"),
     ("print('error: bad'); print('For C++ stack trace'); os._exit(3)", "error: bad (exit code 3)"),
+    ("os._exit(1)", "no output (exit code 1)"),
+    ("print('step 1'); print('step 2'); os._exit(1)", "step 2 (exit code 1)"),
+    ("print('torch.OutOfMemoryError: CUDA'); print('exits'); os._exit(1)", "torch.OutOfMemoryError: CUDA (exit code 1)"),
+    ("try: {}['a']\nexcept KeyError: [][1]", "IndexError: list index out of range (exit code 1)"),
     ("os.kill(os.getpid(), 11)", "killed by SIGSEGV"),
     ("os.kill(os.getpid(), 9)", "out of memory: killed by the kernel (SIGKILL)"),
     (f"{GOOD}; {RESULT}.unlink(); os.mkfifo({RESULT})", "printed val_bpb 0.5, but the evaluator left no record"),
@@ -117,18 +118,3 @@ def test_machines_faults_are_waited_for_and_never_an_ideas(checkout: Checkout):
     process.send_signal(signal.SIGINT)
     ended(process)
     assert checkout.statuses() == ["keep"]
-
-
-@pytest.mark.parametrize(
-    ("log", "reason"),
-    [
-        ("", "no output (exit code 1)"),
-        ("step 1\nstep 2\n\n", "step 2 (exit code 1)"),
-        ("Traceback (most recent call last):\n  File x\nValueError: 3 % 2\n", "ValueError: 3 % 2 (exit code 1)"),
-        ("torch.OutOfMemoryError: CUDA\nrank 0 exits\n", "torch.OutOfMemoryError: CUDA (exit code 1)"),
-        ("error: loss is nan at step 7\nattention: sdpa\n", "error: loss is nan at step 7 (exit code 1)"),
-        ("KeyError: 'a'\nDuring handling\nIndexError: b\n", "IndexError: b (exit code 1)"),
-    ],
-)
-def test_crash_reason_is_the_line_that_says_why(log: str, reason: str):
-    assert crash_reason(log, "exit code 1") == reason
