@@ -29,7 +29,7 @@ ENDINGS = [  # the last lines of train.py, and how its crash's reason begins; ""
     ("print('error: bad'); print('For C++ stack trace'); os._exit(3)", "error: bad (exit code 3)"),
     ("os._exit(1)", "no output (exit code 1)"),
     ("print('step 1'); print('step 2'); os._exit(1)", "step 2 (exit code 1)"),
-    ("print('torch.OutOfMemoryError: CUDA'); print('exits'); os._exit(1)", "torch.OutOfMemoryError: CUDA (exit code 1)"),
+    ("print('torch.OutOfMemoryError: CUDA\\nends'); os._exit(1)", "torch.OutOfMemoryError: CUDA (exit code 1)"),
     ("try: {}['a']\nexcept KeyError: [][1]", "IndexError: list index out of range (exit code 1)"),
     ("os.kill(os.getpid(), 11)", "killed by SIGSEGV"),
     ("os.kill(os.getpid(), 9)", "out of memory: killed by the kernel (SIGKILL)"),
