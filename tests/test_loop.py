@@ -39,22 +39,9 @@ WORTHLESS = [  # what an agent leaves, and what it hears: none of it costs a row
 
 
 @pytest.fixture(scope="module")
-def module_checkout(tmp_path_factory):
-    checkouts = []
-
-    def make(name: str) -> Checkout:
-        checkouts.append(Checkout(tmp_path_factory.mktemp(name)))
-        return checkouts[-1]
-
-    yield make
-    for checkout in checkouts:
-        checkout.end()
-
-
-@pytest.fixture(scope="module")
-def night(module_checkout) -> Checkout:
+def night(tmp_path_factory):
     """Eight experiments of IDEAS, with a floor that DEPTH 6 falls below."""
-    night = module_checkout("night")
+    night = Checkout(tmp_path_factory.mktemp("night"))
     extra = "EXTRA = [1, 2, 3, 4, 5, 6, 7, 8]\n"
     night.replace("train.py", "# ---- The rest", f"{extra}# ---- The rest")
     night.replace("train.py", "* (seed - 42))", "* (seed - 42), accuracy=0.5 if DEPTH == 6 else 0.95)")
@@ -73,7 +60,8 @@ def night(module_checkout) -> Checkout:
         exec(({IDEAS!r} + ["knob('LR', n)"] * n)[n - 1])
     """)
     night.said = night.loop("--tag", "t", "--agent-cmd", agent, "--max-experiments", "8", timeout=120).stderr
-    return night
+    yield night
+    night.end()
 
 
 def test_night_keeps_what_is_better_and_drops_the_rest(night: Checkout):
@@ -132,12 +120,12 @@ def test_agents_edits_of_evaluator_and_packages_are_undone_and_said_and_its_gain
 
 
 @pytest.fixture(scope="module")
-def rough_night(module_checkout) -> Checkout:
+def rough_night(tmp_path_factory):
     """WORTHLESS; then an agent that hides things and gains; then a run with another attention kernel.
 
     uv is a stand-in here: what it is asked for is what counts, the real environment stays as it is.
     """
-    night = module_checkout("rough")
+    night = Checkout(tmp_path_factory.mktemp("rough"))
     packages = night.outside / "packages"
     packages.mkdir()
     uv = night.outside / "bin" / "uv"
@@ -172,7 +160,8 @@ def rough_night(module_checkout) -> Checkout:
     """)
     command = ["--tag", "t", "--agent-cmd", agent, "--max-experiments", "2", "--agent-timeout", "6"]
     night.said = night.loop(*command, timeout=120, **env).stderr
-    return night
+    yield night
+    night.end()
 
 
 def test_edit_that_is_not_worth_a_run_costs_no_row_and_is_named(rough_night: Checkout):
