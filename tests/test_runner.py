@@ -36,7 +36,7 @@ ENDINGS = [  # the last lines of train.py, and how its crash's reason begins; ""
     (f"{GOOD}; {RESULT}.unlink(); os.mkfifo({RESULT})", "printed val_bpb 0.5, but the evaluator left no record"),
     (f"{GOOD}; {RESULT}.unlink(); {RESULT}.symlink_to('/dev/zero')", "printed val_bpb 0.5, but the evaluator left no"),
     (f"time.sleep(3.2); {GOOD}", "trained for 3."),  # by the loop's own clock
-    ("time.sleep(600)", "timeout after 6 s"),
+    ("time.sleep(600)", "timeout after "),
     (f"{GOOD}; raise ValueError('the sample failed')", ""),
     (f"{GOOD}; import threading; threading.Thread(target=time.sleep, args=(600,)).start()", ""),
     (f"print('99% |####', end='', file=__import__('sys').stderr, flush=True); {GOOD}; print(); print('---')", ""),
@@ -55,8 +55,8 @@ def test_run_is_believed_only_if_it_agrees_with_its_evaluator_and_else_a_crash_w
     for run, (ending, reason) in zip(runs, ENDINGS, strict=True):
         assert run.reason.startswith(reason) and len(run.reason) < 160, (ending, run.reason)
         assert run.status == "crash" if reason else run.score == 0.5, (ending, run.status)
-        assert run.seconds < 9 and checkout.orphans() == []
-    assert list((checkout.home() / "scratch").glob("*")) == []
+        assert run.seconds < 30
+    assert checkout.orphans() == [] == list((checkout.home() / "scratch").glob("*"))
     assert 0 < runs[-1].startup_seconds < runs[-1].seconds
 
 
