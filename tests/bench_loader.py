@@ -1,4 +1,4 @@
-"""What the loader costs here:
+"""What the loader costs here.
 
     uv run tests/bench_loader.py
 
@@ -21,54 +21,41 @@ from prepare_fixtures import plain_rows
 
 import prepare
 
-B, T, BATCHES = 128, 2048, 40
+B, T = 128, 2048
 
 
-def halves(rows):
-    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+def milliseconds(function, rounds: int = 40) -> float:
+    started = time.perf_counter()
+    for _ in range(rounds):
+        function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return 1000 * (time.perf_counter() - started) / rounds
 
 
-def bench_loader(device):
+def main() -> None:
     rng = np.random.default_rng(0)
-    lengths = np.clip(rng.lognormal(6.4, 1.0, 30_000).astype(np.int64), 2, None)
+    lengths = np.clip(rng.lognormal(6.4, 1.0, 30_080).astype(np.int64), 2, None)
     tokens = rng.integers(0, 8188, lengths.sum(), dtype=np.uint16)
-    batches = np.full(-(-len(lengths) // 128), 128)
-    batches[-1] = len(lengths) - 128 * (len(batches) - 1)
-    shard = prepare.Shard(tokens, lengths, batches)
-
+    shard = prepare.Shard(tokens, lengths, np.full(len(lengths) // 128, 128))
+    documents = [document.tolist() for document in np.split(tokens, np.cumsum(lengths)[:-1])]
+    batches = [(documents[i : i + 128], 1) for i in range(0, len(documents), 128)]
     torch.set_num_threads(1)  # others may use the cores
-    stream = prepare.RowStream([shard], T, forever=True)
-    ours_ms = []
-    for _ in range(BATCHES):
-        start = time.perf_counter()
-        halves(torch.from_numpy(stream.take(B)))
-        ours_ms.append(1000 * (time.perf_counter() - start))
 
-    lists = np.split(tokens.astype(np.int64), np.cumsum(lengths)[:-1])
-    documents = [document.tolist() for document in lists]
-    batch_lists = [(documents[i : i + 128], 1) for i in range(0, len(documents), 128)]
-    plain = plain_rows(itertools.cycle(batch_lists), T + 1)
-    plain_ms = []
-    for _ in range(6):
-        start = time.perf_counter()
-        halves(torch.tensor([next(plain)[0] for _ in range(B)]))
-        plain_ms.append(1000 * (time.perf_counter() - start))
-    ratio = np.median(plain_ms) / np.median(ours_ms)
-    print(f"loader, batch of {B * T:,} tokens: plain {np.median(plain_ms):.1f} ms, ", end="")
-    print(f"ours {np.median(ours_ms):.2f} ms: {ratio:.0f} times faster")
-
+    plain = plain_rows(itertools.cycle(batches), T + 1)
+    plain_ms = milliseconds(lambda: torch.tensor([next(plain)[0] for _ in range(B)]), rounds=6)
     stream = prepare.RowStream([shard], T, forever=True)
+    ours_ms = milliseconds(lambda: torch.from_numpy(stream.take(B)))
+    times = f"plain {plain_ms:.1f} ms, ours {ours_ms:.2f} ms: {plain_ms / ours_ms:.0f} times faster"
+    print(f"loader, batch of {B * T:,} tokens: {times}")
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     loader = prepare._load(lambda: stream, B, T, torch.device(device), "train")
     next(loader)
-    start = time.perf_counter()
-    for _ in range(BATCHES):
-        next(loader)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    ms = 1000 * (time.perf_counter() - start) / BATCHES
+    ms = milliseconds(lambda: next(loader))
     print(f"make_dataloader on {device}, nothing else to do: {ms:.2f} ms a batch, {B * T / ms / 1000:.0f} M tokens/s")
     loader.close()
 
 
 if __name__ == "__main__":
-    bench_loader("cuda" if torch.cuda.is_available() else "cpu")
+    main()

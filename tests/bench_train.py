@@ -11,7 +11,6 @@ import argparse
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from statistics import mean, median, stdev
 from unittest.mock import patch
@@ -29,10 +28,11 @@ ROOT = Path(__file__).parents[1]
 ROUNDS = 15
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 THREADS = torch.get_num_threads()
+ROWS = min(train.DEVICE_BATCH_SIZE, train.TOTAL_BATCH_SIZE // prepare.MAX_SEQ_LEN)
 
 
 class Variant:
-    """A model of its own with its way of doing a step; `step()` returns its seconds."""
+    """A model of its own with its way of doing a step."""
 
     def __init__(self, threads=THREADS, loss_chunk=train.LOSS_CHUNK, compiled=False):
         self.threads = threads
@@ -44,19 +44,17 @@ class Variant:
         self.optimizer = model.setup_optimizer(compiled)
         for group in self.optimizer.param_groups:
             group["lr"] *= 1e-3  # random tokens teach nothing
-        rows = min(train.DEVICE_BATCH_SIZE, train.TOTAL_BATCH_SIZE // prepare.MAX_SEQ_LEN)
-        self.tokens = torch.randint(prepare.VOCAB_SIZE, (rows, prepare.MAX_SEQ_LEN), device=DEVICE)
+        self.tokens = torch.randint(prepare.VOCAB_SIZE, (ROWS, prepare.MAX_SEQ_LEN), device=DEVICE)
 
-    def step(self) -> float:
+    def step(self) -> None:
+        self.runner(self.tokens, self.tokens).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def seconds(self) -> float:
         torch.set_num_threads(self.threads)
         with patch.object(train, "LOSS_CHUNK", self.loss_chunk):
-            started = time.perf_counter()
-            self.runner(self.tokens, self.tokens).backward()
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            if DEVICE.type == "cuda":
-                torch.cuda.synchronize()
-            return time.perf_counter() - started
+            return device.seconds_of(self.step)
 
 
 def compare(with_compile: bool) -> None:
@@ -65,26 +63,20 @@ def compare(with_compile: bool) -> None:
         variants["one thread"] = Variant(threads=1)
     if with_compile:
         variants["compiled"] = Variant(compiled=True)
-    seconds = {name: [] for name in variants}
-    for round_ in range(ROUNDS + 2):  # two to warm up
-        for name, variant in variants.items():
-            elapsed = variant.step()
-            if round_ >= 2:
-                seconds[name].append(elapsed)
-    tokens = variants["as it is"].tokens.numel()
-    base = median(seconds["as it is"])
+    rounds = [{name: variant.seconds() for name, variant in variants.items()} for _ in range(ROUNDS + 2)]
+    medians = {name: median(seconds[name] for seconds in rounds[2:]) for name in variants}  # two to warm up
+    tokens = ROWS * prepare.MAX_SEQ_LEN
     print(f"profile {prepare.PROFILE}, {tokens} tokens a step, {THREADS} threads, median of {ROUNDS}")
-    for name, values in seconds.items():
-        each = median(values)
-        print(f"{name:<28}{1000 * each:8.1f} ms {tokens / each:10,.0f} tok/s {base / each:6.2f}x")
+    for name, each in medians.items():
+        print(f"{name:<28}{1000 * each:8.1f} ms {tokens / each:10,.0f} tok/s {medians['as it is'] / each:6.2f}x")
 
 
 def whole_run(checkout: Path, seed: int) -> dict:
     """The summary of one run of that checkout's train.py."""
     env = os.environ | {"AUTORESEARCH_SEED": str(seed)}
-    run = subprocess.run([sys.executable, "train.py"], cwd=checkout, env=env, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "train.py"], cwd=checkout, env=env, stdout=subprocess.PIPE, text=True)
     if run.returncode != 0:
-        raise SystemExit(f"error: a run in {checkout} failed:\n{run.stderr[-2000:]}")
+        raise SystemExit(f"error: a run in {checkout} failed")
     return dict(line.split(": ", 1) for line in run.stdout.splitlines() if ": " in line)
 
 
@@ -95,10 +87,9 @@ def against(other: Path, seeds: list[int]) -> None:
     gains = []
     for seed in seeds:
         a, b = (whole_run(checkout, seed) for checkout in (other.absolute(), ROOT))
-        bpb_a, bpb_b = float(a["val_bpb"]), float(b["val_bpb"])
-        gains.append(bpb_b - bpb_a)
-        steps = f"{a['num_steps'].strip():>9}{b['num_steps'].strip():>9}"
-        print(f"{seed:<6}{steps}{bpb_a:11.4f}{bpb_b:11.4f}{gains[-1]:+10.4f}", flush=True)
+        gains.append(float(b["val_bpb"]) - float(a["val_bpb"]))
+        print(f"{seed:<6}{int(a['num_steps']):>9}{int(b['num_steps']):>9}", end="")
+        print(f"{float(a['val_bpb']):11.4f}{float(b['val_bpb']):11.4f}{gains[-1]:+10.4f}", flush=True)
     error = stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
     print(f"mean of B - A {mean(gains):+.4f}, standard error {error:.4f}")
 

@@ -1,5 +1,6 @@
 """What the tests of the evaluator share: a small network, and the ways in which a run meets the evaluator."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -9,21 +10,17 @@ torch.set_num_threads(1)  # tiny networks: a second thread would mostly wait
 T, V = 32, 300  # of the profile "tiny"
 
 
-def causal(t, s):
-    return s <= t
-
-
 class Toy(nn.Module):
     """One attention layer with seeded random weights; `sees(t, s)` says which keys s a query t may see."""
 
-    def __init__(self, sees=causal, seed=0, vocab_size=V, scale=1.0):
+    def __init__(self, sees=lambda t, s: s <= t, seed=0):
         super().__init__()
         torch.manual_seed(seed)
-        self.wte = nn.Embedding(vocab_size, 32)
+        self.wte = nn.Embedding(V, 32)
         self.qkv = nn.Linear(32, 96, bias=False)
         self.wpe = nn.Embedding(T, 32)
-        self.head = nn.Linear(32, vocab_size, bias=False)
-        nn.init.normal_(self.head.weight, std=0.3 * scale)
+        self.head = nn.Linear(32, V, bias=False)
+        nn.init.normal_(self.head.weight, std=0.3)
         t, s = torch.meshgrid(torch.arange(T), torch.arange(T), indexing="ij")
         self.register_buffer("mask", sees(t, s) | (t == s))
 
@@ -49,14 +46,20 @@ def evaluate(evaluator, model, batch_size=16):
     return evaluator.evaluate_bpb(model, evaluator.Tokenizer.from_directory(), batch_size)
 
 
-def make_loader(evaluator, split="train", B=2):
+def make_loader(evaluator, split="train", B=2, T=T):
     return evaluator.make_dataloader(evaluator.Tokenizer.from_directory(), B, T, split, device="cpu")
 
 
-def start_clock(evaluator, split="train"):
-    loader = make_loader(evaluator, split)
+def start_clock(evaluator):
+    loader = make_loader(evaluator)
     next(loader)
     loader.close()
+
+
+def refused(evaluator, reason, function, *args):
+    with pytest.raises(evaluator.EvaluationRefused, match=reason) as error:
+        function(*args)
+    assert "\n" not in str(error.value)
 
 
 def rows_of(evaluator, split="val"):

@@ -6,12 +6,12 @@
 
 The stages, the most valuable first: `tests` (those marked gpu), `budget` (one whole run), `startup` (compile cache
 empty, then filled), `attention` and `loader` (the benches), `loop` (four runs, in a repository of its own). A stage
-that fails or hangs is reported, and the next one begins. A stage that no longer fits is skipped, and the report says
-so. On a machine without a GPU the same stages run on the CPU, without the gpu tests.
+that fails or hangs is reported, and the next one begins; one that no longer fits is skipped. Without a GPU the same
+stages run on the CPU, without the gpu tests.
 
-OUT gets report.md (one table, to be pasted), report.json (the same figures for programs) and one log a stage: eight
-files. Data is prepared where it always is (AUTORESEARCH_CACHE); everything else is done in a scratch folder that is
-removed. This checkout is only read. Exit codes: 0 no stage failed; 1 some did; 2 usage.
+OUT gets report.md (one table, to be pasted), report.json (the same figures for programs) and one log a stage. Data is
+prepared where it always is (AUTORESEARCH_CACHE); everything else is done in a scratch folder that is removed. Exit
+codes: 0 no stage failed; 1 some did; 2 usage.
 
 Without a network: the profile `code` needs none. Install wheels that were carried along into this Python itself, not
 through PYTHONPATH: loop.py gives its runs none of Python's variables.
@@ -36,7 +36,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from harness.files import read_tail, read_text, remove_folder, write_atomically
+from harness.files import read_end, read_tail, read_text, remove_folder, write_atomically
 from harness.machine import OF_A_RUN
 from harness.processes import find_processes, run_child
 from loop import DOMAIN
@@ -44,7 +44,7 @@ from loop import DOMAIN
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = sys.executable
 FACTS_SECONDS = 180  # that reading the machine's facts may take: a cold import of torch is slow
-LOG_CHARS = 400_000  # kept of one step's output, from its end: a log must be small enough to be sent back
+LOG_BYTES = 400_000  # kept of one step's output, from its end: a log must be small enough to be sent back
 LOG_END_LINES = 40  # of a failed stage, shown in the report
 OVERHEAD_SECONDS = 60  # of a whole run beside its budget: start-up, evaluation, sample
 LOOP_RUNS = 4  # the baseline and the experiments of the loop
@@ -74,7 +74,7 @@ class Stage:
     run: Callable[["Day"], None]  # raises StageFailed
     read: Callable[[str], dict]  # figures, as far as they are in its log
     least_seconds: Callable[["Day"], float]  # it is not begun with less
-    most_seconds: Callable[["Day"], float]  # it is ended after these, even if more are left
+    most_seconds: float = 300  # it is ended after these, even if more are left
     why_not: Callable[["Day"], str] = lambda day: ""  # why it cannot run on this machine, "" if it can
 
 
@@ -86,10 +86,6 @@ class StageResult:
     seconds: float = 0.0
     figures: dict[str, float | str] = field(default_factory=dict)
     log_end: str = ""  # where it failed
-
-    @property
-    def has_failed(self) -> bool:
-        return self.status not in ("ok", "skipped")
 
 
 class Day:
@@ -108,11 +104,15 @@ class Day:
         self.results: list[StageResult] = []
 
     def seconds_left(self) -> float:
-        return self.deadline - time.monotonic()
+        return max(0.0, self.deadline - time.monotonic())
 
-    def budget(self, profile: str) -> float:
-        """Seconds of training in one run."""
-        return self.facts.get("profiles", {}).get(profile, 300.0)
+    def run_seconds(self, profile: str = "") -> float:
+        """What a whole run takes, about; a small profile starts faster than a large one."""
+        budget = self.facts.get("profiles", {}).get(profile or self.profile, 300.0)
+        return budget + min(OVERHEAD_SECONDS, budget + 10)
+
+    def failed(self) -> list[StageResult]:
+        return [result for result in self.results if result.status not in ("ok", "skipped")]
 
     def variables(self) -> dict[str, str]:
         """The environment of every step. Compile caches and temporary files go to the scratch folder."""
@@ -132,8 +132,8 @@ class Day:
         limit = self.stage_deadline - time.monotonic()
         if limit <= 0:
             raise StageFailed("timeout before the next step")
-        shown = " ".join(word if "\n" not in word else "'...'" for word in command)
-        self.write(f"$ {shown}\n")
+        shown = ["'...'" if "\n" in word else word for word in command]
+        self.write(f"$ {' '.join(shown)}\n")
         running = self.out / "running.log"
         ending = run_child(
             list(command),
@@ -145,9 +145,7 @@ class Day:
             stop=self.stop,
         )
         self.end_stragglers()
-        output = read_text(running)
-        cut = f"[{len(output) - LOG_CHARS} characters cut]\n" if len(output) > LOG_CHARS else ""
-        self.write(f"{cut}{output[-LOG_CHARS:]}\n[{ending.problem or 'ok'}, {ending.seconds:.1f} s]\n\n")
+        self.write(f"{read_end(running, LOG_BYTES)}\n[{ending.problem or 'ok'}, {ending.seconds:.1f} s]\n\n")
         running.unlink(missing_ok=True)
         if ending.problem:
             raise StageFailed(ending.problem)
@@ -165,30 +163,28 @@ def run_stage(day: Day, stage: Stage) -> StageResult:
     needed = stage.least_seconds(day)
     result.problem = "stopped by a signal" if day.stop.is_set() else stage.why_not(day)
     if not result.problem and day.seconds_left() < needed:
-        result.problem = f"it needs about {needed:.0f} s, {max(day.seconds_left(), 0):.0f} s are left"
+        result.problem = f"it needs about {needed:.0f} s, {day.seconds_left():.0f} s are left"
     if result.problem:
         result.status = "skipped"
         return result
     day.log = day.out / f"{stage.name}.log"
     day.log.write_text("")
     began = time.monotonic()
-    day.stage_deadline = min(day.deadline, began + stage.most_seconds(day))
+    day.stage_deadline = min(day.deadline, began + stage.most_seconds)
     try:
         stage.run(day)
     except StageFailed as error:
         result.problem = str(error)
-        kinds = {"timeout": "timed out", "stopped": "stopped"}
-        result.status = kinds.get(result.problem.split()[0], "failed")
+        result.status = {"timeout": "timed out", "stopped": "stopped"}.get(result.problem.split()[0], "failed")
     except Exception as error:  # a fault of this program must not end the day
-        result.status = "failed"
         result.problem = f"{type(error).__name__}: {error}"
-        day.write(f"{result.problem}\n")
+        result.status = "failed"
     result.seconds = time.monotonic() - began
     try:
         result.figures = stage.read(read_text(day.log))
     except Exception as error:  # output of another form: the log is still there
         result.figures = {f"figures_of_{stage.name}": f"could not be read: {type(error).__name__}: {error}"}
-    if result.status != "ok":
+    if result.problem:
         result.log_end = read_tail(day.log, LOG_END_LINES)
     return result
 
@@ -196,7 +192,7 @@ def run_stage(day: Day, stage: Stage) -> StageResult:
 def run_stages(day: Day, stages: list[Stage]) -> None:
     """Run all stages; the report is written again after each, so that a day cut short leaves one."""
     for stage in stages:
-        print(f"{stage.name}: begins, {max(day.seconds_left(), 0) / 60:.1f} min left", file=sys.stderr, flush=True)
+        print(f"{stage.name}: begins, {day.seconds_left() / 60:.1f} min left", file=sys.stderr, flush=True)
         result = run_stage(day, stage)
         day.results.append(result)
         print(f"{stage.name}: {result.status} {result.problem} {result.seconds:.0f} s", file=sys.stderr, flush=True)
@@ -210,14 +206,10 @@ def run_stages(day: Day, stages: list[Stage]) -> None:
 # The stages themselves
 
 
-def find_numbers(text: str, patterns: dict[str, str]) -> dict[str, float]:
-    """The first group of each pattern's last match, as a number, under the pattern's key."""
-    found = {}
-    for key, pattern in patterns.items():
-        matches = re.findall(pattern, text, re.MULTILINE)
-        if matches:
-            found[key] = float(matches[-1].replace(",", ""))
-    return found
+def find_numbers(text: str, **patterns: str) -> dict[str, float]:
+    """The first group of each pattern's last match, as a number, under the pattern's name."""
+    matches = {name: re.findall(pattern, text, re.MULTILINE) for name, pattern in patterns.items()}
+    return {name: float(found[-1].replace(",", "")) for name, found in matches.items() if found}
 
 
 def run_tests(day: Day) -> None:
@@ -229,35 +221,26 @@ def run_tests(day: Day) -> None:
 
 def read_tests(text: str) -> dict:
     words = ("passed", "failed", "skipped", "error")
-    return find_numbers(text, {f"tests_{word}": rf"\b(\d+) {word}" for word in words})
-
-
-def run_seconds(day: Day, profile: str) -> float:
-    """What a whole run takes, about; a small profile starts faster than a large one."""
-    budget = day.budget(profile)
-    return budget + min(OVERHEAD_SECONDS, budget + 10)
+    return find_numbers(text, **{f"tests_{word}": rf"\b(\d+) {word}" for word in words})
 
 
 def run_budget(day: Day) -> None:
     day.step(PYTHON, "prepare.py")
-    if day.seconds_left() < run_seconds(day, day.profile):
+    if day.seconds_left() < day.run_seconds():
         raise StageFailed("timeout: the data is prepared, and a whole run no longer fits: give more --minutes")
     day.step(PYTHON, "train.py")
 
 
 def read_budget(text: str) -> dict:
     """The summary; what follows from it; why a faster attention back-end did not run."""
-    figures = find_numbers(text, {"prepare_seconds": r"\A\$ .* prepare\.py\n(?:.*\n)*?\[ok, ([\d.]+) s\]"})
-    summary = dict(re.findall(r"^(\w+): +(.*)$", text.partition("\n---\n")[2], re.MULTILINE))
-    for key, value in summary.items():
+    figures = find_numbers(text, prepare_seconds=r"\A\$ .* prepare\.py\n(?:.*\n)*?\[ok, ([\d.]+) s\]")
+    for key, value in re.findall(r"^(\w+): +(.*)$", text.partition("\n---\n")[2], re.MULTILINE):
         if key not in ("sample", "seed"):
             figures[key] = float(value) if re.fullmatch(r"[\d.]+", value) else value
-    steps = find_numbers(text, {"tokens_per_step": r"^batch ([\d,]+) tokens = ", "rows": r"^batch .* = (\d+) rows x"})
-    if "rows" in steps:
-        figures["rows_per_micro_step"] = steps["rows"]
-    if "tokens_per_step" in steps and "num_steps" in figures:
-        tokens = steps["tokens_per_step"] * figures["num_steps"]
-        figures["tokens_per_second"] = round(tokens / figures["training_seconds"])
+    figures |= find_numbers(text, rows_per_micro_step=r"^batch .* = (\d+) rows x")
+    per_step = find_numbers(text, tokens=r"^batch ([\d,]+) tokens = ")
+    if per_step and "num_steps" in figures:
+        figures["tokens_per_second"] = round(per_step["tokens"] * figures["num_steps"] / figures["training_seconds"])
     for name, why in re.findall(r"^attention: no ([\w-]+): (.*)$", text, re.MULTILINE):
         figures[f"why_not_{name}"] = why
     return figures
@@ -271,8 +254,7 @@ def run_startup(day: Day) -> None:
 def read_startup(text: str) -> dict:
     seconds = [float(value) for value in re.findall(r"^start-up took ([\d.]+) s$", text, re.MULTILINE)]
     figures = dict(zip(("startup_seconds_cache_empty", "startup_seconds_cache_filled"), seconds, strict=False))
-    compiled = re.findall(r"^attention .*, compiled (True|False)$", text, re.MULTILINE)
-    if "False" in compiled:
+    if re.search(r"^attention .*, compiled False$", text, re.MULTILINE):
         figures["startup_compiles"] = "nothing: this profile's knobs do not compile"
     return figures
 
@@ -295,17 +277,17 @@ def run_loader(day: Day) -> None:
 
 
 def read_loader(text: str) -> dict:
-    patterns = {
-        "pack_batch_plain_ms": r"^loader, .*: plain ([\d.,]+) ms",
-        "pack_batch_ms": r"^loader, .* ours ([\d.,]+) ms",
-        "loader_batch_ms": r"^make_dataloader .*: ([\d.,]+) ms a batch",
-    }
-    return find_numbers(text, patterns)
+    return find_numbers(
+        text,
+        pack_batch_plain_ms=r"^loader, .*: plain ([\d.,]+) ms",
+        pack_batch_ms=r"^loader, .* ours ([\d.,]+) ms",
+        loader_batch_ms=r"^make_dataloader .*: ([\d.,]+) ms a batch",
+    )
 
 
 def loop_profile(day: Day) -> str:
     """The profile of the day where four of its runs fit into what is left, else pocket."""
-    fits = LOOP_RUNS * run_seconds(day, day.profile) <= day.seconds_left()
+    fits = LOOP_RUNS * day.run_seconds() <= day.seconds_left()
     return day.profile if fits or day.profile == "smoke" else "pocket"
 
 
@@ -314,11 +296,11 @@ def run_loop(day: Day) -> None:
     profile = loop_profile(day)
     clone = day.scratch / "repository"
     clone.mkdir()
-    for name in LOOP_NEEDS:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, clone / name, ignore=shutil.ignore_patterns("__pycache__"))
-        elif (ROOT / name).exists():
-            shutil.copy(ROOT / name, clone / name)
+    for source in (ROOT / name for name in LOOP_NEEDS):
+        if source.is_dir():
+            shutil.copytree(source, clone / source.name, ignore=shutil.ignore_patterns("__pycache__"))
+        elif source.exists():
+            shutil.copy(source, clone)
     git = ("git", "-c", "user.name=gpu-day", "-c", "user.email=gpu-day@localhost", "-c", "commit.gpgsign=false")
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "what the GPU day runs"]):
         day.step(*git, *command, cwd=clone)
@@ -336,15 +318,14 @@ def run_loop(day: Day) -> None:
 
 
 def read_loop(text: str) -> dict:
-    rows = [line.split("\t") for line in text.splitlines() if line.startswith("row\t")]
-    figures: dict = {}
-    for profile in re.findall(r"^loop of profile (\w+)$", text, re.MULTILINE):
-        figures["loop_profile"] = profile
-    if rows:
-        counts = Counter(row[4] for row in rows)
+    figures = {}
+    if profile := re.search(r"^loop of profile (\w+)$", text, re.MULTILINE):
+        figures["loop_profile"] = profile[1]
+    counts = Counter(re.findall(r"^row\t(?:[^\t]*\t){3}(\w+)", text, re.MULTILINE))
+    if counts:
         figures["loop_rows"] = ", ".join(f"{number} {status}" for status, number in sorted(counts.items()))
-    patterns = {"loop_runs_per_hour": r"([\d.]+) runs an hour", "loop_devices_busy": r"([\d.]+) devices busy"}
-    return figures | find_numbers(text, patterns)
+    rates = {"loop_runs_per_hour": r"([\d.]+) runs an hour", "loop_devices_busy": r"([\d.]+) devices busy"}
+    return figures | find_numbers(text, **rates)
 
 
 def why_no_gpu(day: Day) -> str:
@@ -355,21 +336,17 @@ def why_no_loop(day: Day) -> str:
     return "" if shutil.which("git") else "git is not installed"
 
 
-def budget_seconds(day: Day) -> float:
-    return run_seconds(day, day.profile)
-
-
 def loop_seconds(day: Day) -> float:
-    return LOOP_RUNS * run_seconds(day, loop_profile(day))
+    return LOOP_RUNS * day.run_seconds(loop_profile(day))
 
 
 STAGES = [
-    Stage("tests", run_tests, read_tests, lambda day: 60, lambda day: 600, why_no_gpu),
-    Stage("budget", run_budget, read_budget, budget_seconds, lambda day: day.budget(day.profile) + 900),
-    Stage("startup", run_startup, read_startup, lambda day: 30, lambda day: 420),
-    Stage("attention", run_attention, read_attention, lambda day: 20, lambda day: 300),
-    Stage("loader", run_loader, read_loader, lambda day: 40, lambda day: 300),
-    Stage("loop", run_loop, read_loop, loop_seconds, lambda day: 3600, why_no_loop),
+    Stage("tests", run_tests, read_tests, lambda day: 60, 600, why_no_gpu),
+    Stage("budget", run_budget, read_budget, Day.run_seconds, 1200),
+    Stage("startup", run_startup, read_startup, lambda day: 30, 420),
+    Stage("attention", run_attention, read_attention, lambda day: 20),
+    Stage("loader", run_loader, read_loader, lambda day: 40),
+    Stage("loop", run_loop, read_loop, loop_seconds, 3600, why_no_loop),
 ]
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -425,9 +402,7 @@ def ask_facts() -> dict:
         return {"machine": "its facts could not be read: 'gpu_day.py --facts' says why"}
 
 
-def choose_profile(asked: str | None, facts: dict) -> str:
-    if asked:
-        return asked
+def choose_profile(facts: dict) -> str:
     if not facts.get("gpu"):
         return "pocket"
     return "climbmix" if facts["climbmix_is_prepared"] else "code"
@@ -448,18 +423,17 @@ def report_text(day: Day) -> str:
     figures = {key: value for key, value in day.facts.items() if key not in ("profiles", "climbmix_is_prepared")}
     figures["profile"] = day.profile
     where = day.facts.get("gpu") or f"a CPU, {day.facts.get('cpu', 'unknown')}"
-    bad = [result for result in day.results if result.has_failed]
     lines = [f"# The GPU day: profile {day.profile} on {where}", ""]
     if not day.facts.get("gpu"):
         lines += ["**No GPU was here: these figures say nothing about one.**", ""]
     lines += ["| figure | value |", "| --- | --- |"]
     for group in (figures, *(result.figures for result in day.results)):
         lines += [f"| {key.replace('_', ' ')} | {cell(value)} |" for key, value in group.items() if value != ""]
-    lines += ["", f"## Stages ({len(bad)} failed, {day.minutes:g} minutes were given)", ""]
+    lines += ["", f"## Stages ({len(day.failed())} failed, {day.minutes:g} minutes were given)", ""]
     lines += ["| stage | status | seconds | why |", "| --- | --- | --- | --- |"]
     for result in day.results:
         lines.append(f"| {result.name} | {result.status} | {result.seconds:.1f} | {cell(result.problem)} |")
-    for result in bad:
+    for result in day.failed():
         lines += ["", f"## {result.name}: {result.problem}", "", "The end of its log:", ""]
         lines += [f"    {line}" for line in result.log_end.splitlines()]  # indented: a log may hold ``` itself
     return "\n".join(lines) + "\n"
@@ -488,7 +462,7 @@ def main(argv: list[str]) -> int:
     out = args.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix="gpu-day-"))
-    day = Day(out, args.minutes, scratch, choose_profile(args.profile, facts), facts)
+    day = Day(out, args.minutes, scratch, args.profile or choose_profile(facts), facts)
     day.deadline -= time.monotonic() - began
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: day.stop.set())  # the step that runs is ended, the report is written
@@ -499,7 +473,7 @@ def main(argv: list[str]) -> int:
         remove_folder(scratch)
     print(report_text(day))
     print(f"written to {out / 'report.md'}", file=sys.stderr)
-    return 1 if any(result.has_failed for result in day.results) else 0
+    return 1 if day.failed() else 0
 
 
 if __name__ == "__main__":

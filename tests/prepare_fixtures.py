@@ -1,5 +1,5 @@
 """What the tests of prepare.py share: the evaluator as a fresh module with rows of its own in PROFILES, a small corpus,
-processes that are killed. Run: uv run pytest tests/test_prepare*.py tests/test_loader.py tests/test_evaluator.py
+processes beside the test. Run: uv run pytest tests/test_prepare*.py tests/test_loader.py tests/test_evaluator.py
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -17,47 +18,16 @@ PREPARE = Path(__file__).resolve().parent.parent / "prepare.py"
 LOADED = []  # modules whose stopwatch may hold a device's lock
 TINY = {"max_seq_len": 32, "time_budget": 10, "eval_tokens": 100 * 32, "vocab_size": 300}
 
-DIE_AT = """
-# For each name, a child of this process prepares, and is killed just before the file of that name gets its place, when
-# half of it is written.
-import os, signal, sys
-path, names, arguments = sys.argv[1], sys.argv[2].split(","), sys.argv[3:]
-sys.path.insert(0, os.path.dirname(path))
-import prepare  # once: the children share it
 
-def replace_or_die(source, target):
-    if os.path.basename(target) == name:
-        if os.path.isfile(source):
-            os.truncate(source, os.path.getsize(source) // 2)
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(source, target)
-
-replace = os.replace
-for name in names:
-    child = os.fork()
-    if child == 0:
-        os.replace = replace_or_die
-        prepare.main(arguments)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (name, status)
-"""
-
-
-def profile_row(name, source, **constants):
-    """The line that a user adds to PROFILES."""
+def copy_prepare(folder, name, source, **constants):
+    """prepare.py with one more row at the end of its table, in a folder of its own."""
     fields = ", ".join(f"{key}={value!r}" for key, value in (TINY | constants).items())
-    return f'    "{name}": Profile({str(source)!r}, {fields}),\n'
-
-
-def copy_prepare(folder, *rows):
-    """prepare.py with rows at the end of its table, in a folder of its own; a fork's row of that name yields."""
-    source = PREPARE.read_text(encoding="utf-8")
-    head, table = source.split("PROFILES = {", 1)
-    table, rest = table.split("\n}\n", 1)
+    head, table = PREPARE.read_text(encoding="utf-8").split("PROFILES = {", 1)
+    rows, rest = table.split("\n}\n", 1)
+    rows += f'\n    "{name}": Profile({str(source)!r}, {fields}),'
     path = Path(folder) / "prepare.py"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{head}PROFILES = {{{table}\n{''.join(rows)}}}\n{rest}", encoding="utf-8")
+    path.write_text(f"{head}PROFILES = {{{rows}\n}}\n{rest}", encoding="utf-8")
     return path
 
 
@@ -66,35 +36,22 @@ def load_prepare(path, profile, cache, seed=42, **variables):
 
     variables: of the environment, for its import only, such as AUTORESEARCH_RESULT.
     """
-    before = dict(os.environ)
-    for name in ("AUTORESEARCH_RESULT", "AUTORESEARCH_AUDIT"):
-        os.environ.pop(name, None)
-    os.environ.update(AUTORESEARCH_PROFILE=profile, AUTORESEARCH_CACHE=str(cache), AUTORESEARCH_SEED=str(seed))
-    os.environ["AUTORESEARCH_LOCKS"] = str(Path(cache) / "locks")
-    os.environ.update(variables)
-    writes_none = sys.dont_write_bytecode
-    sys.dont_write_bytecode = True  # a file that is changed within a second, at the same length, would look unchanged
-    try:
-        spec = importlib.util.spec_from_file_location(f"prepare_{profile}_{random.getrandbits(64):x}", path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
+    own = {"AUTORESEARCH_PROFILE": profile, "AUTORESEARCH_CACHE": str(cache), "AUTORESEARCH_SEED": str(seed)}
+    own["AUTORESEARCH_LOCKS"] = str(Path(cache) / "locks")
+    name = f"prepare_{profile}_{random.getrandbits(64):x}"
+    module = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location(name, path))
+    # No bytecode: a file that is changed within a second, at the same length, would look unchanged.
+    with patch.dict(os.environ, own | variables), patch.object(sys, "dont_write_bytecode", True):
+        sys.modules[name] = module
         spec.loader.exec_module(module)
-        LOADED.append(module)
-    finally:
-        sys.dont_write_bytecode = writes_none
-        os.environ.clear()
-        os.environ.update(before)
+    LOADED.append(module)
     return module
 
 
 def environment(evaluator, **changes):
     """For a process that is to run with a loaded evaluator's profile, cache and locks."""
-    own = {
-        "AUTORESEARCH_PROFILE": evaluator.PROFILE,
-        "AUTORESEARCH_CACHE": str(evaluator.CACHE_ROOT),
-        "AUTORESEARCH_LOCKS": str(evaluator.LOCKS),
-    }
-    return {**os.environ, **own, **changes}
+    own = {"PROFILE": evaluator.PROFILE, "CACHE": str(evaluator.CACHE_ROOT), "LOCKS": str(evaluator.LOCKS)}
+    return os.environ | {f"AUTORESEARCH_{name}": value for name, value in own.items()} | changes
 
 
 @contextlib.contextmanager
@@ -108,18 +65,10 @@ def started(evaluator, *command):
             child.kill()
 
 
-def die_at(evaluator, names, *arguments):
-    """Prepares once for each name, killed just before the file of that name gets its place."""
-    command = [sys.executable, "-c", DIE_AT, evaluator.__file__, ",".join(names), *arguments]
-    done = subprocess.run(command, env=environment(evaluator), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-
-
 def error_line(capsys):
     """The one error line; progress bars before it are rewritten lines."""
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    return lines[0]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return line
 
 
 def english(rng, words):
@@ -169,7 +118,7 @@ def tiny(tmp_path_factory):
     """A prepared profile of short documents; returns its prepare.py and cache, which a test leaves as they are."""
     folder, rng = tmp_path_factory.mktemp("tiny"), random.Random(3)
     source = write_jsonl(folder / "source.jsonl", [english(rng, rng.choice([1, 3, 9, 40, 90])) for _ in range(2500)])
-    path = copy_prepare(folder, profile_row("tiny", source))
+    path = copy_prepare(folder, "tiny", source)
     assert load_prepare(path, "tiny", folder / "cache").main([]) == 0
     return path, folder / "cache"
 

@@ -11,53 +11,45 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from evaluator_fixtures import Toy, Wrapped, evaluate, make_loader, rows_of, start_clock
+from evaluator_fixtures import Toy, Wrapped, evaluate, make_loader, refused, rows_of, start_clock
 from prepare_fixtures import load_prepare
 
 
 @pytest.fixture
 def evaluator(tiny):
-    """In a notebook: no loop."""
-    return load_prepare(tiny[0], "tiny", tiny[1])
+    """In a notebook: no loop. Its clock is evaluator.now."""
+    evaluator = load_prepare(tiny[0], "tiny", tiny[1])
+    evaluator.now = 50.0
+    evaluator._now = lambda: evaluator.now
+    return evaluator
 
 
 @pytest.fixture
 def run(tiny, tmp_path):
     """In a run that the loop started."""
-    return load_prepare(tiny[0], "tiny", tiny[1], AUTORESEARCH_RESULT=str(tmp_path / "result.json"))
-
-
-def refused(evaluator, reason, function, *args):
-    with pytest.raises(evaluator.EvaluationRefused, match=reason) as error:
-        function(*args)
-    assert "\n" not in str(error.value)
+    return load_prepare(tiny[0], "tiny", tiny[1], seed=7, AUTORESEARCH_RESULT=str(tmp_path / "result.json"))
 
 
 # ----- the clock -----
 
 
-def test_training_over_budget_is_refused_whatever_the_run_calls_its_budget(tiny):
-    for seconds, is_over in ((10.24, False), (10.26, True)):
-        evaluator = load_prepare(tiny[0], "tiny", tiny[1])
-        now = [50.0]
-        evaluator._now = lambda now=now: now[0]
-        start_clock(evaluator)
-        now[0] += seconds
-        evaluator.TIME_BUDGET = 80
-        if not is_over:  # and what the evaluation takes is no training
-            slow = Wrapped(lambda logits, idx, now=now: now.__setitem__(0, now[0] + 1) or logits)
-            assert evaluate(evaluator, slow) > 0 and now[0] > 65
-            assert evaluator.training_seconds() == pytest.approx(seconds)
-            evaluator._stopwatch.lock.close()
-            continue
-        with pytest.raises(evaluator.BudgetExceeded) as error:
-            evaluate(evaluator, Toy())
-        assert str(error.value) == (
-            "trained for 10.26 s by the evaluator's clock, 10.25 s is the most (TIME_BUDGET is 10 s): the clock counts "
-            "from the first batch, first steps that compile or warm up too, which karpathy's train.py leaves out: warm "
-            "up on random tokens before next(loader), and end by prepare.training_seconds() before a step that may not "
-            "fit"
-        )
+def test_training_over_budget_is_refused_whatever_the_run_calls_its_budget(evaluator):
+    start_clock(evaluator)
+    evaluator.now += 10.26
+    evaluator.TIME_BUDGET = 80
+    reason = (
+        r"trained for 10.26 s by the evaluator's clock, 10.25 s is the most \(TIME_BUDGET is 10 s\): the clock counts "
+        r"from the first batch, .*: warm up on random tokens before next\(loader\), and end by prepare.training_sec"
+    )
+    refused(evaluator, reason, evaluate, evaluator, Toy())
+    evaluator.now -= 0.02
+
+    def slowly(logits, idx):
+        evaluator.now += 1
+        return logits
+
+    assert evaluate(evaluator, Wrapped(slowly)) > 0 and evaluator.now > 65  # what evaluation takes is no training
+    assert evaluator.training_seconds() == pytest.approx(10.24)
 
 
 def test_clock_never_started_under_the_loop_is_refused(run, tmp_path):
@@ -65,31 +57,22 @@ def test_clock_never_started_under_the_loop_is_refused(run, tmp_path):
     assert not (tmp_path / "result.json").exists()
 
 
-class Averaging(Toy):
-    """Works for some seconds when it is put into eval mode, as a model that averages its weights there."""
-
-    def __init__(self, now, seconds):
-        super().__init__()
-        self.now = now
-        self.seconds = seconds
-
-    def train(self, mode=True):
-        if not mode:
-            self.now[0] += self.seconds
-        return super().train(mode)
-
-
 def test_work_on_the_way_to_eval_mode_is_training_time(evaluator):
-    now = [0.0]
-    evaluator._now = lambda: now[0]
+    class Averaging(Toy):
+        """Works for seven seconds when it is put into eval mode, as a model that averages its weights there."""
+
+        def train(self, mode=True):
+            evaluator.now += 7 * (not mode)
+            return super().train(mode)
+
     start_clock(evaluator)
-    now[0] = 5.0
-    model = Averaging(now, seconds=7.0)
+    evaluator.now += 5.0
+    model = Averaging()
     refused(evaluator, "trained for 12.00 s by the evaluator's clock", evaluate, evaluator, model)
     assert model.training
-    now[0] = 5.0
-    assert evaluate(evaluator, Averaging(now, seconds=3.0)) > 0
-    assert evaluator.training_seconds() == 8.0
+
+
+# ----- a model that changes while it is scored -----
 
 
 class Changing(Toy):
@@ -100,8 +83,7 @@ class Changing(Toy):
         self.change = change
         self.tied = self.head
         self.register_buffer("mean", torch.zeros((), dtype=torch.bfloat16))
-        self.register_buffer("count", torch.zeros(3), persistent=False)
-        self.register_buffer("sparse", torch.eye(3).to_sparse())
+        self.register_buffer("sparse", torch.eye(3).to_sparse())  # these two have no bytes to read
         self.register_buffer("nowhere", torch.zeros(3, device="meta"))
 
     def forward(self, idx):
@@ -134,7 +116,7 @@ def test_model_that_changes_while_it_is_scored_is_refused_by_the_tensors_name(ru
     assert not (tmp_path / "result.json").exists()
 
 
-# ----- data that is not the run's -----
+# ----- data that is not the run's; evaluated once -----
 
 
 def test_validation_loader_inside_a_run_is_refused(run, evaluator):
@@ -147,9 +129,6 @@ def test_validation_loader_inside_a_run_is_refused(run, evaluator):
     refused(evaluator, "split 'val' is the evaluator's alone", make_loader, evaluator, "val")
 
 
-# ----- evaluated once -----
-
-
 def test_run_is_evaluated_once_whatever_becomes_of_its_record(run, tmp_path):
     loader = make_loader(run)
     next(loader)
@@ -160,61 +139,45 @@ def test_run_is_evaluated_once_whatever_becomes_of_its_record(run, tmp_path):
     assert not (tmp_path / "result.json").exists()
 
 
-def test_evaluation_that_the_model_breaks_off_is_the_only_one(run, evaluator):
+@pytest.mark.parametrize("kind", ["run", "evaluator"])
+def test_evaluation_that_the_model_breaks_off_is_the_only_one(request, kind):
     """Else a model could look at all rows, raise, and train on what it saw."""
-    for prepare in (run, evaluator):
-        seen = []
+    prepare = request.getfixturevalue(kind)
 
-        def look(logits, idx, seen=seen):
-            seen.append(idx)
-            raise KeyError("enough")
+    def look(logits, idx):
+        raise KeyError("enough")
 
-        loader = make_loader(prepare)
-        next(loader)
-        with pytest.raises(KeyError, match="enough"):
-            evaluate(prepare, Wrapped(look))
-        assert seen
-        refused(prepare, "this run was evaluated", next, loader)
-        refused(prepare, "this run was evaluated", evaluate, prepare, Toy())
-        prepare._stopwatch.lock.close()
+    loader = make_loader(prepare)
+    next(loader)
+    with pytest.raises(KeyError, match="enough"):
+        evaluate(prepare, Wrapped(look))
+    refused(prepare, "this run was evaluated", next, loader)
+    refused(prepare, "this run was evaluated", evaluate, prepare, Toy())
 
 
 # ----- scores that nobody measured -----
 
 
-def test_patched_loss_of_torch_does_not_score(evaluator, monkeypatch):
+def test_score_depends_on_no_loss_normalisation_or_byte_count_of_the_runs(evaluator, monkeypatch):
     honest = evaluate(evaluator, Toy())
+    assert math.isfinite(honest)
+    assert evaluate(evaluator, Wrapped(lambda logits, idx: logits + 100.0)) == pytest.approx(honest, abs=1e-5)
+    tokenizer = evaluator.Tokenizer.from_directory()
+    tokenizer.encoding.decode_single_token_bytes = None
     monkeypatch.setattr(F, "cross_entropy", lambda logits, *args, **options: logits[:, 0] * 0 + 0.1)
-    assert evaluate(evaluator, Toy()) == honest
-
-
-def test_logits_of_a_tensor_subclass_are_refused(run, tmp_path):
-    class Flatterer(torch.Tensor):
-        """Answers to cross_entropy itself."""
-
-        @classmethod
-        def __torch_function__(cls, function, types, args=(), kwargs=None):
-            result = super().__torch_function__(function, types, args, kwargs or {})
-            return result * 0.5 if function is F.cross_entropy else result
-
-    start_clock(run)
-    model = Wrapped(lambda logits, idx: logits.as_subclass(Flatterer))
-    refused(run, r"model\(idx\) gave Flatterer, not a plain torch.Tensor", evaluate, run, model)
-    assert not (tmp_path / "result.json").exists()
+    assert evaluator.evaluate_bpb(Toy(), tokenizer, 16) == honest
 
 
 # ----- the record -----
 
 
-def test_record_holds_what_the_evaluator_measured(tiny, tmp_path):
-    path = tmp_path / "result.json"
-    evaluator = load_prepare(tiny[0], "tiny", tiny[1], seed=7, AUTORESEARCH_RESULT=str(path))
-    evaluator._now = iter([3.0, 7.25]).__next__
-    start_clock(evaluator)
-    bpb = evaluate(evaluator, Toy())
-    record = json.loads(path.read_text())
-    described = evaluator.describe()
-    lengths = evaluator.get_token_bytes().numpy()[rows_of(evaluator)[:, 1:]]
+def test_record_holds_what_the_evaluator_measured(run, tmp_path):
+    run._now = iter([3.0, 7.25]).__next__
+    start_clock(run)
+    bpb = evaluate(run, Toy())
+    record = json.loads((tmp_path / "result.json").read_text())
+    described = run.describe()
+    lengths = run.get_token_bytes().numpy()[rows_of(run)[:, 1:]]
     same = {name: described[name] for name in ("digest", "files", "prepare_sha256", "device_name", "cache")}
     assert record == same | {
         "val_bpb": bpb,
@@ -229,20 +192,10 @@ def test_record_holds_what_the_evaluator_measured(tiny, tmp_path):
     }
     assert json.loads(json.dumps(described)) == described
     assert described["rows"] == {"val": 100, "test": 100} and described["prepared"] and described["problem"] is None
-    assert described["devices"] == {"cpu": {"lock": str(evaluator.LOCKS / "cpu.lock"), "free_gb": 0.0}}
+    assert described["devices"] == {"cpu": {"lock": str(run.LOCKS / "cpu.lock"), "free_gb": 0.0}}
     if os.path.exists("/proc/cpuinfo"):
-        cores = os.cpu_count()
-        model = described["device_name"].removesuffix(f" ({cores} cores)")
-        assert model in Path("/proc/cpuinfo").read_text() and model != described["device_name"]
-
-
-def test_loss_of_its_own_does_not_normalise_the_score(evaluator):
-    """The evaluator normalises: a constant added to all logits changes nothing, nor does a byte count of the run's."""
-    honest = evaluate(evaluator, Toy())
-    assert evaluate(evaluator, Wrapped(lambda logits, idx: logits + 100.0)) == pytest.approx(honest, abs=1e-5)
-    tokenizer = evaluator.Tokenizer.from_directory()
-    tokenizer.encoding.decode_single_token_bytes = None
-    assert evaluator.evaluate_bpb(Toy(), tokenizer, 16) == honest and math.isfinite(honest)
+        model, _, cores = described["device_name"].rpartition(" (")
+        assert model in Path("/proc/cpuinfo").read_text() and cores == f"{os.cpu_count()} cores)"
 
 
 def test_digest_of_the_weights_tells_models_apart_and_knows_one_again(tiny, tmp_path):

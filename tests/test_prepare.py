@@ -9,6 +9,8 @@ import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from collections import Counter
 from functools import cache
 from types import SimpleNamespace
@@ -19,17 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import wait_for
-from prepare_fixtures import (
-    PREPARE,
-    copy_prepare,
-    die_at,
-    english,
-    error_line,
-    load_prepare,
-    profile_row,
-    started,
-    write_jsonl,
-)
+from prepare_fixtures import PREPARE, copy_prepare, english, environment, error_line, load_prepare, started, write_jsonl
 
 V = 320  # tokens, the vocabulary of the profile "mine"
 
@@ -48,25 +40,19 @@ def corpus():
         text = english(rng, 60) + " 123456" * 5
         learned = text + " wwwwjjjj" * 5
         held_out = text + " zzzzqqqq" * 30
-        if split_of(learned) == "train":
-            documents.append(learned)
-        if split_of(held_out) != "train":
-            documents.append(held_out)
+        documents += [learned] * (split_of(learned) == "train") + [held_out] * (split_of(held_out) != "train")
     return documents + documents[:100]
 
 
 def prepared(folder, source, expect=0, **constants):
-    constants = {"vocab_size": V} | constants
-    evaluator = load_prepare(copy_prepare(folder, profile_row("mine", source, **constants)), "mine", folder / "cache")
+    path = copy_prepare(folder, "mine", source, **{"vocab_size": V} | constants)
+    evaluator = load_prepare(path, "mine", folder / "cache")
     assert evaluator.main([]) == expect
     return evaluator
 
 
 def texts_of(evaluator):
-    return {
-        path.stem: pq.read_table(path)["text"].to_pylist()
-        for path in sorted((evaluator.CACHE / "text").glob("*.parquet"))
-    }
+    return {path.stem: pq.read_table(path)["text"].to_pylist() for path in (evaluator.CACHE / "text").glob("*.parquet")}
 
 
 def snapshot(folder):
@@ -77,8 +63,7 @@ def snapshot(folder):
 def shared(tmp_path_factory):
     """A prepared profile, which tests leave as it is."""
     folder = tmp_path_factory.mktemp("prepare")
-    source = write_jsonl(folder / "source" / "a.jsonl", corpus())
-    return prepared(folder, source.parent)
+    return prepared(folder, write_jsonl(folder / "source" / "a.jsonl", corpus()).parent)
 
 
 @pytest.fixture
@@ -91,55 +76,51 @@ def own(shared, tmp_path):
 # ----- profiles and environment -----
 
 
-def test_bad_environment_and_bad_arguments_end_with_code_2_and_say_what_came(tmp_path, capsys):
-    profiles = "climbmix, code, pocket, smoke"
-    for variable, value, message in (
-        ("AUTORESEARCH_PROFILE", "h100", profiles),
+@pytest.mark.parametrize(
+    ("variable", "value", "remedy"),
+    [
+        ("AUTORESEARCH_PROFILE", "h100", "one of climbmix, code, pocket, smoke"),
         ("AUTORESEARCH_SEED", "-1", "a whole number below 10**9"),
-        ("AUTORESEARCH_SEED", "x", "a whole number below 10**9"),
-    ):
-        with pytest.raises(SystemExit) as error:
-            load_prepare(PREPARE, "smoke", tmp_path, **{variable: value})
-        out, err = capsys.readouterr()
-        assert (error.value.code, out) == (2, "")
-        assert err.startswith(f"error: {variable} is {value!r}: use ") and err.endswith(f"{message}\n")
-        assert err.count("\n") == 1
-    evaluator = load_prepare(PREPARE, "pocket", tmp_path)
-    for option, value in (("--num-shards", "0"), ("--num-shards", "-2"), ("--download-workers", "0")):
-        with pytest.raises(SystemExit) as error:
-            evaluator.main([option, value])
-        assert error.value.code == 2
-        assert f"{option} is {value}: give a number over 0" in capsys.readouterr().err
-    missing = rf"{tmp_path}/pocket/tokenizer.tiktoken"
-    with pytest.raises(evaluator.UserError, match=rf"^profile 'pocket' is not prepared \(no {missing}\): run 'uv run"):
-        evaluator.Tokenizer.from_directory()
+        ("--num-shards", "0", "give a number over 0, or -1 for all"),
+        ("--download-workers", "0", "give a number over 0"),
+    ],
+)
+def test_bad_variable_and_bad_option_end_with_code_2_and_say_what_came(tmp_path, capsys, variable, value, remedy):
+    variables = {variable: value} if variable.isupper() else {}
+    with pytest.raises(SystemExit) as error:
+        load_prepare(PREPARE, "smoke", tmp_path, **variables).main([variable, value])
+    out, err = capsys.readouterr()
+    assert (error.value.code, out) == (2, "")
+    assert f"{variable} is {value}: {remedy}\n" in err or err == f"error: {variable} is {value!r}: use {remedy}\n"
 
 
 @pytest.mark.parametrize(("devices", "profile", "word"), [(0, "pocket", "without"), (1, "climbmix", "with")])
-def test_profile_and_places_have_a_default_and_the_reason_is_printed(
+def test_defaults_are_printed_with_their_reason_and_missing_data_asks_for_preparation(
     tmp_path, monkeypatch, capsys, devices, profile, word
 ):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr("torch.cuda.device_count", lambda: devices)
     evaluator = load_prepare(PREPARE, "", "", seed="", AUTORESEARCH_LOCKS="")
-    taken = evaluator.PROFILE, evaluator.SEED, evaluator.CACHE, str(evaluator.LOCKS)
-    assert taken == (profile, 42, tmp_path / ".cache/autoresearch" / profile, "/tmp/autoresearch-locks")
+    assert (evaluator.PROFILE, evaluator.SEED, str(evaluator.LOCKS)) == (profile, 42, "/tmp/autoresearch-locks")
+    assert str(evaluator.CACHE) == f"{tmp_path}/.cache/autoresearch/{profile}"
     assert evaluator.main(["--verify"]) == 1
-    assert capsys.readouterr().out == f"profile: {profile} (default {word} a CUDA device)\n"
+    out, err = capsys.readouterr()
+    assert out == f"profile: {profile} (default {word} a CUDA device)\n"
+    assert err == (
+        f"error: profile '{profile}' is not prepared (no {evaluator.CACHE}/manifest.json): run 'uv run prepare.py'\n"
+    )
 
 
 def test_what_the_loop_tells_a_run_is_taken_out_of_the_environment(tmp_path):
-    path = copy_prepare(tmp_path)
-    with path.open("a", encoding="utf-8") as file:
-        file.write("\nLEFT = {name for name in os.environ if name.startswith('AUTORESEARCH')}\n")
-    told = {"AUTORESEARCH_RESULT": str(tmp_path / "r.json"), "AUTORESEARCH_AUDIT": "1"}
-    evaluator = load_prepare(path, "smoke", tmp_path, seed=9, **told)
-    taken, left = (evaluator._RESULT, evaluator._AUDIT, evaluator.SEED), sorted(evaluator.LEFT)
-    assert taken == (tmp_path / "r.json", True, 9)
-    names = ("CACHE", "ISOLATION", "LOCKS", "PROFILE")
-    assert left == [f"AUTORESEARCH_{name}" for name in names]
+    path = tmp_path / "prepare.py"
+    left = "\nLEFT = {'RESULT', 'AUDIT', 'SEED'} & {name.removeprefix('AUTORESEARCH_') for name in os.environ}\n"
+    path.write_text(PREPARE.read_text() + left)
+    result = tmp_path / "r.json"
+    run = load_prepare(path, "smoke", tmp_path, seed=9, AUTORESEARCH_RESULT=str(result), AUTORESEARCH_AUDIT="1")
+    taken = run._RESULT, run._AUDIT, run.SEED, run.LEFT
+    assert taken == (result, True, 9, set())
     by_hand = load_prepare(path, "smoke", tmp_path)
-    assert by_hand._RESULT is None and by_hand._AUDIT is False
+    assert (by_hand._RESULT, by_hand._AUDIT) == (None, False)
 
 
 # ----- sources and splits -----
@@ -160,14 +141,13 @@ def test_document_goes_to_the_split_that_its_digest_says(shared):
 def test_local_files_of_every_kind_give_the_same_text_and_digest(tmp_path, shared):
     """In another folder than the shared profile's source: no path is part of the digest."""
     documents, folder = corpus(), tmp_path / "elsewhere"
-    (folder / "c" / "deep").mkdir(parents=True)
-    (folder / "d").mkdir()
+    for name in ("c/deep", "d"):
+        (folder / name).mkdir(parents=True)
     table = pa.table({"id": list(range(400)), "text": pa.array(documents[:400], pa.large_string())})
     pq.write_table(table, folder / "a.parquet", row_group_size=300)
     write_jsonl(folder / "b.jsonl", documents[400:700])
     for i, text in enumerate(documents[700:]):
-        path = folder / (f"c/deep/{i:05d}.txt" if i < 300 else f"d/{i:05d}.md")
-        path.write_bytes(text.encode())
+        (folder / (f"c/deep/{i:05d}.txt" if i < 300 else f"d/{i:05d}.md")).write_bytes(text.encode())
     (folder / "notes.pdf").write_bytes(b"not read")
     evaluator = prepared(tmp_path, folder)
     assert texts_of(evaluator) == texts_of(shared)
@@ -179,70 +159,48 @@ def test_one_big_text_is_cut_into_documents_at_blank_lines(tmp_path, line_end):
     """As much as the error for too little text asks for."""
     rng = random.Random(5)
     paragraphs = []
-    size = 0
-    while size < 1.5 * 20 * 4 * 64 * 32:
-        paragraphs.append(re.sub(r"\s*\n\s*", line_end, english(rng, 40)).strip() + line_end)
-        size += len(paragraphs[-1])
+    while sum(map(len, paragraphs)) < 1.5 * 20 * 4 * 64 * 32:
+        paragraphs.append(re.sub(r"\s*\n\s*", line_end, english(rng, 40)).strip() + 2 * line_end)
     path = tmp_path / "book.txt"
-    path.write_bytes(line_end.join(paragraphs).encode())
+    path.write_bytes("".join(paragraphs).encode())
     evaluator = prepared(tmp_path, path)
-    assert len(paragraphs) > 500 and evaluator.describe()["rows"]["val"] >= 64
-    whole = set(paragraphs) | {paragraph + line_end for paragraph in paragraphs}
+    assert evaluator.describe()["rows"]["val"] >= 64
     documents = list(evaluator._read_documents([path]))
     assert "".join(documents) == path.read_bytes().decode()
     assert max(map(len, documents)) <= 8 * 32
-    assert sum(document in whole for document in documents) > len(paragraphs) / 2
+    assert len(set(documents) & set(paragraphs)) > len(paragraphs) / 2 > 250
 
 
 # Three letters with a space before each: too few pairs for a vocabulary.
 POOR = "".join(f'{{"text": " {" ".join("abc"[(i >> k) % 3] for k in range(12))}"}}\n' for i in range(4000)).encode()
+MORE = "give {} more text (about 0.2 MB, in many documents) and run again"
 BAD_SOURCES = {  # file of the source and its bytes; the error line; {} stands for the file
     "jsonl": ("a.jsonl", b'{"text": "x"}\n{"body": 1}\n', "{}:2 is no JSON object with a string in 'text': mend it"),
-    "number": ("a.jsonl", b'{"text": 5}\n', "{}:1 is no JSON object with a string in 'text': mend it"),
     "parquet": ("a.parquet", b"PAR1 and no more", "{} is not a readable parquet file with a text column ("),
     "no text": ("a.pdf", b"x", "source {} holds no .parquet, .jsonl, .txt, .md file: mend it in PROFILES"),
-    "one document": (
-        "a.md",
-        b"word " * 600,
-        "split 'val' is empty (of 1 documents one in twenty is for 'val', one for",
-    ),
-    "poor": (
-        "a.jsonl",
-        POOR,
-        "316 are needed: give {} more text (about 0.2 MB, in many documents) and run again; text",
-    ),
-    "little": (
-        "a.jsonl",
-        None,
-        "rows, 64 are needed: give {} more text (about 0.2 MB, in many documents) and run again",
-    ),
+    "one document": ("a.md", b"word " * 600, "split 'val' is empty (of 1 documents one in twenty is for 'val', one"),
+    "poor": ("a.jsonl", POOR, f"316 are needed: {MORE}; text"),
+    "little": ("a.txt", "".join(corpus()[:100]).encode(), f"rows, 64 are needed: {MORE}"),
 }
 
 
 @pytest.mark.parametrize("kind", BAD_SOURCES)
-def test_bad_source_is_one_error_line(tmp_path, capsys, kind):
+def test_bad_source_is_one_error_line_and_once_mended_the_same_command_works(tmp_path, capsys, kind):
     name, data, error = BAD_SOURCES[kind]
     path = tmp_path / name
-    if data is None:
-        write_jsonl(path, corpus()[:100])
-    else:
-        path.write_bytes(data)
+    path.write_bytes(data)
     evaluator = prepared(tmp_path, path, expect=1)
     assert error.format(path) in error_line(capsys)
     assert not (evaluator.CACHE / "manifest.json").exists()
     path.unlink()
-    source = write_jsonl(path.with_suffix(".jsonl"), corpus())  # mended: the same command again
-    assert prepared(tmp_path, source).main(["--verify"]) == 0
+    mended = write_jsonl(path.with_suffix(".jsonl"), corpus())
+    assert prepared(tmp_path, mended).main(["--verify"]) == 0
 
 
-@pytest.mark.parametrize("source", ["~/no-such-folder", "./no-such-folder"])
-def test_missing_path_is_not_asked_of_the_hub(tmp_path, capsys, source):
-    prepared(tmp_path, source, expect=1)
-    assert error_line(
-        capsys
-    ) == f"error: source {os.path.expanduser(source)} does not exist: mend it in PROFILES".replace(
-        "./no", "no", source.startswith("./")
-    )
+def test_missing_path_is_not_asked_of_the_hub(tmp_path, capsys):
+    prepared(tmp_path, "~/no-such-folder", expect=1)
+    missing = os.path.expanduser("~/no-such-folder")
+    assert error_line(capsys) == f"error: source {missing} does not exist: mend it in PROFILES"
 
 
 def test_bytes_that_are_no_text_and_nulls_are_told_with_file_and_count(tmp_path, capsys):
@@ -254,8 +212,7 @@ def test_bytes_that_are_no_text_and_nulls_are_told_with_file_and_count(tmp_path,
     (folder / "c.txt").write_bytes("naïve café \ufffd".encode())
     pq.write_table(pa.table({"text": [None, "x"]}), folder / "d.parquet")
     prepared(tmp_path, folder)
-    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
-    assert notes == [
+    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")] == [
         f"note: 3 documents without text (null) in {path} and 1 more files",
         f"note: 3 places that are not UTF-8 (replaced by U+FFFD) in {path} and 1 more files",
     ]
@@ -265,29 +222,32 @@ def test_changed_source_is_told_and_what_was_prepared_stays(tmp_path, capsys):
     path = write_jsonl(tmp_path / "source" / "a.jsonl", corpus())
     evaluator = prepared(tmp_path, path.parent)
     before = snapshot(evaluator.CACHE)
-    remedy = f": to read {path.parent} anew, delete {evaluator.CACHE} and run again"
+    size = path.stat().st_size
+    changed = f"; {path.parent} has changed since it was read: it was 1 files, {size:,} bytes, .*, now it is "
 
-    def said():
+    def add_a_file():
+        (path.parent / "b.txt").write_text("more")
+
+    for change, told in [
+        (lambda: None, ""),
+        (add_a_file, f"{changed}2 files, {size + 4:,} bytes, .*"),
+        (lambda: shutil.rmtree(path.parent), f"{changed}gone"),
+    ]:
+        change()
         capsys.readouterr()
         assert evaluator.main([]) == 0
-        return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("kept"))
-
-    assert said() == f"kept {evaluator.CACHE / 'text'}{remedy}"
-    size = path.stat().st_size
-    (path.parent / "b.txt").write_text("more")
-    changed = (
-        rf"kept \S+; {path.parent} has changed since it was read: it was 1 files, {size:,} bytes, the newest of .*, "
-    )
-    assert re.fullmatch(changed + rf"now it is 2 files, {size + 4:,} bytes, .*{remedy}", said())
-    shutil.rmtree(path.parent)
-    assert re.fullmatch(changed + f"now it is gone{remedy}", said())
+        line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("kept"))
+        folder = evaluator.CACHE / "text"
+        assert re.fullmatch(
+            f"kept {folder}{told}: to read {path.parent} anew, delete {evaluator.CACHE} and run again", line
+        )
     assert snapshot(evaluator.CACHE) == before
 
 
 # ----- tokenizer -----
 
 
-def test_tokenizer_round_trips_and_keeps_special_strings_ordinary(shared):
+def test_tokenizer_round_trips_keeps_special_strings_ordinary_and_learns_from_the_training_split_only(shared):
     tokenizer = shared.Tokenizer.from_directory()
     for text in ["", "ba ke lo", "naïve 漢字 🙂", "a\x00b", "  \n\n\t x", "<|reserved_0|><|reserved_3|>", "12345 1 22"]:
         ids = tokenizer.encode(text)
@@ -297,11 +257,6 @@ def test_tokenizer_round_trips_and_keeps_special_strings_ordinary(shared):
     assert tokenizer.decode([V - 4, V - 1]) == "<|reserved_0|><|reserved_3|>"
     assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a�b"  # a lone surrogate
     assert tokenizer.decode(tokenizer.encode("\ud83d\ude42")) == "🙂"  # a pair
-
-
-def test_tokenizer_learns_from_the_training_split_only(shared):
-    """A word that only held-out documents use becomes no token; one that training uses does."""
-    tokenizer = shared.Tokenizer.from_directory()
     assert len(tokenizer.encode(" wwwwjjjj")) == 1 and len(tokenizer.encode(" zzzzqqqq")) > 4
 
 
@@ -328,7 +283,7 @@ def test_long_documents_encode_as_if_whole(shared, monkeypatch, parts):
 # ----- tokens -----
 
 
-def test_token_files_hold_every_document_and_batch(own, tmp_path):
+def test_token_files_hold_every_document_and_batch_and_a_truncated_one_is_named(own, tmp_path):
     """Nulls, empty and ill-formed documents, large strings, row groups of 1 to 300."""
     documents = ["", None, "a\x00b", "<|reserved_0|> text", "x" * 300_000, *corpus()[:395]]
     raw = [None if d is None else d.encode() for d in documents] + [b"\xed\xa0\x80 lone", b"\xff\xfe bytes"]
@@ -338,54 +293,45 @@ def test_token_files_hold_every_document_and_batch(own, tmp_path):
         for start, length in [(0, 1), (1, 300), (301, 101)]:
             writer.write_table(table.slice(start, length), row_group_size=10**6)
     own._tokenize({"odd": path})
-    shard, tokenizer = own._read_shard(own._tokens_path("odd")), own.Tokenizer.from_directory()
+    tokens_path = own._tokens_path("odd")
+    shard, tokenizer = own._read_shard(tokens_path), own.Tokenizer.from_directory()
     assert shard.batches.tolist() == [1, 128, 128, 44, 101]
-    ends = np.cumsum(shard.lengths)
-    found = [shard.tokens[end - n : end].tolist() for n, end in zip(shard.lengths, ends, strict=True)]
+    found = [document.tolist() for document in np.split(shard.tokens, np.cumsum(shard.lengths))]
     wanted = [d or "" for d in documents] + ["��� lone", "�� bytes"]
-    assert found == tokenizer.encode(wanted, prepend=own.BOS_ID)
-    assert ends[-1] == len(shard.tokens)
-
-
-def test_truncated_token_file_is_named(shared, tmp_path):
-    path = tmp_path / "x.tokens"
-    for lost_bytes in (8, 24, 10**9):
-        path.write_bytes((shared.CACHE / "tokens/val.tokens").read_bytes()[:-lost_bytes])
-        with pytest.raises(shared.UserError, match=r"x\.tokens is not a token file"):
-            shared._read_shard(path)
+    assert found == [*tokenizer.encode(wanted, prepend=own.BOS_ID), []]
+    whole = tokens_path.read_bytes()
+    for lost_bytes in (8, 24, len(whole)):
+        tokens_path.write_bytes(whole[:-lost_bytes])
+        with pytest.raises(own.UserError, match=r"odd\.tokens is not a token file"):
+            own._read_shard(tokens_path)
 
 
 # ----- manifest and the whole preparation -----
 
 
-@pytest.mark.parametrize("text", ["", '{"metric": {}}', "[1]"])
-def test_damaged_manifest_is_named(shared, tmp_path, capsys, text):
-    evaluator = load_prepare(shared.__file__, "mine", tmp_path)
-    path = evaluator.CACHE / "manifest.json"
-    path.parent.mkdir()
-    path.write_text(text)
-    assert evaluator.main([]) == 1
-    error = error_line(capsys)
-    assert error.startswith(f"error: {path} is damaged, or of another version of prepare.py (")
-    assert error.endswith("): delete it and run 'uv run prepare.py'")
+def test_damaged_manifest_is_named(own, capsys):
+    path = own.CACHE / "manifest.json"
+    for text in ("", '{"metric": {}}', "[1]"):
+        path.write_text(text)
+        assert own.main([]) == 1
+        error = error_line(capsys)
+        assert error.startswith(f"error: {path} is damaged, or of another version of prepare.py (")
+        assert error.endswith("): delete it and run 'uv run prepare.py'")
 
 
 @pytest.mark.parametrize("name", ["tokenizer.tiktoken", "tokens/test.tokens"])
 def test_changed_metric_file_is_named_before_a_run_trains(own, capsys, name):
     """The byte table is computed from tokenizer.tiktoken, so that file stands for it."""
     path = own.CACHE / name
-    assert set(own.check_data()) == set(own.METRIC_FILES) and path.stat().st_mode & 0o222 == 0
+    assert path.stat().st_mode & 0o222 == 0
     assert own.main(["--verify"]) == 0
-    assert capsys.readouterr().out.endswith(
-        "verified: tokenizer.tiktoken tokenizer.json tokens/val.tokens tokens/test.tokens\n"
-    )
+    names = "tokenizer.tiktoken tokenizer.json tokens/val.tokens tokens/test.tokens"
+    assert capsys.readouterr().out.endswith(f"verified: {names}\n")
     path.chmod(0o644)
     data = bytearray(path.read_bytes())
     data[40] ^= 1
     path.write_bytes(data)
     changed = f"{path} is not what was prepared"
-    with pytest.raises(own.UserError, match=changed):
-        own.check_data()
     with pytest.raises(own.UserError, match=changed):
         own.evaluate_bpb(None, SimpleNamespace(get_vocab_size=lambda: V), 1)
     for arguments in (["--verify"], []):  # nor does it become a new metric under the old name
@@ -394,9 +340,9 @@ def test_changed_metric_file_is_named_before_a_run_trains(own, capsys, name):
 
 
 def test_changed_constants_ask_for_a_new_preparation(own, tmp_path, capsys):
-    def changed(**constants):
-        row = profile_row("mine", own.SOURCE, **({"vocab_size": V} | constants))
-        return load_prepare(copy_prepare(tmp_path / "changed", row), "mine", own.CACHE_ROOT)
+    def changed(source=own.SOURCE, **constants):
+        path = copy_prepare(tmp_path / "changed", "mine", source, **{"vocab_size": V} | constants)
+        return load_prepare(path, "mine", own.CACHE_ROOT)
 
     digest = own._manifest()["digest"]
     budget = changed(time_budget=60, eval_tokens=10**7)
@@ -404,46 +350,68 @@ def test_changed_constants_ask_for_a_new_preparation(own, tmp_path, capsys):
         budget._manifest()
     assert budget.main([]) == 0
     assert budget._manifest()["digest"] != digest
-    with pytest.raises(own.UserError, match="now it is 10: run"):
-        own._manifest()
     stream = budget._open_split("val", 32)  # more is asked for than there is: all full rows are scored
-    rows = sum(len(stream.take(50)) for _ in range(1000))
-    assert budget._manifest()["metric"]["rows"]["val"] == rows > 100
-    capsys.readouterr()
+    assert budget._manifest()["metric"]["rows"]["val"] == len(stream.take(10**6)) > 100
     for constants, change in [
         ({"vocab_size": V + 20}, f"vocab_size {V}, now it is {V + 20}"),
         ({"max_chars": 5}, f"max_chars {10**15}, now it is 5"),
+        ({"source": tmp_path}, f"source {own.SOURCE!r}, now it is {str(tmp_path)!r}"),
     ]:
-        assert changed(**constants).main([]) == 1
+        capsys.readouterr()
+        assert changed(**{"time_budget": 60} | constants).main([]) == 1
         assert f"was made with {change}: delete {own.CACHE} and run" in error_line(capsys)
-    elsewhere = copy_prepare(tmp_path / "elsewhere", profile_row("mine", tmp_path, vocab_size=V, time_budget=60))
-    assert load_prepare(elsewhere, "mine", own.CACHE_ROOT).main([]) == 1
-    assert f"was made with source {own.SOURCE!r}, now it is {str(tmp_path)!r}: delete" in error_line(capsys)
 
 
 def test_missing_token_file_is_made_again(own):
     before = snapshot(own.CACHE)
-    (own.CACHE / "tokens/val.tokens").unlink()
-    (own.CACHE / "tokens/train_00003.tokens").unlink()
+    for name in ("val", "train_00003"):
+        (own.CACHE / f"tokens/{name}.tokens").unlink()
     assert own.main(["--verify"]) == 1
     assert own.main([]) == 0
     assert snapshot(own.CACHE) == before
+
+
+DIE_AT = """
+# For each name, a child of this process prepares, and is killed just before the file of that name gets its place, when
+# half of it is written.
+import os, signal, sys
+path, *names = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(path))
+import prepare  # once: the children share it
+
+def replace_or_die(source, target):
+    if os.path.basename(target) == name:
+        if os.path.isfile(source):
+            os.truncate(source, os.path.getsize(source) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+
+replace = os.replace
+for name in names:
+    child = os.fork()
+    if child == 0:
+        os.replace = replace_or_die
+        prepare.main([])
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL, name
+"""
 
 
 @pytest.mark.slow
 def test_killed_preparation_is_completed_by_the_next_run(shared, tmp_path):
     """And what comes out is the same, file for file, as of one that was never killed."""
     evaluator = load_prepare(shared.__file__, "mine", tmp_path)
-    die_at(evaluator, ["text", "tokenizer.tiktoken", "val.tokens", "manifest.json"])
+    names = ["text", "tokenizer.tiktoken", "val.tokens", "manifest.json"]
+    command = [sys.executable, "-c", DIE_AT, evaluator.__file__, *names]
+    subprocess.run(command, env=environment(evaluator), check=True, timeout=120)
     assert evaluator.main([]) == 0 and evaluator.main(["--verify"]) == 0
     assert snapshot(evaluator.CACHE) == snapshot(shared.CACHE)
-    assert not list(evaluator.CACHE.rglob("*.part"))
 
 
 @pytest.mark.slow
 def test_interrupt_ends_preparation_without_a_traceback(tmp_path):
     """Ctrl-C while the tokenizer is being trained in native code."""
-    path = copy_prepare(tmp_path, profile_row("mine", write_jsonl(tmp_path / "a.jsonl", corpus()), vocab_size=20000))
+    path = copy_prepare(tmp_path, "mine", write_jsonl(tmp_path / "a.jsonl", corpus()), vocab_size=20000)
     evaluator = load_prepare(path, "mine", tmp_path / "cache")
     with started(evaluator, path) as child:
         wait_for(lambda: (evaluator.CACHE / "text").exists() or child.poll() is not None, 60)
@@ -452,20 +420,11 @@ def test_interrupt_ends_preparation_without_a_traceback(tmp_path):
     assert child.returncode == -signal.SIGINT and "Traceback" not in err
 
 
-def test_cache_that_cannot_be_made_is_one_error_line(tmp_path, capsys):
-    (tmp_path / "file").write_text("in the way")
-    evaluator = load_prepare(PREPARE, "pocket", tmp_path / "file" / "below")
-    assert evaluator.main([]) == 1
-    err = capsys.readouterr().err
-    assert err.startswith(f"error: lock {evaluator.CACHE}/prepare.lock cannot be opened (") and err.count("\n") == 1
-    assert err.endswith("): set AUTORESEARCH_CACHE to a folder that you can write to\n")
-
-
 # ----- locks, the device -----
 
 
-def test_lock_of_a_device_can_be_taken_by_every_user(tmp_path, capsys):
-    evaluator = load_prepare(PREPARE, "smoke", tmp_path, AUTORESEARCH_LOCKS=str(tmp_path / "locks"))
+def test_lock_is_for_every_user_and_one_that_cannot_be_made_names_the_variable_to_set(tmp_path, capsys):
+    evaluator = load_prepare(PREPARE, "smoke", tmp_path / "cache", AUTORESEARCH_LOCKS=str(tmp_path / "locks"))
     path = evaluator.LOCKS / "gpu.lock"
     before = os.umask(0o077)
     try:
@@ -474,19 +433,26 @@ def test_lock_of_a_device_can_be_taken_by_every_user(tmp_path, capsys):
     finally:
         os.umask(before)
     assert (evaluator.LOCKS.stat().st_mode & 0o777, path.stat().st_mode & 0o777) == (0o777, 0o666)
-    assert capsys.readouterr().err == ""
     path.unlink()
     path.mkdir()
     with pytest.raises(evaluator.UserError, match=r"gpu.lock cannot be opened .*: set AUTORESEARCH_LOCKS to a folder"):
         evaluator._lock(path, "another run holds gpu")
+    (tmp_path / "cache").write_text("in the way")
+    assert evaluator.main([]) == 1
+    error = error_line(capsys)
+    assert error.startswith(f"error: lock {evaluator.CACHE}/prepare.lock cannot be opened (")
+    assert error.endswith("): set AUTORESEARCH_CACHE to a folder that you can write to")
 
 
 def test_devices_are_named_as_cuda_visible_devices_names_them(shared, monkeypatch):
     """Against a pretended driver: no machine of ours has two GPUs."""
-    uuid = lambda device: SimpleNamespace(uuid=f"uuid-{torch.device(device).index}")  # noqa: E731
-    monkeypatch.setattr(torch.cuda, "get_device_properties", uuid)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (device.index * 10**9, 80 * 10**9))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    pretended = {
+        "get_device_properties": lambda device: SimpleNamespace(uuid=f"uuid-{torch.device(device).index}"),
+        "mem_get_info": lambda device: (device.index * 10**9, 80 * 10**9),
+        "device_count": lambda: 2,
+    }
+    for name, function in pretended.items():
+        monkeypatch.setattr(torch.cuda, name, function)
     for visible, names in [("", ["0", "1"]), ("3, GPU-5", ["3", "GPU-5"])]:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         lock = [str(shared.LOCKS / f"uuid-{i}.lock") for i in (0, 1)]

@@ -7,6 +7,7 @@ from harness import device as harness_device
 from train import GPT, GPTConfig
 
 CLIMBMIX = GPTConfig(2048, 8192, 8, 4, 4, 512, "SSSL")
+SMALL = GPTConfig(sequence_len=16, vocab_size=31, n_layer=2, n_head=2, n_kv_head=2, n_embd=32, window_pattern="SL")
 
 
 def build(config: GPTConfig, device: torch.device | str = "cpu", kind: type[GPT] = GPT) -> GPT:
@@ -18,8 +19,9 @@ def build(config: GPTConfig, device: torch.device | str = "cpu", kind: type[GPT]
     return model
 
 
-def shake(model: GPT) -> GPT:
-    """Give the zero matrices values, so that every path counts."""
+def shaken(config: GPTConfig) -> GPT:
+    """A model whose zero matrices have values too, so that every path counts."""
+    model = build(config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
