@@ -147,24 +147,27 @@ class Ratchet:
                 edit = replace(edit, source=merged, base=champion)
             if problem := self.find_problem(edit.source, edit.again_of):
                 raise Dropped(problem)
-            number = self.tag.new_folder()
-            commit = self.tag.commit(number, edit.source, edit.description, edit.base)
-            (self.tag.folder(number) / "change.diff").write_bytes(self.repository.diff(edit.base, commit))
-            mark = fingerprint(edit.source)
-            self.in_flight[mark] = edit.description
-            run = Run(
-                number=number,
-                commit=commit,
-                base=edit.base,
-                seed=FIRST_SEED,
-                purpose="experiment",
-                description=edit.description,
-                again_of=edit.again_of,
-                fingerprint=mark,
-                touched=edit.touched,
-                cost=edit.cost or {},
-            )
+            run = self.new_run(edit)
+            self.in_flight[run.fingerprint] = run.description
             return edit, run
+
+    def new_run(self, edit: Edit) -> Run:
+        """Commit an edit of the champion, and make the folder of its first run."""
+        number = self.tag.new_folder()
+        commit = self.tag.commit(number, edit.source, edit.description, edit.base)
+        (self.tag.folder(number) / "change.diff").write_bytes(self.repository.diff(edit.base, commit))
+        return Run(
+            number=number,
+            commit=commit,
+            base=edit.base,
+            seed=FIRST_SEED,
+            purpose="experiment",
+            description=edit.description,
+            again_of=edit.again_of,
+            fingerprint=fingerprint(edit.source),
+            touched=edit.touched,
+            cost=edit.cost or {},
+        )
 
     def forget_stale(self, number: int) -> None:
         """The gain of that run does not go with the present champion: no later session runs it again."""
@@ -257,9 +260,11 @@ class Ratchet:
         if gain > 0 and (not self.confirm or self.is_confirmed(runs)):
             return "keep", ""
         if ledger.wants_simpler(edit.description):
-            is_shorter = syntax_size(edit.source) < syntax_size(self.tag.source(edit.base))
-            if is_shorter and ledger.is_simpler_keep(self.tag.ledger, -gain):
+            if syntax_size(edit.source) >= syntax_size(self.tag.source(edit.base)):
+                return "discard", "no simplification: its code says no less"
+            if ledger.is_simpler_keep(self.tag.ledger, -gain):
                 return "keep", ""
+            return "discard", "no simplification: it loses over one sigma, or all of them together over two"
         return "discard", "not confirmed on fresh seeds" if gain > 0 else ""
 
     def ask_approval(self, run: Run) -> tuple[Run, bool]:

@@ -490,13 +490,13 @@ def train(model: nn.Module, optimizer: MuonAdamW, loader, device_batch: int, mfu
     host_loss = torch.zeros((), pin_memory=on_cuda)  # pinned, so that the copy need not wait for the GPU
     loss_copied = torch.cuda.Event() if on_cuda else None
     step = 0
-    step_seconds = 0.0
+    next_step_seconds = 0.0  # that a step may take
     smooth_loss = 0.0
     logged_at = -math.inf
 
     x, y, epoch = next(loader)  # the first batch starts the evaluator's clock
     now = training_seconds()
-    while now + step_seconds <= TIME_BUDGET:
+    while now + next_step_seconds <= TIME_BUDGET:
         # -- Gradients --
         progress = min(now / TIME_BUDGET, 1.0)
         set_schedules(optimizer, step, progress)
@@ -532,7 +532,8 @@ def train(model: nn.Module, optimizer: MuonAdamW, loader, device_batch: int, mfu
         now = training_seconds()
         step_seconds = now - before
         smooth_loss += 0.1 * (train_loss - smooth_loss)
-        is_last = now + step_seconds > TIME_BUDGET
+        next_step_seconds = max(step_seconds, 0.8 * next_step_seconds)  # a busy machine is slow at times
+        is_last = now + next_step_seconds > TIME_BUDGET
         if on_terminal or is_last or now - logged_at >= LOG_SECONDS:
             logged_at = now
             speed = TOTAL_BATCH_SIZE / step_seconds

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 from harness.compare import align
 from harness.console import UserError, duration, one_line, say
-from harness.edit import compile_problem, fingerprint
+from harness.edit import Edit, compile_problem, fingerprint
 from harness.files import read_text
 from harness.ledger import Ledger, Run
-from harness.replicates import FIRST_SEED, fresh_seed
+from harness.replicates import fresh_seed
 
 CHAMPION = "champion"  # a side; the others are `without 7`, or `before 7` and `with 7`, by the number of a change's run
 APPLY_TRIES = 4  # candidates of --apply, each with one change more than the last
@@ -297,18 +297,15 @@ def _try_without(ratchet, source: bytes, taken: list[Contribution], replicates: 
     numbers = ", ".join(str(one.run.number) for one in sorted(taken, key=lambda one: one.run.number))
     description = f"simplify: without the changes of {'runs' if len(taken) > 1 else 'run'} {numbers}"
     champion = tag.champion
-    number = tag.new_folder()
-    commit = tag.commit(number, source, description, champion)
-    (tag.folder(number) / "change.diff").write_bytes(tag.repository.diff(champion, commit))
-    mark = fingerprint(source)
-    first = Run(number, commit, champion, FIRST_SEED, "experiment", description=description, fingerprint=mark)
+    first = ratchet.new_run(Edit(source, champion, description))
     runs = [ratchet.execute(first, device)]
     for _ in range(replicates):
         runs += ratchet.measure_pair(first, device)
     with ratchet.lock:
         if crash := next((run for run in runs if run.status == "crash"), None):
             return ratchet.record(runs, "crash", crash.reason)
-        means = [statistics.fmean(run.score for run in runs[1:] if run.commit == side) for side in (commit, champion)]
+        sides = (first.commit, champion)
+        means = [statistics.fmean(run.score for run in runs[1:] if run.commit == side) for side in sides]
         loss = tag.domain.gain(*means)
         if loss > (tag.ledger.sigma or 0.0):
             return ratchet.record(runs, "discard", f"{tag.domain.score_text(loss)} worse, more than one sigma")

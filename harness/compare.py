@@ -12,13 +12,12 @@ from dataclasses import dataclass
 
 from harness.console import duration
 from harness.domain import Domain
-from harness.ledger import STALE, Ledger, Run, wants_simpler
+from harness.ledger import STALE, Ledger, Run
 
 MAX_LOG_CHARS = 8_000_000  # of a log's beginning, and as many of its end: a run may print anything
 TOO_MANY = 10**15  # steps, or tokens a step: no run makes so many
 TOO_FAR = 0.05  # of the budget beyond the first or the last point of a curve: there it says nothing
 LONGEST_GAP = 0.35  # of the budget between two points
-SAME_STAGE = 0.1  # of the tokens: runs that differ by more are at other learning rates, so their losses do not compare
 BUSY = 0.1  # of the processors used by others: from here on a score says less
 SAME_SPEED = 0.005  # a smaller difference is none
 
@@ -177,7 +176,7 @@ def verdict(ledger: Ledger, run: Run) -> str:
     lines += _table(ledger, run, others)
     if others:
         lines += _difference_lines(ledger, run)
-        lines += [_speed_line(ledger, run, others), _learning_line(ledger, run, others) if run.base else ""]
+        lines.append(_speed_line(ledger, run, others))
     else:
         lines += _baseline_lines(ledger, run)
     lines += [_busy_line(ledger, run), _former_line(ledger, run)]
@@ -221,8 +220,6 @@ def _difference_lines(ledger: Ledger, run: Run) -> list[str]:
         lines.append("a gain that waits for approval: it is kept once the command given by --approve exits 0")
     elif run.status == "keep" and run.base and error is not None and gain <= 2 * error:
         lines.append("kept as a simplification" if gain <= 0 else "kept: the plain rule keeps what scored better")
-    elif run.status == "discard" and wants_simpler(run.description):
-        lines.append("not kept as a simplification: its code says no less, or it gives away more than is left")
     return lines
 
 
@@ -248,37 +245,6 @@ def _speed_line(ledger: Ledger, run: Run, others: list[Run]) -> str:
     if any(is_busy(one) for one in (run, *others)):
         return f"{words}, by the edit or the busy machine"
     return f"{words}, by the edit: {drift}"
-
-
-def _learning_line(ledger: Ledger, run: Run, others: list[Run]) -> str:
-    """Training loss at equal tokens, where the run that saw fewer ended. The other one's loss there is taken from the
-    line between its half and its end, so that only runs of about the same length compare."""
-    of_run = _training([run])
-    of_base = _training(others)
-    if None in of_run or None in of_base:
-        return ""
-    total = min(of_run[0], of_base[0])
-    unit = unit_of(ledger.domain)
-    losses = []
-    for tokens, half, end in (of_run, of_base):
-        fraction = total / tokens
-        if fraction < 1 - SAME_STAGE:
-            return f"learning: not comparable, {1 - fraction:.0%} fewer {unit} mean another stage of the schedule"
-        losses.append(end + (1 - fraction) / 0.5 * (half - end))
-    change = losses[0] - losses[1]
-    words = f"{abs(change):.4f} {'higher' if change > 0 else 'lower'}"
-    return f"learning: at {total:,.0f} {unit}, equal for both, training loss {words} ({change / losses[1]:+.1%})"
-
-
-def _training(runs: list[Run]) -> tuple[float | None, float | None, float | None]:
-    """Tokens, and the training loss at half and at the end, the means of some runs."""
-    tokens = (
-        run.tokens_per_second * run.training_seconds if run.tokens_per_second and run.training_seconds else None
-        for run in runs
-    )
-    halves = (run.loss_half for run in runs)
-    ends = (run.loss_end for run in runs)
-    return mean_of_known(tokens), mean_of_known(halves), mean_of_known(ends)
 
 
 def _baseline_lines(ledger: Ledger, run: Run) -> list[str]:

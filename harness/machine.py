@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 import json
+import math
 import os
 import re
 import shutil
@@ -10,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from harness import isolation
@@ -19,12 +19,16 @@ from harness.domain import ContractError, Description, Domain, read_description
 from harness.files import is_locked
 from harness.processes import find_marked
 
+LOOK_SECONDS = 0.5  # between looks at what processes used
 MIN_FREE_GB = 1.0  # GB that the disk must have free before a run
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH|_PAT$", re.IGNORECASE)  # names withheld from training
 OF_A_RUN = (  # the loop sets these anew for each child: what its own environment says of them is not handed on
     "AUTORESEARCH_RESULT", "AUTORESEARCH_AUDIT", "AUTORESEARCH_SEED", "AUTORESEARCH_MARK",
 )  # fmt: skip
-OF_TPE = {"optuna", "alembic", "colorlog", "mako", "sqlalchemy"}  # may come and go: a tag takes up --agent tpe later
+OF_EXTRAS = {  # what the extras ray and tpe bring may come and go: a tag takes up --workers or --agent tpe later
+    "alembic", "attrs", "colorlog", "jsonschema", "jsonschema-specifications", "mako", "msgpack", "optuna", "protobuf",
+    "ray", "referencing", "rpds-py", "sqlalchemy",
+}  # fmt: skip
 
 
 def variables_for_agent(profile: str) -> dict[str, str]:
@@ -102,9 +106,9 @@ def busy_device(facts: Description, device: str) -> str:
 
 
 def installed_packages() -> dict[str, str]:
-    """Name -> version of every distribution that Python finds, the extra tpe aside."""
+    """Name -> version of every distribution that Python finds, those of extras aside."""
     found = {str(one.name).lower(): one.version for one in importlib.metadata.distributions() if one.name}
-    return {name: version for name, version in found.items() if name not in OF_TPE}
+    return {name: version for name, version in found.items() if name not in OF_EXTRAS}
 
 
 def changed_packages(before: dict[str, str]) -> list[str]:
@@ -141,44 +145,60 @@ def restore_packages(before: dict[str, str]) -> None:
 # Who else uses the processors
 
 
-@dataclass(frozen=True)
-class Usage:
-    """A reading of the processors' clocks."""
+class OthersMeter:
+    """Measures what others use of the processors: what anyone uses, without this process and all that carry its mark.
 
-    at: float  # time.monotonic()
-    busy: float  # CPU seconds that anyone spent: in this control group if there is one, else on the machine
-    own: float  # of these, by this process and by all that carry its mark
+    `look` is to be called often. Bubblewrap does not wait for what it started, so the seconds of an ended process are
+    in no parent's clock: what it used after the last look counts as others'.
+    """
 
-    def others_since(self, before: "Usage") -> float | None:
-        """Fraction of the processors that others used since an earlier reading."""
-        capacity = (self.at - before.at) * len(os.sched_getaffinity(0))
-        others = (self.busy - before.busy) - (self.own - before.own)
-        return min(max(others / capacity, 0.0), 1.0) if capacity > 0 else None
+    def __init__(self, mark: str):
+        self.own_seconds = 0.0  # CPU time of these, as far as it was seen
+        self._mark = mark
+        self._began_at = time.monotonic()
+        self._looked_at = -math.inf
+        self._by_process = {pid: _cpu_seconds(pid) for pid in self._own_processes()}
+        self._busy_before = _busy_seconds()
+
+    def look(self) -> None:
+        """Add up what our processes used since the last look, unless that was a moment ago."""
+        if time.monotonic() - self._looked_at < LOOK_SECONDS:
+            return
+        self._looked_at = time.monotonic()
+        now = {pid: _cpu_seconds(pid) for pid in self._own_processes()}
+        for pid, seconds in now.items():
+            self.own_seconds += max(0.0, seconds - self._by_process.get(pid, 0.0))
+        self._by_process = now
+
+    def fraction(self) -> float | None:
+        """Of the processors, that others used; None where that cannot be known (not Linux)."""
+        busy = _busy_seconds()
+        if busy is None or self._busy_before is None:
+            return None
+        capacity = (time.monotonic() - self._began_at) * len(os.sched_getaffinity(0))
+        return min(max((busy - self._busy_before - self.own_seconds) / capacity, 0.0), 1.0)
+
+    def _own_processes(self) -> set[int]:
+        return {os.getpid(), *find_marked(self._mark)}
 
 
-def read_usage(mark: str) -> Usage | None:
-    """None where that cannot be known (not Linux)."""
-    try:
-        own = sum(_cpu_seconds(pid) for pid in {os.getpid(), *find_marked(mark)})
-        return Usage(time.monotonic(), _busy_seconds(), own)
-    except (OSError, ValueError, LookupError, AttributeError):
-        return None
-
-
-def _busy_seconds() -> float:
+def _busy_seconds() -> float | None:
+    """CPU seconds that anyone used: in this control group if there is one, else on the machine; None: not on Linux."""
     with contextlib.suppress(OSError):
         found = re.search(r"^usage_usec (\d+)$", Path("/sys/fs/cgroup/cpu.stat").read_text(), re.MULTILINE)
         if found:
             return int(found[1]) / 1e6
-    words = Path("/proc/stat").read_text().split("\n", 1)[0].split()
-    # user, nice, system, idle, iowait, irq, softirq, steal; guests are counted in the first two already
-    ticks = [int(word) for word in words[1:9]]
-    return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
+    with contextlib.suppress(OSError):
+        words = Path("/proc/stat").read_text().split("\n", 1)[0].split()
+        # user, nice, system, idle, iowait, irq, softirq, steal; guests are counted in the first two already
+        ticks = [int(word) for word in words[1:9]]
+        return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
+    return None
 
 
 def _cpu_seconds(pid: int) -> float:
-    """CPU time of a process and of its children that have ended; 0 for one that is gone."""
+    """CPU time of a process, without its children's; 0 for one that is gone."""
     with contextlib.suppress(OSError):
         words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return sum(map(int, words[11:15])) / os.sysconf("SC_CLK_TCK")
+        return sum(map(int, words[11:13])) / os.sysconf("SC_CLK_TCK")
     return 0.0

@@ -14,6 +14,7 @@ from harness.compare import BUSY, align, is_busy, mean_of_known, unit_of
 from harness.console import duration, one_line
 from harness.domain import Domain
 from harness.ledger import STATUSES, Change, Ledger, Run, wants_simpler
+from harness.replicates import broken_floor
 
 LAST_ROWS = 10
 MOST_WORKERS = 12  # of which `status` tells one by one
@@ -390,10 +391,8 @@ def _doubts_of_run(ledger: Ledger, run: Run, role: str) -> list[str]:
     domain = ledger.domain
     name = f"{role}, run {run.number:04d}"
     doubts = []
-    for key, least in domain.floors.items():
-        value = run.record.get("floors", {}).get(key)
-        if not isinstance(value, int | float) or not value >= least:  # NaN too
-            doubts.append(f"{name}: {key} {value} is below its floor {least:g}")
+    if broken := broken_floor(run, domain):
+        doubts.append(f"{name}: {broken}")
     if run.clean_score is None:
         return [*doubts, f"{name} was not scored in a clean process: {run.problem or 'no network was exported'}"]
     pairs = [("validation", run.score, run.clean_score), ("held-out", run.test_score, run.clean_test_score)]

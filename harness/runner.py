@@ -18,7 +18,7 @@ import tarfile
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -126,14 +126,19 @@ def _measure_in(folder: Path, job: Job, place: Place, stop: threading.Event) -> 
     for name in ("tmp", "record"):
         (folder / name).mkdir()
     _take_compiled(job, place, folder)
+    others = machine.OthersMeter(place.mark)
     clock = _Clock(_result(folder))
-    usage = machine.read_usage(place.mark)
     run = replace(job.run, started_at=time.time(), is_isolated=not isolation.why_not())
     log = place.output / "run.log"
-    ending = _run_command(job.domain.train_command, tree, log, folder, job, place, stop, clock)
+
+    def watch() -> None:
+        clock.look()
+        others.look()
+
+    ending = _run_command(job.domain.train_command, tree, log, folder, job, place, stop, watch)
     if ending.problem == "stopped":
         raise Stopped
-    run = replace(run, seconds=ending.seconds, busy_others=_others_since(usage, place))
+    run = replace(run, seconds=ending.seconds, busy_others=others.fraction())
     text = read_text(log)
     with contextlib.suppress(OSError), open_regular(_result(folder)) as file:
         (place.output / "result.json").write_bytes(file.read(MAX_RECORD_BYTES))
@@ -146,11 +151,6 @@ def _measure_in(folder: Path, job: Job, place: Place, stop: threading.Event) -> 
     _check_comparable(job, run)
     _keep_compiled(job, place, folder)
     return _score_again(run, job, place, folder, stop) if job.is_audit else run
-
-
-def _others_since(before: machine.Usage | None, place: Place) -> float | None:
-    after = machine.read_usage(place.mark)
-    return after.others_since(before) if before and after else None
 
 
 def unpack(archive: bytes, folder: Path, without: str = "") -> None:
@@ -195,7 +195,7 @@ def _run_command(
     job: Job,
     place: Place,
     stop: threading.Event,
-    clock: _Clock | None = None,
+    watch: Callable[[], None] | None = None,
 ) -> Ending:
     """Run one of the domain's commands under the job's limit."""
     variables = machine.variables_for_training(job.facts.profile) | {
@@ -219,7 +219,7 @@ def _run_command(
         log=log,
         limit=2 * job.facts.time_budget + job.domain.startup_allowance,
         stop=stop,
-        watch=clock.look if clock else None,
+        watch=watch,
     )
 
 

@@ -99,3 +99,10 @@ def test_no_file_names_a_registry_a_machine_or_what_a_clone_does_not_have():
         text = (ROOT / name).read_text()
         assert not nowhere.search(text), name
         assert name.startswith("tests/") or not of_the_project.search(text), name
+
+
+def test_every_test_that_trust_names_is_there():
+    named = re.findall(r"`(tests/\w+\.py)::(\w+)`", (ROOT / "docs" / "trust.md").read_text())
+    assert len(named) > 10
+    for path, name in named:
+        assert f"def {name}(" in (ROOT / path).read_text(), name

@@ -2,9 +2,12 @@
 
 import contextlib
 import json
+import os
 import shutil
 import signal
 import socket
+import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,7 +15,8 @@ import pytest
 from conftest import BASELINE, wait_for
 
 from harness import isolation
-from harness.processes import find_processes
+from harness.machine import OthersMeter
+from harness.processes import find_processes, run_child
 
 NAUGHTY = '''
 import json, os, pathlib, socket, subprocess, sys
@@ -121,6 +125,20 @@ def test_isolated_run_leaves_nothing_and_sees_no_keys_network_or_process(isolate
         assert not found["network"] and not found["keys"] and not found["others"] and not found["python"]
     assert not find_processes("cmdline", isolated.daemon.encode())
     assert not list(isolated.cache.glob("weights*")) + list(Path(isolated.env["HOME"]).glob("**/weights*"))
+
+
+@pytest.mark.parametrize("is_isolated", [False, True])
+def test_processors_that_a_run_uses_are_not_said_to_be_used_by_others(is_isolated, tmp_path):
+    command = [sys.executable, "-c", "import time\nwhile time.process_time() < 2: pass"]
+    if is_isolated:
+        if why := isolation.why_not():
+            pytest.skip(why)
+        command = isolation.wrap(command, tmp_path)
+    meter = OthersMeter(str(tmp_path))
+    options = {"mark": f"{tmp_path}:run", "log": tmp_path / "log", "limit": 60, "stop": threading.Event()}
+    run_child(command, cwd=tmp_path, env=dict(os.environ), watch=meter.look, **options)
+    assert 1 < meter.own_seconds < 3
+    assert 0 <= meter.fraction() <= 1
 
 
 def test_run_without_bubblewrap_is_said_not_to_be_isolated_and_meets_no_files_of_a_discarded_run(naughty):

@@ -107,7 +107,7 @@ def test_repeat_and_crash_are_told_to_the_next_proposal_once(night: Checkout):
 def test_floor_discards_a_gain_and_a_simplification_is_kept_within_the_noise_strings_counted(night: Checkout):
     assert [row[3:] for row in night.rows()[5:8]] == [
         ["discard", "accuracy 0.5 is below its floor 0.9: DEPTH 5 -> 6"],
-        ["discard", "simplify: in a string"],
+        ["discard", "no simplification: its code says no less: simplify: in a string"],
         ["keep", "simplify: without it"],
     ]
 

@@ -68,7 +68,7 @@ def test_page_tells_everything_of_a_tag_and_reloads_itself_only_while_a_loop_run
         "baseline, run 0001, val_bpb 1.720000",
         "NameError: name 'WARM' is not defined",
         "champion, run 0008 was not scored in a clean process",
-        "learning: not comparable",
+        "speed: 11.1% fewer tokens a second",
         "device: a CPU, profile pocket",
         "loss 4.0 | \nlog",
     ):

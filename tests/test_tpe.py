@@ -15,7 +15,7 @@ from conftest import ended, errors, hear, wait_for
 from harness.agents import choose_agent
 from harness.console import UserError
 from harness.knob_search import NothingToTurn
-from harness.machine import OF_TPE, installed_packages
+from harness.machine import OF_EXTRAS, installed_packages
 from harness.tpe import Search, make_range, round_value, search_ledger
 
 TRAIN = (Path(__file__).resolve().parents[1] / "train.py").read_bytes()
@@ -155,6 +155,6 @@ def test_missing_optuna_is_refused_with_the_command(monkeypatch):
     assert refused.value.code == 2
 
 
-def test_tag_begun_without_the_extra_may_go_on_with_it():
-    assert all(importlib.metadata.version(name) for name in OF_TPE)  # they are installed here, and
-    assert not OF_TPE & installed_packages().keys()  # are not compared with what the baseline had
+def test_tag_begun_without_the_extras_may_go_on_with_them():
+    assert all(importlib.metadata.version(name) for name in OF_EXTRAS)  # they are installed here, and
+    assert not OF_EXTRAS & installed_packages().keys()  # are not compared with what the baseline had
