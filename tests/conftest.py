@@ -222,10 +222,15 @@ class Checkout:
             def git(command):
                 words = f"git -c user.name=a -c user.email=a@a {command}"
                 subprocess.run(words, shell=True, check=True, capture_output=True)
-            def count():
-                with open(OUTSIDE / "count", "a") as file:
-                    file.write("x")
-                return len((OUTSIDE / "count").read_text())
+            def count():  # two agents at the same time get two numbers
+                number = 1
+                while (OUTSIDE / f"call{number}").exists():
+                    number += 1
+                try:
+                    open(OUTSIDE / f"call{number}", "x").close()
+                    return number
+                except FileExistsError:
+                    return count()
         """
         path.write_text(textwrap.dedent(head) + textwrap.dedent(body))
         return shlex.join([sys.executable, str(path)])

@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -76,7 +77,8 @@ def switched_on(monkeypatch):
 @pytest.fixture
 def naughty(checkout):
     """A checkout whose train.py leaves weights, looks for some, and reaches out; every place is cleaned afterwards."""
-    home = Path(checkout.env["HOME"])
+    home = Path(tempfile.mkdtemp(prefix="home-", dir="/var/tmp"))  # of /tmp a run has its own
+    checkout.env["HOME"] = str(home)
     (home / ".config").mkdir()
     for name in (".netrc", ".config/keys"):
         (home / name).write_text("secret")
@@ -88,6 +90,7 @@ def naughty(checkout):
     for folder in ("/tmp", "/dev/shm"):
         with contextlib.suppress(FileNotFoundError):
             Path(folder, f"weights-{checkout.cache.parent.name}").unlink()
+    shutil.rmtree(home)
 
 
 @pytest.fixture

@@ -1,6 +1,8 @@
 """`loop.py try`: an agent that loops by itself edits the checkout, and waits for a verdict or does not."""
 
+import os
 import signal
+import subprocess
 
 import pytest
 from conftest import Checkout, errors, wait_for
@@ -79,9 +81,11 @@ def test_experiment_survives_its_waiter_and_status_tells_the_verdict(night: Chec
     night.set_knob(DEPTH=6)
     process = night.popen("try", "deeper")
     wait_for(lambda: night.orphans())
-    process.send_signal(signal.SIGKILL)
+    os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     waiter = night.popen("status", "--wait")
+    with pytest.raises(subprocess.TimeoutExpired):
+        waiter.wait(2)
     night.set_knob(DEPTH=7)  # the agent is at its next idea already
     night.hold.unlink()
     out, _ = waiter.communicate(timeout=60)
