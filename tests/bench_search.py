@@ -31,15 +31,7 @@ BOWL = 0.1  # by which the baseline is worse than the lowest point
 PAIRS = (("DEPTH", "ASPECT_RATIO"), ("MATRIX_LR", "TOTAL_BATCH_SIZE"), ("WARMDOWN_RATIO", "FINAL_LR_FRAC"))
 RUNS = 60
 SHOWN = (10, 20, 40, 60)
-
-
-def read(source: str) -> dict:
-    found = knob_search.read_hyperparameters(source, PROFILE, with_booleans=True)
-    return {name: one.value for name, one in found.items() if not isinstance(one.value, tuple)}
-
-
-def is_fraction(name: str, value: object) -> bool:
-    return name.endswith(("RATIO", "FRAC")) and isinstance(value, float)
+AGENTS = ("random", "tpe")
 
 
 class Bowl:
@@ -49,26 +41,30 @@ class Bowl:
         rng = random.Random(seed)
         self.weights: dict[str, float] = {}
         self.lowest: dict[str, object] = {}
-        for name, value in read(baseline).items():
+        for name, value in self.read(baseline).items():
             self.weights[name] = rng.lognormvariate(0, 1.2)
             if isinstance(value, bool):
                 self.lowest[name] = rng.random() < 0.5
             elif isinstance(value, str):
                 self.lowest[name] = rng.choice(knob_search.PATTERNS)
-            elif is_fraction(name, value):
+            elif name.endswith(("RATIO", "FRAC")) and isinstance(value, float):
                 self.lowest[name] = min(1.0, abs(value + rng.uniform(-0.2, 0.2)))
             else:
                 self.lowest[name] = value * 2 ** rng.uniform(-1.2, 1.2)
         self.scale = 1.0
         self.scale = BOWL / self(baseline)
 
+    def read(self, source: str) -> dict:
+        found = knob_search.read_hyperparameters(source, PROFILE, with_booleans=True)
+        return {name: one.value for name, one in found.items() if not isinstance(one.value, tuple)}
+
     def __call__(self, source: str) -> float:
         away = {}
-        for name, value in read(source).items():
+        for name, value in self.read(source).items():
             lowest = self.lowest[name]
             if isinstance(value, bool | str):
                 away[name] = 0.5 * (value != lowest)
-            elif is_fraction(name, value):
+            elif name.endswith(("RATIO", "FRAC")) and isinstance(value, float):
                 away[name] = 3 * (value - lowest)
             else:
                 away[name] = math.log2(max(value, 1e-9) / lowest)
@@ -122,13 +118,13 @@ def train(agent: str, seed: int) -> list[float]:
 
 
 def main() -> None:
-    night = train if "--train" in sys.argv else simulate
+    is_real = "--train" in sys.argv
     counts = [int(word) for word in sys.argv[1:] if word.isdigit()]
-    seeds = range(counts[0] if counts else 3)
+    seeds = counts[0] if counts else 3
     print("mean gain in bpb over seeds, and each seed's after the last run")
     print("runs   " + "".join(f"{count:>9}" for count in SHOWN))
-    for agent in ("random", "tpe"):
-        nights = [night(agent, seed) for seed in seeds]
+    for agent in AGENTS:
+        nights = [(train if is_real else simulate)(agent, seed) for seed in range(seeds)]
         means = [statistics.fmean(gains[count - 1] for gains in nights) for count in SHOWN]
         last = " ".join(f"{gains[-1]:.3f}" for gains in nights)
         print(f"{agent:7}" + "".join(f"{mean:9.4f}" for mean in means) + f"   {last}")
