@@ -74,7 +74,7 @@ class Stage:
     run: Callable[["Day"], None]  # raises StageFailed
     read: Callable[[str], dict]  # figures, as far as they are in its log
     least_seconds: Callable[["Day"], float]  # it is not begun with less
-    most_seconds: float = 300  # it is ended after these, even if more are left
+    spare_seconds: float = 260  # beyond those: then it is ended, even if more are left
     why_not: Callable[["Day"], str] = lambda day: ""  # why it cannot run on this machine, "" if it can
 
 
@@ -170,7 +170,7 @@ def run_stage(day: Day, stage: Stage) -> StageResult:
     day.log = day.out / f"{stage.name}.log"
     day.log.write_text("")
     began = time.monotonic()
-    day.stage_deadline = min(day.deadline, began + stage.most_seconds)
+    day.stage_deadline = min(day.deadline, began + needed + stage.spare_seconds)
     try:
         stage.run(day)
     except StageFailed as error:
@@ -179,6 +179,7 @@ def run_stage(day: Day, stage: Stage) -> StageResult:
     except Exception as error:  # a fault of this program must not end the day
         result.problem = f"{type(error).__name__}: {error}"
         result.status = "failed"
+        day.write(f"{result.problem}\n")
     result.seconds = time.monotonic() - began
     try:
         result.figures = stage.read(read_text(day.log))
@@ -341,12 +342,12 @@ def loop_seconds(day: Day) -> float:
 
 
 STAGES = [
-    Stage("tests", run_tests, read_tests, lambda day: 60, 600, why_no_gpu),
-    Stage("budget", run_budget, read_budget, Day.run_seconds, 1200),
-    Stage("startup", run_startup, read_startup, lambda day: 30, 420),
+    Stage("tests", run_tests, read_tests, lambda day: 60, 540, why_no_gpu),
+    Stage("budget", run_budget, read_budget, Day.run_seconds, 860),
+    Stage("startup", run_startup, read_startup, lambda day: 30, 390),
     Stage("attention", run_attention, read_attention, lambda day: 20),
     Stage("loader", run_loader, read_loader, lambda day: 40),
-    Stage("loop", run_loop, read_loop, loop_seconds, 3600, why_no_loop),
+    Stage("loop", run_loop, read_loop, loop_seconds, 2160, why_no_loop),
 ]
 
 # ---------------------------------------------------------------------------------------------------------------------

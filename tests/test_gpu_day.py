@@ -27,14 +27,14 @@ time.sleep(60)
 """
 
 
-def stand_in(name: str, *command: str, most_seconds: float = 30.0, least_seconds: float = 0.0, **options) -> Stage:
+def stand_in(name: str, *command: str, spare_seconds: float = 30.0, least_seconds: float = 0.0, **options) -> Stage:
     def run(day: Day) -> None:
         day.step(sys.executable, "-c", *command)
 
     def read(text: str) -> dict:
         return gpu_day.find_numbers(text, speed_ms=r"^speed (\S+)")
 
-    return Stage(name, run, read, lambda day: least_seconds, most_seconds, **options)
+    return Stage(name, run, read, lambda day: least_seconds, spare_seconds, **options)
 
 
 def test_day_goes_on_after_failures_and_reports_every_figure(tmp_path):
@@ -44,7 +44,7 @@ def test_day_goes_on_after_failures_and_reports_every_figure(tmp_path):
     day = Day(out, 1, scratch, facts={"cpu": "a | b", "gpu": "", "cores": 2})
     stages = [
         stand_in("crashes", "print('speed 1.5'); print('``` what went wrong'); raise SystemExit(3)"),
-        stand_in("hangs", HIDES, f"{scratch}/hidden", most_seconds=0.5),
+        stand_in("hangs", HIDES, f"{scratch}/hidden", spare_seconds=0.5),
         Stage("faulty", lambda day: {}["no such figure"], dict, lambda day: 0),
         stand_in("long", "print('speed 9')", least_seconds=1000),
         stand_in("elsewhere", "print('speed 9')", why_not=lambda day: "no CUDA device here"),
