@@ -34,7 +34,7 @@ from harness.compare import headline
 from harness.console import say
 from harness.domain import Description, Domain
 from harness.edit import Dropped, Edit, compile_problem, fingerprint, syntax_size
-from harness.ledger import STALE, Run
+from harness.ledger import NOT_APPROVED, STALE, Run
 from harness.replicates import FIRST_SEED, broken_floor, fresh_seed
 from harness.runner import Job, Runner
 from harness.tag import Tag
@@ -66,7 +66,6 @@ DOMAIN = Domain(
     prepare_command=(*PYTHON, "prepare.py"),
     train_command=(*PYTHON, "-c", RUN_TRAIN),
     score_command=(*PYTHON, "prepare.py", "--score"),
-    verify_hint="uv run prepare.py --verify",
     split="val",
     same_in_every_run=("attention",),  # another attention kernel is another speed
     # bpb, the standard deviation between seeds of one train.py: the original's H100; six baselines on two CPU cores.
@@ -229,8 +228,7 @@ class Ratchet:
             archive = self.repository.archive(run.commit)
         say(f"run {run.number:04d}: {run.description}")
         self.on_training(run)
-        packages = first.packages if first else {}
-        return self.runner.measure(Job(run, archive, self.facts, self.domain, same, packages), device)
+        return self.runner.measure(Job(run, archive, self.facts, self.domain, same), device)
 
     # The rules
 
@@ -251,9 +249,10 @@ class Ratchet:
         """`keep`, `discard` or `crash`, and why where that needs a word. Better than what is believed of the base is
         kept; a simplification also at about the same score."""
         first = runs[0]
-        for run in runs:
-            if run.status == "crash":
-                return "crash", run.reason
+        if first.status == "crash":
+            return "crash", first.reason
+        if crash := next((run for run in runs if run.status == "crash"), None):
+            return "discard", f"a fresh run crashed: {crash.reason}"
         if broken := broken_floor(first, self.domain):
             return "discard", broken
         gain = self.gain(first)
@@ -276,7 +275,7 @@ class Ratchet:
                 return self.record([run], "discard", STALE, is_stale), True
             if is_approved:
                 return self.record([run], "keep"), False
-            return self.record([run], "discard", "not approved"), False
+            return self.record([run], "discard", NOT_APPROVED), False
 
     def record(self, runs: list[Run], status: str, reason: str = "", is_stale: bool = False) -> Run:
         """Append the lines of one experiment; a kept commit is the champion from now on."""

@@ -8,6 +8,7 @@ import argparse
 import functools
 import math
 import os
+import secrets
 import select
 import shutil
 import signal
@@ -413,9 +414,7 @@ def command_check(domain: Domain, checkout: Path, ratchet: type, args: argparse.
     if args.agent or args.agent_cmd:
         choose_agent(args.agent, args.agent_cmd)
         print(f"agent: {args.agent or args.agent_cmd} is there")
-    tag = open_tag(checkout, domain, "check")
-    shutil.rmtree(tag.home, ignore_errors=True)
-    tag.load()
+    tag = open_tag(checkout, domain, f"check-{secrets.token_hex(4)}")  # nobody's tag
     try:
         with tag.locked(), Interrupts(checkout / "STOP") as interrupts:
             folder = tag.home / "tree"

@@ -189,7 +189,7 @@ def _crash_lines(run: Run) -> list[str]:
     folder = f"runs/{run.number:04d}"
     lines = [run.reason, f"'tail -n 50 {folder}/run.log' tells more"]
     if run.base:
-        lines.append(f"'git apply {folder}/change.diff' brings the edit back, to mend it")
+        lines.append(f"'git apply -3 {folder}/change.diff' brings the edit back, to mend it")
     return lines
 
 

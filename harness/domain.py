@@ -31,7 +31,6 @@ class Domain:
     prepare_command: tuple[str, ...]  # makes the data, where the description says that it is missing; () for none
     train_command: tuple[str, ...]  # one run: prints a summary, leaves a Record
     score_command: tuple[str, ...]  # scores the network that an audit exported, its file's name appended; () for none
-    verify_hint: str  # what a person runs to look at data that is not as it was prepared
 
     # When two runs compare, and when a score counts
     split: str  # the record's name for the data that a run is scored on, a key of the description's rows

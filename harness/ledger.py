@@ -19,6 +19,7 @@ from harness.domain import Domain
 ASSUMED_DEGREES = 4  # of freedom that a profile's assumed sigma counts for: two or three runs measure sigma badly
 STATUSES = ("keep", "discard", "crash")
 MEASURED = ("audit", "ablation")  # purposes of runs that decide nothing, and are no lines of results.tsv
+NOT_APPROVED = "not approved"
 STALE = "gained on a former champion; runs again on the present one"
 
 
@@ -407,7 +408,10 @@ def _run_from(values: dict) -> Run:
 
 def append_run(path: Path, run: Run) -> None:
     """Append a line, durably: after this call the run is decided, whatever is killed."""
-    values = {key: value for key, value in dataclasses.asdict(run).items() if value not in (None, "", (), {}, False)}
+    values = {}
+    for key, value in dataclasses.asdict(run).items():
+        if value is not None and value is not False and value not in ("", (), {}):  # 0.0 is a score
+            values[key] = value
     with open(path, "ab") as file:
         file.write(json.dumps(values).encode() + b"\n")
         file.flush()

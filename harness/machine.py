@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -107,7 +108,10 @@ def busy_device(facts: Description, device: str) -> str:
 
 def installed_packages() -> dict[str, str]:
     """Name -> version of every distribution that Python finds, those of extras aside."""
-    found = {str(one.name).lower(): one.version for one in importlib.metadata.distributions() if one.name}
+    # Once it is imported, Ray has folders of its own inside site-packages on the path.
+    packages = sysconfig.get_paths()["purelib"]
+    places = [place for place in sys.path if not place.startswith(packages + os.sep)]
+    found = {str(one.name).lower(): one.version for one in importlib.metadata.distributions(path=places) if one.name}
     return {name: version for name, version in found.items() if name not in OF_EXTRAS}
 
 

@@ -63,7 +63,7 @@ def _worker_lines(live: dict, now: float) -> list[str]:
         if worker["doing"] == "training" and live["usual_seconds"]:
             time_words += f" of about {duration(live['usual_seconds'])}"
         number = f"{worker['run']:04d}" if worker["run"] else ""
-        rows.append([worker["doing"], number, time_words, worker["node"], one_line(worker["description"], 60)])
+        rows.append([worker["doing"], number, time_words, one_line(worker["description"], 60)])
     lines = [f"  {line}" for line in align(rows)] if rows else []
     if more := Counter(worker["doing"] for worker in workers[MOST_WORKERS:]):
         lines.append("  and " + ", ".join(f"{count} {doing}" for doing, count in more.items()))

@@ -72,7 +72,6 @@ class Job:
     facts: Description  # what the evaluator said at the start: this run must agree
     domain: Domain
     baseline: dict[str, str] = field(default_factory=dict)  # of the summary, which this run must print too
-    packages: dict[str, str] = field(default_factory=dict)  # installed distributions as they must be
 
     @property
     def is_audit(self) -> bool:

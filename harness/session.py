@@ -152,7 +152,6 @@ class Doing:
     run: int = 0
     description: str = ""
     since: float = field(default_factory=time.time)
-    node: str = ""
 
 
 class Session:
@@ -352,7 +351,11 @@ class Session:
 
     def _open(self) -> None:
         run_baseline(self.ratchet, machine.installed_packages())
-        for run in self.tag.ledger.pending():
+        pending = self.tag.ledger.pending()
+        if pending and not self.domain.approve:
+            remedy = "start with the same --approve CMD as before"
+            raise UserError(f"run {pending[0].number} waits for approval, and nobody is there to give it: {remedy}", 2)
+        for run in pending:
             _, is_stale = self.ratchet.ask_approval(run)
             if is_stale:
                 say(f"run {run.number:04d} runs again on the present champion")

@@ -25,6 +25,7 @@ from harness.files import open_regular, read_text, write_atomically
 from harness.ledger import Ledger, Run, append_run, cut_torn_line, read_runs, render
 from harness.repository import Repository
 
+LOCK_TRIES = 10  # in half a second
 TAG_BYTES = 100  # a tag is the name of folders and files
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # of flock, on some network file systems
 
@@ -130,7 +131,11 @@ class Tag:
         """Hold the tag's lock: one loop at a time. The state is read again, another loop may have written it."""
         self.home.mkdir(parents=True, exist_ok=True)
         with open(self._lock_path(), "a") as file:
-            if not self._try_lock(file):
+            for _ in range(LOCK_TRIES):  # a `status` that asks whether the lock is held takes it for a moment
+                if self._try_lock(file):
+                    break
+                time.sleep(0.05)
+            else:
                 raise UserError(f"tag {self.name} is busy: 'uv run loop.py status --wait' waits for the verdict", 2)
             cut_torn_line(self.home / "runs.jsonl")
             self.load()

@@ -120,7 +120,6 @@ def test_runs_survive_the_file_and_a_torn_line_is_no_run(tmp_path):
     assert read_runs(path)[-1] == Run(9, "z")  # a later version's key is left out
 
 
-@pytest.mark.xfail(strict=True, reason="append_run leaves out what equals False, 0.0 too")
 def test_score_of_zero_survives_the_file(tmp_path):
     append_run(tmp_path / "runs.jsonl", run(1, "base", 0.0, "keep", busy_others=0.0))
     (read,) = read_runs(tmp_path / "runs.jsonl")

@@ -228,12 +228,17 @@ def test_approval_decides_whether_a_gain_stands(checkout: Checkout):
     process.communicate()
     question = json.loads(asked.read_text())
     assert question["score"] == 1.07 and question["diff"].endswith("0002/change.diff")
+    assert "waits for approval" in checkout.loop(*BASELINE, code=2).stderr  # nobody is there to give it
+    assert checkout.runs()[-1].status == "pending"
     answer.write_text("0")
     checkout.loop(*BASELINE, "--approve", approve)
     assert checkout.statuses() == ["keep", "keep"]
     answer.write_text("1")
     checkout.loop(*command)
     assert checkout.rows()[2][3:] == ["discard", "not approved: DEPTH 5.0 -> 6.0"]
+    checkout.git("checkout", "-q", "autoresearch/t")
+    checkout.loop("try", "--again", "3")  # a repeat does not get around the person
+    assert checkout.statuses() == ["keep", "keep", "discard", "discard"]
 
 
 def test_confirm_keeps_a_real_gain_and_no_lucky_one(checkout: Checkout):
@@ -373,7 +378,7 @@ def test_check_makes_one_run_and_leaves_nothing(checkout: Checkout):
     out = checkout.loop("check", "--agent-cmd", "true").stdout
     assert "profile: fake" in out and "run: val_bpb 1.080000" in out and out.endswith("all is there\n")
     assert checkout.git("branch", "--list", "autoresearch/*") == ""
-    assert not (checkout.path / ".git" / "autoresearch" / "check").exists()
+    assert not list((checkout.path / ".git" / "autoresearch").glob("check*"))
     checkout.set_knob(DEPTH="1/0")
     checkout.commit("broken")
     assert "ZeroDivisionError" in checkout.loop("check", code=1).stderr

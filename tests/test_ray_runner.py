@@ -116,7 +116,6 @@ def test_node_whose_scores_would_not_compare_is_told_why_and_what_to_do(field: F
         assert refusal.startswith(told) and bool(refusal) == bool(told)
 
 
-@pytest.mark.xfail(strict=True, reason="ray puts its own psutil and colorama on the path: a later session misses them")
 def test_installed_packages_are_the_same_before_and_after_ray_is_imported():
     """Else a tag that was begun on Ray cannot go on, and one that was begun without it refuses every edit on Ray."""
     code = "from harness import machine; before = machine.installed_packages()\n"

@@ -92,12 +92,12 @@ def test_report_before_there_is_a_baseline():
 # ---- status ---------------------------------------------------------------------------------------------------------
 
 
-def worker(doing: str, seconds: float, run: int = 0, description: str = "", node: str = "") -> dict:
-    return {"doing": doing, "run": run, "description": description, "since": time.time() - seconds, "node": node}
+def worker(doing: str, seconds: float, run: int = 0, description: str = "") -> dict:
+    return {"doing": doing, "run": run, "description": description, "since": time.time() - seconds}
 
 
 def test_status_says_on_one_screen_what_runs_where_and_where_it_stands(tag):
-    workers = [worker("proposing", 200), worker("training", 12, 7, "deeper", "n1"), worker("training", 25, 8, "wider")]
+    workers = [worker("proposing", 200), worker("training", 12, 7, "deeper"), worker("training", 25, 8, "wider")]
     tag.append(*small_ledger().runs)
     tag.write_live(live_status(*workers, waiting="the disk has 0.1 GB free", others=0.07))
     with tag.locked():
@@ -106,8 +106,8 @@ def test_status_says_on_one_screen_what_runs_where_and_where_it_stands(tag):
         text
         == f"""\
 autoresearch/t: a loop has been running for 2.0 h on 2 devices
-  training   0007  12 s of about 40 s  n1  deeper
-  training   0008  25 s of about 40 s      wider
+  training   0007  12 s of about 40 s  deeper
+  training   0008  25 s of about 40 s  wider
   proposing        3 min
 waiting: the disk has 0.1 GB free
 others use 7% of the machine now
