@@ -37,7 +37,7 @@ from harness.repository import Repository
 from harness.tag import Tag
 
 # Before any test imports prepare: what a person exported, the profile of their run say, is not the tests'.
-for name in [name for name in os.environ if name.startswith("AUTORESEARCH_")]:
+for name in [name for name in os.environ if name.startswith("AUTORESEARCH_") and name != "AUTORESEARCH_TEST_CLIS"]:
     del os.environ[name]
 # A run of one test process must not wait for the device lock of another.
 os.environ["AUTORESEARCH_LOCKS"] = tempfile.mkdtemp(prefix="autoresearch-locks-")
