@@ -34,7 +34,7 @@ from harness.compare import headline
 from harness.console import say
 from harness.domain import Description, Domain
 from harness.edit import Dropped, Edit, compile_problem, fingerprint, syntax_size
-from harness.ledger import NOT_APPROVED, STALE, Run
+from harness.ledger import STALE, Run
 from harness.replicates import FIRST_SEED, broken_floor, fresh_seed
 from harness.runner import Job, Runner
 from harness.tag import Tag
@@ -248,13 +248,9 @@ class Ratchet:
     def decide(self, runs: list[Run], edit: Edit) -> tuple[str, str]:
         """`keep`, `discard` or `crash`, and why where that needs a word. Better than what is believed of the base is
         kept; a simplification also at about the same score."""
+        if refusal := self.find_refusal(runs):
+            return refusal
         first = runs[0]
-        if first.status == "crash":
-            return "crash", first.reason
-        if crash := next((run for run in runs if run.status == "crash"), None):
-            return "discard", f"a fresh run crashed: {crash.reason}"
-        if broken := broken_floor(first, self.domain):
-            return "discard", broken
         gain = self.gain(first)
         if gain > 0 and (not self.confirm or self.is_confirmed(runs)):
             return "keep", ""
@@ -266,6 +262,16 @@ class Ratchet:
             return "discard", "no simplification: it loses over one sigma, or all of them together over two"
         return "discard", "not confirmed on fresh seeds" if gain > 0 else ""
 
+    def find_refusal(self, runs: list[Run]) -> tuple[str, str] | None:
+        """The verdict, and why, on runs of which nothing is kept whatever they scored: a crash, a broken floor."""
+        if runs[0].status == "crash":
+            return "crash", runs[0].reason
+        if crash := next((run for run in runs if run.status == "crash"), None):
+            return "discard", f"a fresh run crashed: {crash.reason}"
+        if broken := broken_floor(runs[0], self.domain):
+            return "discard", broken
+        return None
+
     def ask_approval(self, run: Run) -> tuple[Run, bool]:
         """The verdict on a gain that waits for an approval, and whether the champion has moved meanwhile."""
         is_approved = self.approve(run)
@@ -275,7 +281,7 @@ class Ratchet:
                 return self.record([run], "discard", STALE, is_stale), True
             if is_approved:
                 return self.record([run], "keep"), False
-            return self.record([run], "discard", NOT_APPROVED), False
+            return self.record([replace(run, is_refused=True)], "discard", "not approved"), False
 
     def record(self, runs: list[Run], status: str, reason: str = "", is_stale: bool = False) -> Run:
         """Append the lines of one experiment; a kept commit is the champion from now on."""

@@ -17,7 +17,7 @@ from harness.console import UserError, duration, one_line, say
 from harness.edit import Edit, compile_problem, fingerprint
 from harness.files import read_text
 from harness.ledger import Ledger, Run
-from harness.replicates import broken_floor, fresh_seed
+from harness.replicates import fresh_seed
 
 CHAMPION = "champion"  # a side; the others are `without 7`, or `before 7` and `with 7`, by the number of a change's run
 APPLY_TRIES = 4  # candidates of --apply, each with one change more than the last
@@ -302,11 +302,8 @@ def _try_without(ratchet, source: bytes, taken: list[Contribution], replicates: 
     for _ in range(replicates):
         runs += ratchet.measure_pair(first, device)
     with ratchet.lock:
-        if crash := next((run for run in runs if run.status == "crash"), None):
-            status = "crash" if crash is runs[0] else "discard"
-            return ratchet.record(runs, status, crash.reason)
-        if broken := broken_floor(runs[0], tag.domain):
-            return ratchet.record(runs, "discard", broken)
+        if refusal := ratchet.find_refusal(runs):
+            return ratchet.record(runs, *refusal)
         sides = (first.commit, champion)
         means = [statistics.fmean(run.score for run in runs[1:] if run.commit == side) for side in sides]
         loss = tag.domain.gain(*means)

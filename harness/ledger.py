@@ -19,7 +19,6 @@ from harness.domain import Domain
 ASSUMED_DEGREES = 4  # of freedom that a profile's assumed sigma counts for: two or three runs measure sigma badly
 STATUSES = ("keep", "discard", "crash")
 MEASURED = ("audit", "ablation")  # purposes of runs that decide nothing, and are no lines of results.tsv
-NOT_APPROVED = "not approved"
 STALE = "gained on a former champion; runs again on the present one"
 
 
@@ -36,6 +35,7 @@ class Run:
     description: str = ""
     reason: str = ""  # why it crashed, or was discarded although it gained
     is_stale: bool = False  # it gained on a former champion, and is to run again on the present one
+    is_refused: bool = False  # it gained, and was not approved
     again_of: int = 0  # the stale run whose edit runs again here
     group: str = ""  # of an audit or ablation: which one, and after a "/" which side of it
     fingerprint: str = ""  # of the edited file's syntax tree

@@ -161,7 +161,7 @@ class OthersMeter:
         self._mark = mark
         self._began_at = time.monotonic()
         self._looked_at = -math.inf
-        self._by_process = {pid: _cpu_seconds(pid) for pid in self._own_processes()}
+        self._by_process = self._read_own()
         self._busy_before = _busy_seconds()
 
     def look(self) -> None:
@@ -169,7 +169,7 @@ class OthersMeter:
         if time.monotonic() - self._looked_at < LOOK_SECONDS:
             return
         self._looked_at = time.monotonic()
-        now = {pid: _cpu_seconds(pid) for pid in self._own_processes()}
+        now = self._read_own()
         for pid, seconds in now.items():
             self.own_seconds += max(0.0, seconds - self._by_process.get(pid, 0.0))
         self._by_process = now
@@ -182,8 +182,8 @@ class OthersMeter:
         capacity = (time.monotonic() - self._began_at) * len(os.sched_getaffinity(0))
         return min(max((busy - self._busy_before - self.own_seconds) / capacity, 0.0), 1.0)
 
-    def _own_processes(self) -> set[int]:
-        return {os.getpid(), *find_marked(self._mark)}
+    def _read_own(self) -> dict[int, float]:
+        return {pid: _cpu_seconds(pid) for pid in (os.getpid(), *find_marked(self._mark))}
 
 
 def _busy_seconds() -> float | None:

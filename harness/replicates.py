@@ -9,7 +9,7 @@ import statistics
 from harness.console import UserError, say
 from harness.domain import Domain
 from harness.edit import fingerprint
-from harness.ledger import NOT_APPROVED, Run
+from harness.ledger import Run
 
 FIRST_SEED = 42  # of every attempt's first run; further runs take seeds that no edit can foresee
 
@@ -79,7 +79,7 @@ def run_again(ratchet, commit: str) -> Run:
         fresh = scores if commit == ledger_now.baseline else scores[1:]
         is_better = ratchet.domain.gain(ledger_now.best, statistics.fmean(fresh)) > 0
         was_kept = any(one.status == "keep" for one in ledger_now.runs_of(commit))
-        is_allowed = first.reason != NOT_APPROVED and not broken_floor(run, ratchet.domain)
+        is_allowed = not first.is_refused and not broken_floor(run, ratchet.domain)
         may_lead = was_kept or first.base == ratchet.tag.champion
         is_kept = commit == ratchet.tag.champion or (is_better and may_lead and is_allowed)
         if is_better and not may_lead:
