@@ -270,8 +270,12 @@ class Checkout:
 
     def orphans(self) -> list[str]:
         """Command lines of living processes that carry this checkout's mark."""
+        return self.command_lines(f"AUTORESEARCH_MARK={self.path}")
+
+    def command_lines(self, entry: str) -> list[str]:
+        """Those of `processes`, but for what has ended meanwhile."""
         found = []
-        for pid in self.processes(f"AUTORESEARCH_MARK={self.path}"):
+        for pid in self.processes(entry):
             with contextlib.suppress(OSError):
                 found.append(Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " "))
         return found

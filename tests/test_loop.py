@@ -283,6 +283,7 @@ def test_person_stops_a_night_once_at_once_and_by_closing_the_terminal(checkout:
     for number, signals in ((2, [signal.SIGINT, signal.SIGINT]), (3, [signal.SIGTERM])):
         process = checkout.popen(*command)
         hear(process, f"run {number:04d}")
+        wait_for(lambda n=number: checkout.processes(f"AUTORESEARCH_MARK={checkout.home()}:run:cpu0:{n}"))
         for one in signals[:-1]:
             process.send_signal(one)
             hear(process, "finishing what runs")

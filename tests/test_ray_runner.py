@@ -36,6 +36,7 @@ class Field:
     def __init__(self, checkout: Checkout):
         self.checkout = checkout
         self.cluster = None
+        self.entry = f"AUTORESEARCH_CACHE={checkout.cache.parent}/"  # of the environment of all that is this field's
         (checkout.cache / "kind").write_text("cuda")
         (checkout.cache / "manifest.json").write_text("{}")
         hide = "subprocess.Popen(['sleep', '1000'], start_new_session=True)"  # only the mark tells whose it is
@@ -69,7 +70,7 @@ class Field:
 
     def of_ray(self) -> list[int]:
         """Ids of whatever runs with this field's caches: Ray's processes and the loop."""
-        return self.checkout.processes(f"AUTORESEARCH_CACHE={self.checkout.cache.parent}/")
+        return self.checkout.processes(self.entry)
 
     def actor(self) -> int:
         (pid,) = find_processes("cmdline", rb"^ray::Actor") & set(self.of_ray())
@@ -211,8 +212,8 @@ def test_ray_of_this_machine_is_the_loops_alone(field: Field):
     ours = [line.split()[3] for line in listening for pid in field.of_ray() if f"pid={pid}," in line]
     assert ours and all("127.0.0.1" in address for address in ours), ours
     assert b"RAY_AUTH" not in Path(f"/proc/{pids[0]}/environ").read_bytes()
-    commands = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in field.of_ray()]
-    (folder,) = {found[0] for command in commands if (found := re.search(rb"/tmp/ar-\w+", command))}
+    commands = checkout.command_lines(field.entry)
+    (folder,) = {found[0] for command in commands if (found := re.search(r"/tmp/ar-\w+", command))}
     loop.kill()
     out, err = loop.communicate()
     assert out == "" and not re.search("WARNING|ERROR|raylet", err)  # Ray is not heard
