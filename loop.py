@@ -193,7 +193,8 @@ class Ratchet:
         return ""
 
     def measure(self, run: Run, device) -> list[Run]:
-        """The run, measured or crashed; with --confirm a gain is followed by fresh runs of candidate and base."""
+        """The run, measured or crashed. With --confirm a gain is followed by fresh runs of candidate and base, as long
+        as they show one: they are judged once, when all have run."""
         first = self.execute(run, device)
         runs = [first]
         if not self.confirm or first.status == "crash" or self.gain(first) <= 0:
@@ -201,7 +202,7 @@ class Ratchet:
         say(f"  {run.description}: a gain so far, up to {self.confirm} fresh seeds to confirm it")
         for _ in range(self.confirm):
             runs += self.measure_pair(run, device)
-            if any(one.status == "crash" for one in runs) or self.is_confirmed(runs):
+            if any(one.status == "crash" for one in runs) or self.fresh_gain(runs)[0] <= 0:
                 break
         return runs
 
@@ -211,7 +212,14 @@ class Ratchet:
         pair = []
         for commit in (run.base, run.commit):
             what = "champion" if commit == run.base else run.description
-            again = Run(0, commit, seed=seed, purpose="replicate", description=f"{what} (seed {seed})")
+            again = Run(
+                number=0,
+                commit=commit,
+                seed=seed,
+                purpose="replicate",
+                group=f"confirm {run.number}",
+                description=f"{what} (seed {seed})",
+            )
             pair.append(self.execute(again, device))
         return pair
 
@@ -236,14 +244,17 @@ class Ratchet:
         """By how much a measured run is better than what is believed of its base."""
         return self.domain.gain(self.tag.ledger.believed(run.base), run.score)
 
-    def is_confirmed(self, runs: list[Run]) -> bool:
-        """Whether the fresh runs, without the first by which the candidate was selected, tell a gain."""
+    def fresh_gain(self, runs: list[Run]) -> tuple[float, float | None]:
+        """The gain by the fresh runs alone, without the first by which the candidate was selected, and its standard
+        error."""
         candidate = [run.score for run in runs[1:] if run.commit == runs[0].commit]
         champion = [run.score for run in runs[1:] if run.commit == runs[0].base]
-        sigma = self.tag.ledger.sigma
-        if sigma is None:
-            sigma = statistics.stdev(champion) if len(champion) > 1 else float("inf")
-        return ledger.is_confirmed(self.domain, champion, candidate, sigma)
+        gain = self.domain.gain(statistics.fmean(champion), statistics.fmean(candidate))
+        return gain, self.tag.ledger.error_of_means(len(champion), len(candidate))
+
+    def is_confirmed(self, runs: list[Run]) -> bool:
+        gain, error = self.fresh_gain(runs)
+        return error is not None and gain > 2 * error
 
     def decide(self, runs: list[Run], edit: Edit) -> tuple[str, str]:
         """`keep`, `discard` or `crash`, and why where that needs a word. Better than what is believed of the base is

@@ -49,10 +49,14 @@ def fingerprint(source: bytes) -> str:
         return hashlib.sha256(said).hexdigest()[:16]
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and "seed" in _name_of(node.func):
-            node.args = []
+            node.args = [_without_value(argument) for argument in node.args]
         elif isinstance(node, ast.Assign) and "seed" in _name_of(node.targets[0]):
-            node.value = ast.Constant(0)
+            node.value = _without_value(node.value)
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
+
+
+def _without_value(node: ast.AST) -> ast.AST:
+    return ast.Constant(0) if isinstance(node, ast.Constant) else node
 
 
 def syntax_size(source: bytes) -> int:

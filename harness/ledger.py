@@ -37,7 +37,7 @@ class Run:
     is_stale: bool = False  # it gained on a former champion, and is to run again on the present one
     is_refused: bool = False  # it gained, and was not approved
     again_of: int = 0  # the stale run whose edit runs again here
-    group: str = ""  # of an audit or ablation: which one, and after a "/" which side of it
+    group: str = ""  # which audit, ablation (after a "/" which side of it), confirmation, or the baseline's repeats
     fingerprint: str = ""  # of the edited file's syntax tree
     score: float | None = None
     test_score: float | None = None  # audit: on the held-out test split
@@ -267,13 +267,16 @@ class Ledger:
         squares, degrees = _squares_within(relative)
         return math.sqrt(squares / degrees) if degrees else None
 
-    def standard_error(self, before: str, after: str) -> float | None:
-        """Of the difference of two commits' believed scores; None where sigma is unknown."""
-        counts = [len(self.believed_scores(commit)) for commit in (before, after)]
+    def error_of_means(self, *counts: int) -> float | None:
+        """Standard error of the difference of two means of so many scores; None where sigma is unknown."""
         sigma = self.sigma
         if sigma is None or 0 in counts:
             return None
         return sigma * math.sqrt(sum(1 / count for count in counts))
+
+    def standard_error(self, before: str, after: str) -> float | None:
+        """Of the difference of two commits' believed scores; None where sigma is unknown."""
+        return self.error_of_means(len(self.believed_scores(before)), len(self.believed_scores(after)))
 
     # What was kept
 
@@ -321,7 +324,7 @@ class Ledger:
     # In one line
 
     def standing(self) -> str:
-        """`Best SCORE 1.354 (abc1234), 0.348 better than the baseline; 37 runs: 14 kept, ...`."""
+        """`Best val_bpb 1.354 (abc1234), 0.348 better than the baseline; 37 runs, 14 changes in the branch, ...`."""
         if not self._kept:
             return "No run yet: the baseline comes first."
         best = self.best
@@ -360,12 +363,6 @@ def is_simpler_keep(ledger: Ledger, loss: float) -> bool:
         return True
     sigma = ledger.sigma
     return sigma is not None and loss <= sigma and ledger.given_away() + loss <= 2 * sigma
-
-
-def is_confirmed(domain: Domain, champion: list[float], candidate: list[float], sigma: float) -> bool:
-    """--confirm: whether fresh means differ by more than two standard errors."""
-    gain = domain.gain(statistics.fmean(champion), statistics.fmean(candidate))
-    return gain > 2 * sigma * math.sqrt(1 / len(champion) + 1 / len(candidate))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ def run_baseline(ratchet, packages: dict[str, str]) -> None:
             seed=seed,
             purpose="replicate" if done else "baseline",
             description=f"baseline (seed {seed})" if done else "baseline",
+            group="baseline" if done else "",
             fingerprint=fingerprint(source),
             packages={} if done else packages,
         )

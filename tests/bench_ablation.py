@@ -66,15 +66,16 @@ def night(rng, effects: np.ndarray, sigma: float, confirm: int) -> tuple[list[fl
         if score <= believed:
             continue
         fresh: tuple[list[float], list[float]] = ([], [])
-        for count in range(1, confirm + 1):
+        gain = 0.0
+        for _ in range(confirm):
             runs += 2
             fresh[0].append(rng.normal(level, sigma))
             fresh[1].append(rng.normal(level + effect, sigma))
-            if np.mean(fresh[1]) - np.mean(fresh[0]) > 2 * sigma * math.sqrt(2 / count):
+            gain = np.mean(fresh[1]) - np.mean(fresh[0])
+            if gain <= 0:
                 break
-        else:
-            if confirm:
-                continue
+        if confirm and gain <= 2 * sigma * math.sqrt(2 / confirm):
+            continue
         kept.append(effect)
         level += effect
         believed = np.mean(fresh[1]) if confirm else score

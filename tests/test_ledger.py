@@ -13,7 +13,6 @@ from harness.ledger import (
     Run,
     append_run,
     cut_torn_line,
-    is_confirmed,
     is_simpler_keep,
     parse_tsv,
     read_runs,
@@ -85,7 +84,7 @@ def test_noise_is_pooled_over_repeats_and_unknown_where_nothing_is_known():
 
 
 @pytest.mark.parametrize("lower_is_better", [True, False])
-def test_change_is_significant_and_confirmed_above_two_standard_errors(lower_is_better):
+def test_change_is_significant_above_two_standard_errors(lower_is_better):
     domain = replace(PLAIN, lower_is_better=lower_is_better)
     better = -1 if lower_is_better else 1
     for gain, counts in ((0.0282, False), (0.0284, True), (-0.1, False)):
@@ -93,8 +92,7 @@ def test_change_is_significant_and_confirmed_above_two_standard_errors(lower_is_
         ledger = ledger_of(run(1, "base", 1.0, "keep"), run(2, "new", score, "keep", base="base"), domain=domain)
         (change,) = ledger.changes()
         assert change.standard_error == pytest.approx(0.01 * math.sqrt(2))
-        assert change.is_significant is counts and is_confirmed(domain, [1.0], [score], 0.01) is counts
-    assert is_confirmed(domain, [1.0] * 4, [1.0 + better * 0.015] * 4, 0.01)
+        assert change.is_significant is counts
 
 
 def test_simpler_keeps_give_away_one_sigma_each_and_two_in_all():
@@ -169,6 +167,7 @@ SOURCE = b'"""A file."""\nimport torch\nSEED = 1\ntorch.manual_seed(7)\n\ndef f(
         (b"SEED = 1", b"SEED = 2", True),
         (b"x + 1", b"x + 2", False),
         (b"torch.manual_seed(7)", b"torch.manual_seed(7); x = 8", False),
+        (b"torch.manual_seed(7)", b"torch.manual_seed(len(x))", False),
     ],
 )
 def test_fingerprint_is_blind_to_layout_words_and_seeds_alone(old, new, is_same):
