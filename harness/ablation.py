@@ -191,8 +191,7 @@ def read_contributions(ledger: Ledger, group: str) -> list[Contribution]:
         gain = error = None
         if less and more:
             gain = ledger.domain.gain(statistics.fmean(less), statistics.fmean(more))
-            if ledger.sigma is not None:
-                error = ledger.sigma * math.sqrt(1 / len(less) + 1 / len(more))
+            error = ledger.error_of_means(len(less), len(more))
         found.append(Contribution(ledger[number], is_beside_base, gain, error))
     return found
 

@@ -1,7 +1,6 @@
 """A run beside its base: what its log tells of the training, the verdict on it, and that verdict in one line.
 
-What others used of the machine, and how far the speed of one and the same code drifts, is said where it may explain a
-difference. Numbers from a log are the run's own words; the score, the seconds and the tokens scored are measured.
+Numbers from a log are the run's own words; the score, the seconds and the tokens scored are measured.
 """
 
 import math
@@ -16,8 +15,7 @@ from harness.ledger import STALE, Ledger, Run
 
 MAX_LOG_CHARS = 8_000_000  # of a log's beginning, and as many of its end: a run may print anything
 TOO_MANY = 10**15  # steps, or tokens a step: no run makes so many
-TOO_FAR = 0.05  # of the budget beyond the first or the last point of a curve: there it says nothing
-LONGEST_GAP = 0.35  # of the budget between two points
+TOO_FAR = 0.05  # of the budget: a point of the curve so far away tells nothing
 BUSY = 0.1  # of the processors used by others: from here on a score says less
 SAME_SPEED = 0.005  # a smaller difference is none
 
@@ -37,12 +35,18 @@ class Point:
 def training_facts(log: str, domain: Domain, training_seconds: float | None) -> dict[str, float | None]:
     """The fields of a Run that its log tells: steps, tokens_per_second, loss_half, loss_end; None where it does not."""
     log = _cut(log)
-    steps = _printed_steps(log, domain)
-    batch = _batch(log, domain)
-    curve = read_curve(log, domain)
+    steps = None
+    if domain.steps:  # what the summary says, the last lines of a log
+        printed = re.findall(rf"^{re.escape(domain.steps)}:[ \t]*(\S{{1,30}})", log, re.MULTILINE)
+        steps = _number(printed[-1]) if printed else None
+    batch = 1.0  # where the domain only counts steps
+    if domain.batch_pattern:
+        match = re.search(domain.batch_pattern, log)
+        batch = _number((match["size"] or "").replace(",", "")) if match else None
     speed = None
     if steps and batch and training_seconds:
         speed = steps * batch / training_seconds
+    curve = read_curve(log, domain)
     return {
         "steps": steps,
         "tokens_per_second": speed,
@@ -67,18 +71,9 @@ def read_curve(log: str, domain: Domain) -> list[Point]:
 
 
 def loss_at(curve: list[Point], fraction: float) -> float | None:
-    """The loss at a fraction of the budget, on the line between two points; None where the curve has none near it."""
-    before = max((point for point in curve if point.fraction <= fraction), key=_fraction, default=None)
-    after = min((point for point in curve if point.fraction >= fraction), key=_fraction, default=None)
-    if before and after and after.fraction - before.fraction <= LONGEST_GAP:
-        part = (fraction - before.fraction) / (after.fraction - before.fraction or 1)
-        return before.loss + part * (after.loss - before.loss)
-    ends = [point for point in (before, after) if point and abs(point.fraction - fraction) <= TOO_FAR]
-    return ends[0].loss if ends else None
-
-
-def _fraction(point: Point) -> float:
-    return point.fraction
+    """The loss of the point that is nearest to a fraction of the budget; None where none is near."""
+    nearest = min(curve, key=lambda point: abs(point.fraction - fraction), default=None)
+    return nearest.loss if nearest and abs(nearest.fraction - fraction) <= TOO_FAR else None
 
 
 def unit_of(domain: Domain) -> str:
@@ -92,22 +87,6 @@ def _cut(log: str) -> str:
     return f"{log[:MAX_LOG_CHARS]}\n{log[-MAX_LOG_CHARS:]}"
 
 
-def _printed_steps(log: str, domain: Domain) -> float | None:
-    """What the summary says, the last lines of a log."""
-    if not domain.steps:
-        return None
-    found = re.findall(rf"^{re.escape(domain.steps)}:[ \t]*(\S{{1,30}})", log, re.MULTILINE)
-    return _number(found[-1]) if found else None
-
-
-def _batch(log: str, domain: Domain) -> float | None:
-    """How much one step takes in; 1 where the domain only counts steps."""
-    if not domain.batch_pattern:
-        return 1
-    match = re.search(domain.batch_pattern, log)
-    return _number((match["size"] or "").replace(",", "")) if match else None
-
-
 def _number(text: str) -> float | None:
     try:
         value = float(text)
@@ -117,7 +96,7 @@ def _number(text: str) -> float | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One line
+# The difference
 
 
 def headline(ledger: Ledger, run: Run) -> str:
@@ -128,7 +107,7 @@ def headline(ledger: Ledger, run: Run) -> str:
     parts = [f"{ledger.domain.metric} {ledger.domain.score_text(run.score)}"]
     others = _beside(ledger, run)
     if others:
-        parts[0] += f", {_difference_words(ledger, run)}"
+        parts.append(_difference_words(ledger, run))
     if run.steps:
         steps = mean_of_known(other.steps for other in others)
         change = f" ({run.steps / steps - 1:+.0%})" if steps else ""
@@ -147,13 +126,12 @@ def _difference_words(ledger: Ledger, run: Run) -> str:
 def _gain(ledger: Ledger, run: Run) -> tuple[float, float | None]:
     """The difference that decides, and its standard error: what is believed of the commit against what is believed of
     its base. A repeat without a base stands against the mean of its commit's earlier runs."""
-    sigma = ledger.sigma
     if run.base and run.status != "pending":
         gain = ledger.domain.gain(ledger.believed(run.base), ledger.believed(run.commit))
         return gain, ledger.standard_error(run.base, run.commit)
     others = _beside(ledger, run)
     gain = ledger.domain.gain(statistics.fmean(other.score for other in others), run.score)
-    return gain, None if sigma is None else sigma * math.sqrt(1 + 1 / len(others))
+    return gain, ledger.error_of_means(1, len(others))
 
 
 def _beside(ledger: Ledger, run: Run) -> list[Run]:
@@ -161,6 +139,10 @@ def _beside(ledger: Ledger, run: Run) -> list[Run]:
     if run.base:
         return ledger.runs_of(run.base)
     return [other for other in ledger.runs_of(run.commit) if other.number < run.number]
+
+
+def is_busy(run: Run) -> bool:
+    return run.busy_others is not None and run.busy_others > BUSY
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,80 +153,71 @@ def verdict(ledger: Ledger, run: Run) -> str:
     """A run beside its base: the table, and in a few sentences what the difference means. Nobody needs the log then."""
     lines = [f"run {run.number:04d} {'stale' if run.is_stale else run.status}: {run.description}"]
     if run.score is None:
-        return "\n".join(lines + _crash_lines(run))
+        folder = f"runs/{run.number:04d}"
+        lines += [run.reason, f"'tail -n 50 {folder}/run.log' tells more"]
+        if run.base:
+            lines.append(f"'git apply -3 {folder}/change.diff' brings the edit back, to mend it")
+        return "\n".join(lines)
     others = _beside(ledger, run)
     lines += _table(ledger, run, others)
     if others:
-        lines += _difference_lines(ledger, run)
-        lines.append(_speed_line(ledger, run, others))
+        lines += [_noise_line(ledger, run), _rule_line(ledger, run), _speed_line(ledger, run, others)]
     else:
         lines += _baseline_lines(ledger, run)
-    lines += [_busy_line(ledger, run), _former_line(ledger, run)]
+    if is_busy(run):
+        again = "--base" if run.commit == ledger.champion else f"--again {run.number}"
+        who = f"others used {run.busy_others:.0%} of the machine during this run"
+        lines.append(f"{who}: its score is weak ('uv run loop.py try {again}' measures it once more)")
+    if run.commit == ledger.champion and not run.base:
+        lines.append(former_text(ledger))
     if run.touched:
         lines.append(f"other files that were edited are as before: {', '.join(run.touched)}")
     return "\n".join(line for line in lines if line)
 
 
-def _crash_lines(run: Run) -> list[str]:
-    folder = f"runs/{run.number:04d}"
-    lines = [run.reason, f"'tail -n 50 {folder}/run.log' tells more"]
-    if run.base:
-        lines.append(f"'git apply -3 {folder}/change.diff' brings the edit back, to mend it")
-    return lines
-
-
-def _difference_lines(ledger: Ledger, run: Run) -> list[str]:
-    """How the run differs from its base, by the noise; what is believed of a commit that ran more often; the rule."""
-    domain = ledger.domain
+def _noise_line(ledger: Ledger, run: Run) -> str:
+    """How the run differs from its base, by the noise; what is believed of a commit that ran more often."""
     gain, error = _gain(ledger, run)
     noise = ledger.noise()
-    lines = []
-    scores = ledger.scores(run.commit)
     words = _difference_words(ledger, run)
+    scores = ledger.scores(run.commit)
     if len(scores) > 1 and run.status != "pending":
         selected = "" if len(ledger.believed_scores(run.commit)) == len(scores) else " but the first, which selected it"
-        believed = domain.score_text(ledger.believed(run.commit))
-        lines.append(f"{run.commit[:7]} ran {len(scores)} times: believed {believed}, the mean of all{selected}")
-        words = f"by what is believed: {words}" if run.base else words
+        believed = ledger.domain.score_text(ledger.believed(run.commit))
+        words = f"{run.commit[:7]} ran {len(scores)} times: believed {believed}, the mean of all{selected}: {words}"
     if error is None:
-        lines.append(f"{words}: sigma, the standard deviation between seeds, is {noise.source}")
-    else:
-        word = "more than the noise" if abs(gain) > 2 * error else "within the noise"
-        lines.append(f"{words} (2 standard errors): {word} (sigma {noise.sigma:.2g}, {noise.source})")
+        return f"{words}: sigma, the standard deviation between seeds, is {noise.source}"
+    word = "more than the noise" if abs(gain) > 2 * error else "within the noise"
+    return f"{words} (2 standard errors): {word} (sigma {noise.sigma:.2g}, {noise.source})"
+
+
+def _rule_line(ledger: Ledger, run: Run) -> str:
+    """Why it was decided so, where the difference does not say it."""
+    gain, error = _gain(ledger, run)
     if run.is_stale:
         again = next((other for other in ledger.runs if other.again_of == run.number), None)
-        lines.append(f"{STALE}{f': run {again.number:04d}' if again else ''}")
-    elif run.reason:
-        lines.append(f"{run.status} because: {run.reason}")
-    elif run.status == "pending":
-        lines.append("a gain that waits for approval: it is kept once the command given by --approve exits 0")
-    elif run.status == "keep" and run.base and error is not None and gain <= 2 * error:
-        lines.append("kept as a simplification" if gain <= 0 else "kept: the plain rule keeps what scored better")
-    return lines
+        return f"{STALE}{f': run {again.number:04d}' if again else ''}"
+    if run.reason:
+        return f"{run.status} because: {run.reason}"
+    if run.status == "pending":
+        return "a gain that waits for approval: it is kept once the command given by --approve exits 0"
+    if run.status == "keep" and run.base and error is not None and gain <= 2 * error:
+        return "kept as a simplification" if gain <= 0 else "kept: the plain rule keeps what scored better"
+    return ""
 
 
 def _speed_line(ledger: Ledger, run: Run, others: list[Run]) -> str:
-    """How much faster or slower, and whether that is the edit's doing: a machine's speed drifts by itself."""
+    """Whether it was faster or slower by more than the machine's own drift."""
     speed = mean_of_known(other.tokens_per_second for other in others)
-    if not speed or not run.tokens_per_second:
+    sigma = ledger.speed_sigma()
+    if not speed or not run.tokens_per_second or sigma is None:
         return ""
-    unit = unit_of(ledger.domain)
     change = run.tokens_per_second / speed - 1
     if abs(change) < SAME_SPEED:
-        return f"speed: as many {unit} a second"
-    words = f"speed: {abs(change):.1%} {'more' if change > 0 else 'fewer'} {unit} a second"
-    sigma = ledger.speed_sigma()
-    if sigma is None:
-        return f"{words}, by the edit or the machine: no commit ran twice to tell"
-    drift = f"the same code differs by {sigma:.1%} (standard deviation)"
-    if abs(change) <= 2 * sigma * math.sqrt(1 + 1 / len(others)):
-        return f"{words}, no more than the machine does by itself: {drift}"
-    if not run.base:
-        word = "fast" if change > 0 else "slow"
-        return f"{words} than earlier runs of the same code: the machine was {word}; {drift}"
-    if any(is_busy(one) for one in (run, *others)):
-        return f"{words}, by the edit or the busy machine"
-    return f"{words}, by the edit: {drift}"
+        return ""
+    is_drift = abs(change) <= 2 * sigma * math.sqrt(1 + 1 / len(others))
+    word = "no more than" if is_drift else "more than"
+    return f"speed {change:+.1%}: {word} the machine does by itself (standard deviation {sigma:.1%} of one code)"
 
 
 def _baseline_lines(ledger: Ledger, run: Run) -> list[str]:
@@ -256,55 +229,18 @@ def _baseline_lines(ledger: Ledger, run: Run) -> list[str]:
         lines.append("start-up {:.1f} s, training {:.1f} s (the budget), evaluation {:.1f} s".format(*times))
     shown = (domain.metric, domain.memory, domain.steps, domain.sample)
     said = [f"{key} {value:.40}" for key, value in run.summary.items() if key not in shown]
-    if said:
-        lines.append(f"it says: {', '.join(said)}")
-    noise = ledger.noise()
-    size = f"{noise.sigma:.2g}, " if noise.sigma is not None else ""
-    lines.append(f"sigma, the standard deviation between seeds, is {size}{noise.source}")
-    return lines
+    return [*lines, f"it says: {', '.join(said)}"] if said else lines
 
 
-def is_busy(run: Run) -> bool:
-    return run.busy_others is not None and run.busy_others > BUSY
-
-
-def _busy_line(ledger: Ledger, run: Run) -> str:
-    """What others on the machine make doubtful, and what to run."""
-    if is_busy(run):
-        again = "--base" if run.commit == ledger.champion else f"--again {run.number}"
-        who = f"others used {run.busy_others:.0%} of the machine during this run"
-        return f"{who}: its score is weak ('uv run loop.py try {again}' measures it once more)"
-    of_base = ledger.runs_of(run.base) if run.base else []
-    if of_base and all(is_busy(other) for other in of_base):
-        return "others kept the machine busy when the base was measured: the difference is weak"
-    return ""
-
-
-def _former_line(ledger: Ledger, run: Run) -> str:
-    """That this verdict moved the champion back, or that a former champion is believed better now."""
-    if run.status != "keep":
-        return ""
-    domain = ledger.domain
-    before = ""
-    was_kept = False
-    for other in ledger.runs:
-        if other.number == run.number:
-            break
-        if other.status == "keep" and other.counts:
-            before = other.commit
-            was_kept = was_kept or before == run.commit
-    if was_kept and before != run.commit:
-        scores = " against ".join(domain.score_text(ledger.believed(commit)) for commit in (run.commit, before))
-        after = "what was kept after it has left the branch"
-        return f"the champion goes back from {before[:7]} to {run.commit[:7]}, believed {scores}: {after}"
-    is_repeat = run.commit == ledger.champion and not run.base
-    former = ledger.better_former() if is_repeat else ""
+def former_text(ledger: Ledger) -> str:
+    """Which former champion is believed better now, "" if none is."""
+    former = ledger.better_former()
     if not former:
         return ""
     first = ledger.first_run_of(former)
-    believed = domain.score_text(ledger.believed(former))
+    score = ledger.domain.score_text(ledger.believed(former))
     remedy = f"'uv run loop.py try --again {first.number}' measures it, and goes back to it if it stays so"
-    return f"run {first.number:04d}, a former champion, is believed better now ({believed}): {remedy}"
+    return f"run {first.number:04d}, a former champion, is believed better now ({score}): {remedy}"
 
 
 # The table
@@ -313,54 +249,35 @@ def _former_line(ledger: Ledger, run: Run) -> str:
 def _table(ledger: Ledger, run: Run, others: list[Run]) -> list[str]:
     """Score, steps, speed, memory and training loss; a base that ran often stands there with its means."""
     domain = ledger.domain
-    before = None
     heading = ["", f"run {run.number:04d}", "", ""]
+    before = None
     if others:
         before = ledger.believed(run.base) if run.base else statistics.fmean(other.score for other in others)
         name = f"base {run.base[:7]}" if run.base else "same code before"
         heading[2:] = [name if len(others) == 1 else f"{name}, mean of {len(others)}", "change"]
-    unit = unit_of(domain)
-    steps = mean_of_known(other.steps for other in others)
-    speed = mean_of_known(other.tokens_per_second for other in others)
-    memory = mean_of_known(other.memory_mb / 1024 for other in others)
-    digits = domain.score_digits
+
+    def row(name: str, field: str, layout: str, change: Callable, scale: float = 1.0) -> list[str]:
+        new = getattr(run, field)
+        old = before if field == "score" else mean_of_known(getattr(other, field) for other in others)
+        cells = ["" if value is None else layout.format(value * scale) for value in (new, old)]
+        return [name, *cells, "" if None in (new, old) else change(new * scale, old * scale)]
+
+    def difference(digits: int) -> Callable:
+        return lambda new, old: f"{new - old:+.{digits}f}"
+
     rows = [
-        _row(domain.metric, run.score, before, f"{{:.{digits}f}}", lambda new, old: f"{new - old:+.{digits}f}"),
-        _row("steps", run.steps, steps, "{:,.0f}", _percent),
-        _row(f"{unit} a second", run.tokens_per_second, speed, "{:,.0f}", _percent),
-        _row("peak memory, GB", run.memory_mb / 1024, memory, "{:.1f}", lambda new, old: f"{new - old:+.1f}"),
-        _loss_row("at half", run, others, "loss_half"),
-        _loss_row("at the end", run, others, "loss_end"),
+        row(domain.metric, "score", f"{{:.{domain.score_digits}f}}", difference(domain.score_digits)),
+        row("steps", "steps", "{:,.0f}", _percent),
+        row(f"{unit_of(domain)} a second", "tokens_per_second", "{:,.0f}", _percent),
+        row("peak memory, GB", "memory_mb", "{:.1f}", difference(1), scale=1 / 1024),
+        row("training loss at half, nats", "loss_half", "{:.4f}", difference(4)),
+        row("training loss at the end, nats", "loss_end", "{:.4f}", difference(4)),
     ]
-    return align([heading, *(row for row in rows if row)], right=(1, 2, 3))
+    return align([heading, *(cells for cells in rows if any(cells[1:]))], right=(1, 2, 3))
 
 
-def _row(name: str, new: float | None, old: float | None, layout: str, change: Callable) -> list[str]:
-    """Name, run, base, change; empty where neither is known."""
-    if new is None and old is None:
-        return []
-    cells = ["" if value is None else layout.format(value) for value in (new, old)]
-    return [name, *cells, "" if None in (new, old) else change(new, old)]
-
-
-def _loss_row(when: str, run: Run, others: list[Run], name: str) -> list[str]:
-    """Nats per token and, where the evaluator counted tokens and bytes, bits per byte, to hold against the score."""
-    new = getattr(run, name)
-    old = mean_of_known(getattr(other, name) for other in others)
-    row = _row(f"training loss {when}, nats", new, old, "{:.4f}", lambda new, old: f"{new - old:+.4f}")
-    per_nat = _bits_per_nat(run)
-    if not row or not per_nat:
-        return row
-    scaled = [None if loss is None else loss * per_nat for loss in (new, old)]
-    bits = _row(" (bits a byte)", *scaled, " ({:.4f})", lambda new, old: f" ({new - old:+.4f})")
-    return [nats + cell for nats, cell in zip(row, bits, strict=True)]
-
-
-def _bits_per_nat(run: Run) -> float | None:
-    """Bits per byte of the scored text for a nat per token."""
-    tokens = run.record.get("tokens")
-    length = run.record.get("bytes")
-    return tokens / length / math.log(2) if tokens and length else None
+def _percent(new: float, old: float) -> str:
+    return f"{new / old - 1:+.1%}" if old else ""
 
 
 def align(rows: list[list[str]], right: Iterable[int] = ()) -> list[str]:
@@ -380,7 +297,3 @@ def align(rows: list[list[str]], right: Iterable[int] = ()) -> list[str]:
 def mean_of_known(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if known else None
-
-
-def _percent(new: float, old: float) -> str:
-    return f"{new / old - 1:+.1%}" if old else ""

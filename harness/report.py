@@ -8,9 +8,8 @@ import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
 
-from harness.compare import BUSY, align, is_busy, mean_of_known, unit_of
+from harness.compare import BUSY, align, former_text, is_busy, mean_of_known, unit_of
 from harness.console import duration, one_line
 from harness.domain import Domain
 from harness.ledger import STATUSES, Change, Ledger, Run, wants_simpler
@@ -90,7 +89,7 @@ def report_text(ledger: Ledger) -> str:
     if len(changes) > MOST_CHANGES:
         lines.append(f"the {len(changes) - MOST_CHANGES:,} smallest gains are left out: results.tsv has them")
     lines += ["", *noise_lines(ledger, changes)]
-    lines += [text for text in (pace_text(ledger), cost_text(ledger), busy_text(ledger.runs)) if text]
+    lines += [text for text in (pace_text(ledger), cost_text(ledger), machine_text(ledger)) if text]
     if any(run.started_at for run in rows):  # of a tag, where more can be run
         lines += ["", *next_lines(ledger, changes)]
     return "\n".join(lines)
@@ -119,27 +118,18 @@ def best_text(ledger: Ledger) -> str:
 def better_elsewhere(ledger: Ledger) -> list[str]:
     """Why a score that is better than the best is not the best."""
     domain = ledger.domain
-    lines = []
-    former = ledger.better_former()
-    if former:
-        first = ledger.first_run_of(former)
-        score = ledger.believed(former)
-        is_given_away = domain.gain(ledger.best, score) <= ledger.given_away()
-        words = f"'uv run loop.py try --again {first.number}' goes back to it if it stays so"
-        words = "given away for less code" if is_given_away else words
-        lines.append(f"believed better is run {first.number:04d} ({former[:7]}, {domain.score_text(score)}): {words}")
+    lines = [text for text in (former_text(ledger),) if text]
     choose = min if domain.lower_is_better else max
     luckiest = choose((run for run in ledger.rows if run.counts), key=lambda run: run.score)
-    scores = ledger.scores(luckiest.commit)
-    is_told = luckiest.commit == former and len(scores) == 1
-    if is_told or domain.gain(ledger.best, luckiest.score) <= 0:
-        return lines
-    why = luckiest.reason or f"a {luckiest.status} beside the champion of its time"
-    if len(scores) > 1:
-        believed = domain.score_text(ledger.believed(luckiest.commit))
-        why = f"one of {len(scores)} runs of {luckiest.commit[:7]}, believed {believed}"
-    score = domain.score_text(luckiest.score)
-    return [*lines, f"best score of a single run: {score}, run {luckiest.number:04d}, {why}"]
+    if domain.gain(ledger.best, luckiest.score) > 0:
+        why = luckiest.reason or f"a {luckiest.status} beside the champion of its time"
+        runs = len(ledger.scores(luckiest.commit))
+        if runs > 1:
+            believed = domain.score_text(ledger.believed(luckiest.commit))
+            why = f"one of {runs} runs of {luckiest.commit[:7]}, believed {believed}"
+        score = domain.score_text(luckiest.score)
+        lines.append(f"best score of a single run: {score}, run {luckiest.number:04d}, {why}")
+    return lines
 
 
 def kept_text(changes: list[Change]) -> str:
@@ -155,10 +145,10 @@ def kept_text(changes: list[Change]) -> str:
     return text
 
 
-def choose_changes(changes: list[Change], most: int = MOST_CHANGES) -> list[tuple[int, Change]]:
+def choose_changes(changes: list[Change], most: int = 0) -> list[tuple[int, Change]]:
     """Numbered from 1; of many the largest gains, in their order."""
     numbered = list(enumerate(changes, 1))
-    largest = sorted(numbered, key=lambda pair: pair[1].gain, reverse=True)[:most]
+    largest = sorted(numbered, key=lambda pair: pair[1].gain, reverse=True)[: most or MOST_CHANGES]
     return sorted(largest, key=lambda pair: pair[0])
 
 
@@ -238,49 +228,41 @@ def pace_text(ledger: Ledger) -> str:
 
 
 def cost_text(ledger: Ledger) -> str:
-    """What the agents' calls cost, each and for a kept change; "" where no agent was called that costs anything."""
+    """What the agents' calls cost; "" where no agent was called that costs anything. What a CLI does not report is
+    unknown, so sums are lower bounds then."""
     costs = [run.cost for run in ledger.runs if run.cost]
     calls = sum(cost.get("calls") or 0 for cost in costs)
     if not calls:
         return ""
-    kept = len(ledger.lineage()) - 1
-    dollars = [(cost.get("usd"), cost.get("calls") or 0) for cost in costs]
-    tokens = []
-    for cost in costs:
-        both = (cost.get("tokens_in"), cost.get("tokens_out"))
-        tokens.append((None if None in both else sum(both), cost.get("calls") or 0))
-    parts = [_cost_part(dollars, kept, "dollars", _usd), _cost_part(tokens, kept, "tokens", "{:,.0f}".format)]
-    return f"cost: {calls:,} agent call{'' if calls == 1 else 's'}; {'; '.join(parts)}"
+    parts = [f"cost: {calls:,} agent call{'' if calls == 1 else 's'}"]
+    for keys, unit, digits in ((("usd",), "dollars", 2), (("tokens_in", "tokens_out"), "tokens", 0)):
+        amounts = [[cost.get(key) for key in keys] for cost in costs]
+        known = [sum(amount) for amount in amounts if None not in amount]
+        if known:
+            least = "" if len(known) == len(amounts) else "at least "
+            kept = max(1, len(ledger.lineage()) - 1)
+            each = f"{sum(known) / kept:,.{digits}f} a kept change"
+            parts.append(f"{least}{sum(known):,.{digits}f} {unit} ({each})")
+        else:
+            parts.append(f"{unit} unknown")
+    return ", ".join(parts)
 
 
-def _cost_part(amounts: list[tuple[float | None, int]], kept: int, unit: str, text: Callable[[float], str]) -> str:
-    """`dollars $3.42 (0.28 a call, 1.14 a kept change; 2 calls unknown)`. `amounts`: each with the calls it is of."""
-    known = [(amount, calls) for amount, calls in amounts if amount is not None]
-    if not known:
-        return f"{unit} unknown"
-    total = sum(amount for amount, _ in known)
-    shares = f"{text(total / max(1, sum(calls for _, calls in known)))} a call"
-    if kept:
-        shares += f", {text(total / kept)} a kept change"
-    unknown = sum(calls for amount, calls in amounts if amount is None)
-    if unknown:
-        shares += f"; {unknown} calls unknown"
-    return f"{unit} {text(total)} ({shares})"
-
-
-def _usd(dollars: float) -> str:
-    return f"${dollars:.2f}" if dollars >= 0.1 else f"${dollars:.4f}"
-
-
-def busy_text(runs: Iterable[Run]) -> str:
-    """How busy others kept the machine; "" where nobody measured it."""
-    known = [run for run in runs if run.busy_others is not None]
-    if not known:
+def machine_text(ledger: Ledger) -> str:
+    """On what device it ran, how busy others kept the machine, and whether runs were isolated; "" for a results.tsv."""
+    measured = [run for run in ledger.runs if run.started_at and run.score is not None]
+    if not measured:
         return ""
-    median = statistics.median(run.busy_others for run in known)
-    weak = sum(map(is_busy, known))
-    end = f"in {weak:,} of {len(known):,}: those scores are weak" if weak else f"in none of {len(known):,}"
-    return f"others used {median:.0%} of the machine during the median run, over {BUSY:.0%} {end}"
+    parts = [one_line(str(ledger.runs[0].record.get("device_name", "an unknown device")))]
+    if nodes := {run.node for run in measured if run.node}:
+        parts.append(f"{len(nodes):,} nodes")
+    if known := [run for run in measured if run.busy_others is not None]:
+        median = statistics.median(run.busy_others for run in known)
+        weak = sum(map(is_busy, known))
+        parts.append(f"others used {median:.0%} of it in the median run, over {BUSY:.0%} in {weak:,} of {len(known):,}")
+    bare = sum(not run.is_isolated for run in measured)
+    parts.append(f"{bare:,} of {len(measured):,} runs were not isolated" if bare else "every run was isolated")
+    return f"machine: {', '.join(parts)}"
 
 
 def next_lines(ledger: Ledger, changes: list[Change]) -> list[str]:
@@ -313,37 +295,67 @@ def audit_text(ledger: Ledger, group: str) -> tuple[str, list[str]]:
             by_role.setdefault(role, []).append(run)
     held_out = f"held-out test, {domain.unit}" if domain.test_metric else ""
     rows = [[group, f"validation, {domain.unit}", held_out, "steps", f"{unit_of(domain)}/s"]]
+    notes = []
     doubts = []
     for role, runs in by_role.items():
-        speeds = [mean_of_known(getattr(run, name) for run in runs) for name in ("steps", "tokens_per_second")]
-        cells = ["" if speed is None else f"{speed:,.0f}" for speed in speeds]
-        own = [_spread([getattr(run, name) for run in runs], ledger) for name in ("score", "test_score")]
-        rows.append([f"{role} {runs[0].commit[:7]}, {len(runs)} seed{'s' if len(runs) > 1 else ''}", *own, *cells])
-        clean = [_spread([getattr(run, name) for run in runs], ledger) for name in ("clean_score", "clean_test_score")]
-        rows.append(["  in a clean process", *clean, "", ""])
-        believed = ledger.believed(runs[0].commit)
-        if believed is not None:
-            off = statistics.fmean(run.score for run in runs) - believed
-            label = f"  believed before, off by {off:+.{domain.score_digits}f}"
-            rows.append([label, domain.score_text(believed), "", "", ""])
+        rows += _rows_of_role(ledger, role, runs)
+        notes += _record_lines(domain, role, runs)
         for run in runs:
-            doubts += _doubts_of_run(ledger, run, role)
+            doubts += _doubts_of_run(domain, run, role)
         doubts += _doubts_of_belief(ledger, runs, role, sigma)
-    notes = [line for role, runs in by_role.items() for line in _record_lines(domain, role, runs)]
     is_clean = all(run.clean_score is not None for runs in by_role.values() for run in runs)
     if set(by_role) == {"baseline", "champion"}:
         names = ("clean_score", "clean_test_score") if is_clean else ("score", "test_score")
-        gains = [_gain(by_role, name, ledger) for name in names]
-        error = None if sigma is None else sigma * math.sqrt(sum(1 / len(runs) for runs in by_role.values()))
+        gains = [_gain(by_role, name, domain) for name in names]
+        error = None
+        if sigma is not None:
+            error = sigma * math.sqrt(sum(1 / len(runs) for runs in by_role.values()))
         error_text = "" if error is None else f" ± {domain.score_text(2 * error)}"
         texts = ["" if gain is None else f"{domain.score_text(gain)}{error_text}" for gain in gains]
         rows.append(["gain ± 2 standard errors", *texts, "", ""])
-        doubts += _doubts_of_gains(gains, error or 0.0, ledger)
+        doubts += _doubts_of_gains(gains, error or 0.0, domain)
     else:
         notes.append("no change is in the branch: the baseline is the champion")
     if not is_clean:
         notes.append("not every run was scored in a clean process: the gain is of the runs' own scores")
     return "\n".join(align(rows, right=(1, 2, 3, 4)) + notes), doubts
+
+
+def _sigma_before(ledger: Ledger, group: str) -> float | None:
+    """Without this audit's own runs, as far as that is known: a belief that was far off would hide in them."""
+    earlier = [run for run in ledger.runs if run.group.partition("/")[0] != group]
+    sigma = Ledger(ledger.domain, earlier, ledger.profile).sigma
+    return ledger.sigma if sigma is None else sigma
+
+
+def _rows_of_role(ledger: Ledger, role: str, runs: list[Run]) -> list[list[str]]:
+    """Of baseline or champion: the scores in the runs' own processes, in clean ones, and what was believed before."""
+    domain = ledger.domain
+    commit = runs[0].commit
+
+    def spread(field: str) -> str:
+        """Mean and standard deviation; "-" where a score is missing."""
+        scores = [getattr(run, field) for run in runs]
+        if None in scores:
+            return "-"
+        text = domain.score_text(statistics.fmean(scores))
+        if len(scores) > 1 and all(map(math.isfinite, scores)):
+            text += f" ± {domain.score_text(statistics.stdev(scores))}"
+        return text
+
+    speeds = [mean_of_known(getattr(run, field) for run in runs) for field in ("steps", "tokens_per_second")]
+    speed_texts = ["" if speed is None else f"{speed:,.0f}" for speed in speeds]
+    name = f"{role} {commit[:7]}, {len(runs)} seed{'s' if len(runs) > 1 else ''}"
+    rows = [
+        [name, spread("score"), spread("test_score"), *speed_texts],
+        ["  in a clean process", spread("clean_score"), spread("clean_test_score"), "", ""],
+    ]
+    believed = ledger.believed(commit)
+    if believed is not None:
+        off = statistics.fmean(run.score for run in runs) - believed
+        label = f"  believed before, off by {off:+.{domain.score_digits}f}"
+        rows.append([label, domain.score_text(believed), "", "", ""])
+    return rows
 
 
 def _record_lines(domain: Domain, role: str, runs: list[Run]) -> list[str]:
@@ -359,36 +371,18 @@ def _record_lines(domain: Domain, role: str, runs: list[Run]) -> list[str]:
     return lines
 
 
-def _sigma_before(ledger: Ledger, group: str) -> float | None:
-    """Without this audit's own runs, as far as that is known: a belief that was far off would hide in them."""
-    earlier = [run for run in ledger.runs if run.group.partition("/")[0] != group]
-    sigma = Ledger(ledger.domain, earlier, ledger.profile).sigma
-    return ledger.sigma if sigma is None else sigma
-
-
-def _spread(scores: list[float | None], ledger: Ledger) -> str:
-    """Mean and standard deviation; "-" where a score is missing."""
-    if None in scores:
-        return "-"
-    text = ledger.domain.score_text(statistics.fmean(scores))
-    if len(scores) > 1 and all(map(math.isfinite, scores)):
-        text += f" ± {ledger.domain.score_text(statistics.stdev(scores))}"
-    return text
-
-
-def _gain(by_role: dict[str, list[Run]], name: str, ledger: Ledger) -> float | None:
+def _gain(by_role: dict[str, list[Run]], field: str, domain: Domain) -> float | None:
     """Of the champion on the baseline, by one of the four scores of their runs."""
     means = []
     for role in ("baseline", "champion"):
-        scores = [getattr(run, name) for run in by_role[role]]
+        scores = [getattr(run, field) for run in by_role[role]]
         if None in scores:
             return None
         means.append(statistics.fmean(scores))
-    return ledger.domain.gain(*means)
+    return domain.gain(*means)
 
 
-def _doubts_of_run(ledger: Ledger, run: Run, role: str) -> list[str]:
-    domain = ledger.domain
+def _doubts_of_run(domain: Domain, run: Run, role: str) -> list[str]:
     name = f"{role}, run {run.number:04d}"
     doubts = []
     if broken := broken_floor(run, domain):
@@ -406,7 +400,6 @@ def _doubts_of_run(ledger: Ledger, run: Run, role: str) -> list[str]:
 
 def _doubts_of_belief(ledger: Ledger, runs: list[Run], role: str, sigma: float | None) -> list[str]:
     """A belief that its commit's fresh scores do not bear out."""
-    domain = ledger.domain
     commit = runs[0].commit
     believed = ledger.believed(commit)
     if believed is None or sigma is None:
@@ -415,20 +408,19 @@ def _doubts_of_belief(ledger: Ledger, runs: list[Run], role: str, sigma: float |
     error = sigma * math.sqrt(1 / len(ledger.believed_scores(commit)) + 1 / len(runs))
     if abs(fresh - believed) <= FAR_ERRORS * error:
         return []
-    far = f"{abs(fresh - believed) / error:.1f} standard errors"
-    scores = f"{domain.score_text(believed)}, its fresh runs give {domain.score_text(fresh)}"
-    return [f"{role}: believed {scores}, {far} away: do not believe the ledger's score"]
+    text = ledger.domain.score_text
+    far = f"{abs(fresh - believed) / error:.1f} standard errors away: do not believe the ledger's score"
+    return [f"{role}: believed {text(believed)}, its fresh runs give {text(fresh)}, {far}"]
 
 
-def _doubts_of_gains(gains: list[float | None], error: float, ledger: Ledger) -> list[str]:
+def _doubts_of_gains(gains: list[float | None], error: float, domain: Domain) -> list[str]:
     """Gains on the two splits that disagree: what gained may have seen the validation text.
 
     `error`: the standard error of either; the difference has at most both.
     """
-    domain = ledger.domain
-    gain, test_gain = gains
-    if gain is None or test_gain is None:
+    if None in gains:
         return []
+    gain, test_gain = gains
     allowed = 2 * math.sqrt(2) * error + SPLITS_DIFFER * max(abs(gain), abs(test_gain))
     if abs(gain - test_gain) <= allowed:
         return []
