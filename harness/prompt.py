@@ -34,12 +34,12 @@ def write_prompt(
     running: list[str],
     verdicts: list[str],
     refusal: str,
-    task: str,
+    crash_log: str,
     suggestions: Iterable[str] = (),
     read: Callable[[str], bytes] | None = None,
 ) -> str:
-    """The whole prompt. `task` is what this proposal starts from beyond the champion, `refusal` why the last failed,
-    `suggestions` are TPE's; `read` gives the editable file of a commit."""
+    """The whole prompt. `refusal` is why the last proposal was no experiment, `crash_log` the end of the log of the
+    crash that is to be mended, `suggestions` are TPE's; `read` gives the editable file of a commit."""
     domain = ledger.domain
     rows = "".join([domain.columns, *[run.row(domain) for run in ledger.rows[-LAST_ROWS:]]]).rstrip()
     parts = [
@@ -67,8 +67,9 @@ def write_prompt(
         parts.append(f"Running or waiting now, the verdict unknown (propose something else):\n\n{words}")
     if refusal:
         parts.append(f"The last proposal was refused: {one_line(refusal, 500)}")
-    if task:
-        parts.append(task)
+    if crash_log:
+        task = f"{domain.editable} now holds an experiment that crashed: mend it, or restore it and try another idea."
+        parts.append(f"{task} The end of its log:\n\n{crash_log[-TASK_CHARS:]}")
     parts.append(
         f"Now: edit {domain.editable} once, one idea. Write one line that describes it to {DESCRIPTION_FILE}. "
         "Do not train, do not commit, touch no other file, install nothing. Then stop."
@@ -210,27 +211,3 @@ def _words(run: Run) -> str:
 
 def _bullets(lines: Iterable[str]) -> list[str]:
     return [f"- {one_line(line, 400)}\n" for line in lines]
-
-
-# What a proposal starts from beyond the champion
-
-
-def crash_task(editable: str, log_end: str) -> str:
-    return (
-        f"{editable} now holds an experiment that crashed: mend it, or restore it and try another idea. "
-        f"The end of its log:\n\n{log_end[-TASK_CHARS:]}"
-    )
-
-
-def conflict_task(description: str, own_diff: str, champion_diff: str) -> str:
-    return (
-        f"The experiment '{description}' does not merge with the new champion. If it still makes sense, do it again "
-        f"on the file as it is now. Its diff:\n\n{own_diff[:TASK_CHARS]}\n\n"
-        f"What the champion changed meanwhile:\n\n{champion_diff[:TASK_CHARS]}"
-    )
-
-
-def unified(old: bytes, new: bytes) -> str:
-    """The difference of two sources."""
-    texts = [source.decode(errors="replace").splitlines() for source in (old, new)]
-    return "\n".join(difflib.unified_diff(*texts, "before", "after", lineterm=""))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from harness import compare, isolation, machine, prompt, tpe
 from harness.agents import Agent, BackOff, Cost, NoProposal, Worktree
-from harness.console import Interrupts, StopNow, UserError, duration, is_terminal, one_line, say, show_live_line
+from harness.console import Interrupts, StopNow, UserError, duration, is_terminal, say, show_live_line
 from harness.domain import Description
 from harness.edit import Dropped, Edit
 from harness.files import read_tail, read_text, remove_folder
@@ -31,7 +31,7 @@ POLL_SECONDS = 0.2  # between looks of the main thread
 LIVE_SECONDS = 1.0  # between writings of what `status` reads
 APPROVAL_SECONDS = 7 * 86400  # that --approve may take: a human may be at the weekend
 LATEST_VERDICTS = 3  # that an agent is told
-OFFERS = 2  # of one assignment to an agent that fails or does nothing with it
+OFFERS = 2  # of a crash to mend, to an agent that fails or does nothing with it
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Options:
     max_usd: float = math.inf  # that the agents of this session may cost
     patience: float = math.inf  # experiments without a keep
     target: float | None = None  # score that is enough
-    notify: str = ""  # a shell command that tells a person; "": nobody is told
-    suggest: bool = False  # TPE's next three suggestions are in an agent's prompt
+    notify: str | None = None  # a shell command that tells a person
+    suggest: str | None = None  # "tpe": its next three suggestions are in an agent's prompt
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -134,17 +134,6 @@ def make_runner(tag: Tag, facts: Description, options: Options, interrupts: Inte
 
 
 @dataclass
-class Task:
-    """What a worker's next proposal starts from beyond the champion: a crash to mend, or a conflict."""
-
-    base: str
-    start: bytes
-    text: str
-    offers: int = 0  # that agents have had of it
-    mends: bool = False  # a crash
-
-
-@dataclass
 class Doing:
     """What a worker does at this moment, for `status`."""
 
@@ -166,7 +155,7 @@ class Session:
         self.options = options
         self.interrupts = interrupts
         self.began_at = time.time()
-        self.watch = Watch(self.tag, options.patience, options.target, options.notify)
+        self.watch = Watch(self.tag, options.patience, options.target, options.notify or "")
         self.page = PageWriter(self.tag)
         self.no_more = threading.Event()  # ends what agents do: nothing new begins
         self.begun = 0  # experiments that took one of --max-experiments
@@ -273,19 +262,15 @@ class Session:
             show_live_line(self._live_line(usual))
 
     def _live_line(self, usual: float) -> str:
-        """`best 1.234567 | run 0012 8 s of ~40 s | 1 proposing | the last line of its log`."""
+        """`best 1.234567 | run 0012 8 s of ~40 s | 1 proposing`."""
         best = self.tag.ledger.best
         parts = ["no score yet" if best is None else f"best {self.domain.score_text(best)}"]
-        training = [doing for doing in list(self.doing.values()) if doing.doing == "training"]
-        for doing in training[:3]:
-            parts.append(f"run {doing.run:04d} {time.time() - doing.since:.0f} s of ~{duration(usual)}")
-        if len(training) > 3:
-            parts.append(f"{len(training) - 3} more runs")
-        proposing = sum(doing.doing == "proposing" for doing in list(self.doing.values()))
-        if proposing:
+        workers = list(self.doing.values())
+        for worker in workers:
+            if worker.doing == "training":
+                parts.append(f"run {worker.run:04d} {time.time() - worker.since:.0f} s of ~{duration(usual)}")
+        if proposing := sum(worker.doing == "proposing" for worker in workers):
             parts.append(f"{proposing} proposing")
-        if len(training) == 1:
-            parts.append(one_line(read_tail(self.tag.folder(training[0].run) / "run.log", 1)))
         return " | ".join(parts)
 
     # What the ratchet tells
@@ -365,29 +350,33 @@ class Session:
         return Worktree(self.tag, folder, mark=f"{self.tag.mark}:agent:{number}")
 
     def _work(self, agent: Agent, worktree: Worktree) -> None:
-        """A worker: one experiment after another."""
+        """A worker: one experiment after another. A crash is given to the next proposal, to be mended, once."""
         back_off = BackOff()
-        task: Task | None = None
+        crash: Run | None = None
+        offers = 0  # of it
         refusal = ""
         cost = Cost()
         while edit := self._next_stale():
-            self._take_through(edit, None)
+            self._take_through(edit)
         while self._begin():
-            task = task or self._fresh_task()
-            edit, no_proposal, cost = self._propose(agent, worktree, task, refusal, cost)
+            edit, no_proposal, cost = self._propose(agent, worktree, crash, refusal, cost)
             refusal = ""
             if edit is None:
                 with self.ratchet.lock:
                     self.begun -= 1
-                refusal = no_proposal.reason if no_proposal.kind == "refused edit" else ""
-                task.offers += 1
-                if task.offers >= OFFERS or no_proposal.kind == "refused edit":
-                    task = None
+                is_refused = no_proposal.kind == "refused edit"
+                refusal = no_proposal.reason if is_refused else ""
+                offers += 1
+                if is_refused or offers >= OFFERS:
+                    crash = None
                 self._rest(no_proposal, back_off, worktree)
                 continue
             back_off.succeeded()
             self.waiting_for = ""
-            task, refusal = self._take_through(edit, task)
+            run, refusal = self._take_through(edit)
+            is_new_crash = crash is None and run is not None and run.status == "crash"
+            crash = run if is_new_crash else None  # a mend that crashes too ends it: else it goes on for ever
+            offers = 0
 
     def _begin(self) -> bool:
         """Take one of --max-experiments; False where nothing more is to begin."""
@@ -399,10 +388,6 @@ class Session:
             self.begun += 1
             return True
 
-    def _fresh_task(self) -> Task:
-        champion = self.tag.champion
-        return Task(champion, self.tag.source(champion), "")
-
     def _next_stale(self) -> Edit | None:
         """A gain on a former champion that an earlier session left, as an edit; it counts as no new experiment."""
         with self.ratchet.lock:
@@ -411,19 +396,18 @@ class Session:
             run = self.again.popleft()
         return Edit(self.tag.source(run.commit), run.base, run.description, again_of=run.number)
 
-    def _propose(self, agent: Agent, worktree: Worktree, task: Task, refusal: str, cost: Cost):
+    def _propose(self, agent: Agent, worktree: Worktree, crash: Run | None, refusal: str, cost: Cost):
         """An edit by the agent, or why there is none; and what its calls have cost since its last run."""
-        if task.base != self.tag.champion and not task.text:
-            task.base = self.tag.champion
-            task.start = self.tag.source(task.base)
         self._set_doing("proposing")
         suggestions = tpe.suggest(self.tag, self.facts.profile) if self.options.suggest else []
         with self.ratchet.lock:
-            text = self._prompt(task, refusal, suggestions)
+            base = crash.base if crash else self.tag.champion
+            start = self.tag.source(crash.commit if crash else base)
+            text = self._prompt(crash, refusal, suggestions)
         answer = worktree.propose(
             agent,
-            task.base,
-            task.start,
+            base,
+            start,
             text,
             machine.variables_for_agent(self.facts.profile),
             self.options.agent_timeout,
@@ -441,13 +425,13 @@ class Session:
             say(f"note: the agent also changed {', '.join(answer.touched)}: undone")
         edit = Edit(
             answer.source,
-            task.base,
+            base,
             answer.description,
             touched=answer.touched,
             cost=cost.as_dict(),
             wins=not agent.has_model,
         )
-        problem = self.ratchet.find_problem(edit.source) if edit.base == self.tag.champion else ""
+        problem = self.ratchet.find_problem(edit.source) if base == self.tag.champion else ""
         if problem:
             return None, NoProposal(problem, "refused edit", answer.cost), cost
         return edit, None, Cost()
@@ -462,7 +446,7 @@ class Session:
         reason = f"no new dependency is allowed, and {', '.join(changes[:3])} was installed: put back"
         return NoProposal(reason, "refused edit", answer.cost)
 
-    def _prompt(self, task: Task, refusal: str, suggestions: list[str]) -> str:
+    def _prompt(self, crash: Run | None, refusal: str, suggestions: list[str]) -> str:
         name = self.domain.instructions
         instructions = read_text(self.tag.checkout / name)  # the person's: an edit counts from now on
         if not instructions:
@@ -471,8 +455,9 @@ class Session:
         latest = [run for run in ledger.rows[-LATEST_VERDICTS:] if run.purpose == "experiment"]
         verdicts = [compare.verdict(ledger, run) for run in latest]
         running = list(self.ratchet.in_flight.values())
+        crash_log = log_end(self.tag.folder(crash.number)) if crash else ""
         return prompt.write_prompt(
-            instructions, ledger, running, verdicts, refusal, task.text, suggestions, self.tag.source
+            instructions, ledger, running, verdicts, refusal, crash_log, suggestions, self.tag.source
         )
 
     def _rest(self, no_proposal: NoProposal, back_off: BackOff, worktree: Worktree) -> None:
@@ -491,11 +476,11 @@ class Session:
         while time.monotonic() < max(until, self.rate_limited_until) and not self.is_stopping():
             self.no_more.wait(POLL_SECONDS)
 
-    def _take_through(self, edit, task: Task | None) -> tuple[Task | None, str]:
-        """An edit through the ratchet: the next task of this worker, and why the edit was refused."""
+    def _take_through(self, edit: Edit) -> tuple[Run | None, str]:
+        """An edit through the ratchet: its run, or None and why it was dropped."""
         self._set_doing("waiting for a device", description=edit.description)
         try:
-            run = self.ratchet.experiment(edit)
+            return self.ratchet.experiment(edit), ""
         except Stopped:
             say(f"dropped: {edit.description}: the loop stops before it was decided")
             raise
@@ -504,21 +489,7 @@ class Session:
             if not edit.again_of:
                 with self.ratchet.lock:
                     self.begun -= 1
-            return self._conflict_task(edit), str(dropped)
-        is_mend = task is not None and task.mends
-        if run.status == "crash" and not is_mend:  # a mend that crashes too ends it: else it goes on for ever
-            text = prompt.crash_task(self.domain.editable, log_end(self.tag.folder(run.number)))
-            return Task(run.base, self.tag.source(run.commit), text, mends=True), ""
-        return None, ""
-
-    def _conflict_task(self, edit) -> Task | None:
-        if edit.base == self.tag.champion:
-            return None
-        champion = self.tag.champion
-        start = self.tag.source(champion)
-        base = self.tag.source(edit.base)
-        text = prompt.conflict_task(edit.description, prompt.unified(base, edit.source), prompt.unified(base, start))
-        return Task(champion, start, text)
+            return None, str(dropped)
 
 
 def clean_worktrees(tag: Tag) -> None:

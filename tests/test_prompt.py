@@ -16,8 +16,6 @@ from harness.prompt import (
     SECOND_LOOK_EVERY,
     TASK_CHARS,
     UNSETTLED,
-    conflict_task,
-    crash_task,
     write_prompt,
 )
 
@@ -39,7 +37,7 @@ class Night:
         return commit
 
     def prompt(self, **values) -> str:
-        values = {"running": [], "verdicts": [], "refusal": "", "task": ""} | values
+        values = {"running": [], "verdicts": [], "refusal": "", "crash_log": ""} | values
         return write_prompt("Do it.\n", self.ledger, **values)
 
     def told(self) -> dict[str, list[str]]:
@@ -128,10 +126,10 @@ def test_prompt_has_every_part_in_order_and_none_that_is_empty():
     for n in range(30):
         night.add("discard", 1.5 + n, f"idea {n}")
     told = {"verdicts": ["first table", "second table"], "suggestions": ["LR 0.1 -> 0.2"]}
-    whole = night.prompt(running=["idea\none"], refusal="it\nrepeats", task="Mend this.", **told)
+    whole = night.prompt(running=["idea\none"], refusal="it\nrepeats", crash_log="boom", **told)
     parts = ["Do it.\n\n---", "Best val_bpb 1.0", "commit\tval_bpb\tmemory_gb", "idea 10\n", "idea 29\n", "Near misses"]
     parts += ["Dead ends", "Nothing was kept", "\n- LR 0.1 -> 0.2\n", "first table\n\nsecond table", "\n- idea one\n"]
-    parts += ["The last proposal was refused: it repeats", "Mend this.", "Now: edit train.py once", "experiment.txt"]
+    parts += ["The last proposal was refused: it repeats", "crashed: mend it", "boom", "Now: edit train.py once"]
     places = [whole.find(part) for part in parts]
     assert -1 not in places and places == sorted(places)
     bare = Night().prompt()
@@ -143,7 +141,6 @@ def test_prompt_stays_short_however_long_night_descriptions_and_logs_are():
     night = Night()
     for n in range(3000):
         night.add(("discard", "crash", "keep")[n % 3], 2.0 - n / 1e5, "long " * 100, reason="why " * 200)
-    conflict = conflict_task("idea", "x" * 10**6, "y" * 10**6)
-    size = len(night.prompt(running=["wide " * 100] * 3000, refusal="r" * 10**5, task=conflict))
-    assert size < 2 * TASK_CHARS + 60_000
-    assert crash_task("train.py", "x" * 10**6 + "the error").endswith("the error")
+    log = "x" * 10**6 + "the error"
+    text = night.prompt(running=["wide " * 100] * 3000, refusal="r" * 10**5, crash_log=log)
+    assert len(text) < TASK_CHARS + 60_000 and "xthe error\n" in text
