@@ -5,18 +5,17 @@ line and never a traceback.
 """
 
 import argparse
+import dataclasses
 import functools
 import math
 import os
 import secrets
-import select
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from harness import ablation, isolation, machine, page, replicates, report
@@ -55,10 +54,7 @@ def guarded(command: Callable[[], int]) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()
         return code
-    except BrokenPipeError as error:
-        if not _reader_is_gone():
-            say(f"error: {error}")
-            return 1
+    except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what Python still writes at its exit must not fail either
         return 0
     except (StopNow, KeyboardInterrupt):
@@ -70,13 +66,6 @@ def guarded(command: Callable[[], int]) -> int:
     except (UserError, OSError, subprocess.SubprocessError) as error:
         say(f"error: {one_line(str(error), ERROR_CHARS - 10)}")
         return getattr(error, "code", 1)
-
-
-def _reader_is_gone() -> bool:
-    """Whether nobody reads standard output any more: `| head` has read enough."""
-    output = select.poll()
-    output.register(1, 0)  # 0: errors alone
-    return bool(output.poll(0))
 
 
 # run: the default command
@@ -91,7 +80,7 @@ def command_run(domain: Domain, checkout: Path, ratchet: type, args: argparse.Na
             problem = f"--suggest {args.suggest}: --agent {args.agent} reads no prompt"
             raise UserError(f"{problem}: choose an agent with a model", 2)
     if args.approve:
-        domain = replace(domain, approve=args.approve)
+        domain = dataclasses.replace(domain, approve=args.approve)
     tag = open_tag(checkout, domain, args.tag)
     with tag.locked(), Interrupts(checkout / "STOP") as interrupts:
         clean_worktrees(tag)
@@ -126,20 +115,8 @@ def read_options(args: argparse.Namespace, domain: Domain) -> Options:
         value = getattr(args, name)
         if value is not None and not value.strip():
             raise UserError(f"--{name} {value!r}: give a shell command", 2)
-    return Options(
-        workers=args.workers,
-        ray=choose_ray(args),
-        ahead=args.ahead,
-        confirm=args.confirm,
-        max_experiments=args.max_experiments,
-        hours=args.hours,
-        agent_timeout=args.agent_timeout,
-        max_usd=args.max_usd,
-        patience=args.patience,
-        target=args.target,
-        notify=args.notify or "",
-        suggest=args.suggest is not None,
-    )
+    chosen = {entry.name: getattr(args, entry.name) for entry in dataclasses.fields(Options)}
+    return Options(**chosen | {"ray": choose_ray(args)})
 
 
 def choose_ray(args: argparse.Namespace) -> str | None:
@@ -332,15 +309,14 @@ def command_status(domain: Domain, checkout: Path, ratchet: type, args: argparse
 
 
 def _wait_for_verdict(tag: Tag) -> int:
-    """The number of the next run that is decided, or of the last one if no loop runs. A gain on a former champion is
-    no verdict yet, nor is the baseline of a `try` on a fresh tag."""
+    """The number of the next run that is decided, or of the last one if no loop runs. The baseline of a `try` on a
+    fresh tag is no verdict yet, nor is a gain on a former champion or a run that only confirms another."""
     known = {run.number for run in tag.ledger.rows}
     while tag.is_busy():
         time.sleep(0.2)
         tag.load()
         for run in tag.ledger.rows:
-            is_verdict = not run.is_stale and (run.purpose == "experiment" or not run.base)
-            if run.number not in known and is_verdict and run.purpose != "baseline":
+            if run.number not in known and run.purpose != "baseline" and not run.is_stale and not run.group:
                 return run.number
     tag.load()
     return tag.ledger.rows[-1].number if tag.ledger.rows else 0

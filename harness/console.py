@@ -70,7 +70,7 @@ def duration(seconds: float) -> str:
 
 
 def listed(names: Iterable[str]) -> str:
-    """`a, b and 3 more`: in their order, not more than a line holds."""
+    """`a, b and 3 more`: sorted, not more than a line holds."""
     names = sorted(names)
     more = f" and {len(names) - NAMES_LISTED} more" if len(names) > NAMES_LISTED else ""
     return ", ".join(names[:NAMES_LISTED]) + more

@@ -192,9 +192,9 @@ def _misfit(session: Session, facts: Description) -> str:
         remedy = f"copy {baseline.cache} of the loop's machine there, or prepare it there from the same data"
         return f"other data in {facts.cache}: {digests}: {remedy}"
     own = installed_versions()
-    names = [name for name, version in session.versions.items() if own.get(name, version) != version]
+    names = [name for name, version in session.versions.items() if own.get(name) != version]
     if names:
-        listed = ", ".join(f"{name} {own[name]} (the loop has {session.versions[name]})" for name in names[:3])
+        listed = ", ".join(f"{name} {own.get(name)} (the loop has {session.versions[name]})" for name in names[:3])
         return f"other packages: {listed}: run 'uv sync --extra ray' of the same commit there"
     return ""
 

@@ -95,7 +95,6 @@ class Repository:
 
     def _check_checkout(self) -> None:
         """Raises UserError unless the checkout is the top level of a repository that has a commit."""
-        self._check_worktree()
         try:
             top = self("rev-parse", "--show-toplevel")
         except UserError as error:
@@ -110,16 +109,6 @@ class Repository:
         if not self("rev-parse", "--verify", "--quiet", "HEAD^{commit}", default=""):
             remedy = "run 'git add -A && git commit -m start', or check a branch out"
             raise UserError(f"the git repository {self.checkout} has no commit at HEAD: {remedy}")
-
-    def _check_worktree(self) -> None:
-        """Raises UserError where a setting that an agent made sends git to the files of another folder."""
-        listing = self("config", "--get-regexp", r"^core\.(worktree|bare)$", default="")
-        settings = dict(line.split(" ", 1) for line in listing.splitlines() if " " in line)
-        if elsewhere := settings.get("core.worktree"):
-            remedy = "run 'git config --unset core.worktree'"
-            raise UserError(f"core.worktree is {elsewhere!r}, so git works on another folder: {remedy}")
-        if settings.get("core.bare") == "true":
-            raise UserError("core.bare is true, so git knows no checkout: run 'git config core.bare false'")
 
     # Reading
 
@@ -185,7 +174,6 @@ class Repository:
 
         The instructions and untracked files stay as they are.
         """
-        self._check_worktree()
         path = place / self.editable
         if path.is_dir() and not path.is_symlink():
             remove_folder(path)

@@ -369,7 +369,8 @@ def _check_record(job: Job, record: Record, printed: float) -> None:
     domain = job.domain
     lowest, highest = domain.score_range
     if abs(record.score - printed) > 10**-domain.score_digits:
-        raise _Crashed(f"printed {domain.metric} {printed:g}, the evaluator measured {record.score:g}")
+        texts = [domain.score_text(score) for score in (printed, record.score)]
+        raise _Crashed(f"printed {domain.metric} {texts[0]}, the evaluator measured {texts[1]}")
     if not lowest <= record.score <= highest:
         raise _Crashed(f"{domain.metric} {record.score:g} is outside of {lowest:g} to {highest:g}")
     facts = job.facts
@@ -498,6 +499,7 @@ class Runner:
             except MachineFault as fault:
                 suspicions += fault.is_suspect
                 if suspicions > SUSPECT_RETRIES:  # it came back as often as it may: the edit's own fault
+                    self.waiting = ""
                     return replace(job.run, status="crash", reason=str(fault))
                 self._wait(str(fault))
 

@@ -3,6 +3,7 @@
     runs.jsonl         the state: a line a run that was decided (ledger.py)
     results.tsv        its rendering, copied to the checkout
     runs/NNNN/         a run: run.log, change.diff, result.json
+    compiled/          the compilers' files of the newest commits
     status.json        what a running loop does at this moment; gone when it ends
     lock               held by the loop
 
@@ -43,7 +44,7 @@ class Tag:
         self.home = repository.common / "autoresearch" / name
         self.runs = self.home / "runs"
         self.worktrees = self.checkout / ".autoresearch" / name
-        self.compile_cache = repository.common / "autoresearch" / "compile_cache"
+        self.compile_cache = self.home / "compiled"
         self.mark = str(self.home)  # of every process of this tag
         self.load()
 

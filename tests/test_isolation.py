@@ -19,7 +19,7 @@ from harness import isolation
 from harness.machine import OthersMeter
 from harness.processes import find_processes, run_child
 
-NAUGHTY = '''
+NAUGHTY = """
 import json, os, pathlib, socket, subprocess, sys
 import prepare
 
@@ -62,7 +62,7 @@ print("seen:", json.dumps(seen))
 while (prepare.CACHE / "hold").exists():
     pass
 prepare.finish(1.0 - DEPTH / 100)
-'''
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -150,7 +150,7 @@ def test_run_without_bubblewrap_is_said_not_to_be_isolated_and_meets_no_files_of
     assert naughty.statuses() == ["keep", "discard", "discard"]
     assert not naughty.runs()[0].is_isolated
     assert seen(naughty, 1)["keys"] == [".netrc", ".config/keys"] and seen(naughty, 1)["network"]
-    compiled = naughty.home().parent / "compile_cache"
+    compiled = naughty.home() / "compiled"
     assert sorted(path.name[:7] for path in compiled.iterdir()) == sorted(row[0] for row in naughty.rows())
     for path in compiled.glob(f"{naughty.rows()[0][0]}*/weights*"):
         path.unlink()  # the baseline's own
