@@ -58,12 +58,14 @@ def wrap(command: Iterable[str], folder: Path, writable: Iterable[Path] = (), re
     or folders, and read the existing `readable` ones wherever they lie."""
     words = ["bwrap", "--ro-bind", "/", "/", "--dev-bind", "/dev", "/dev", "--proc", "/proc"]
     words += ["--unshare-net", "--unshare-pid", "--unshare-ipc", "--die-with-parent"]
-    words += ["--tmpfs", "/tmp", "--tmpfs", "/dev/shm"]
-    for path in _hidden():
+    empty = [Path("/tmp"), Path("/dev/shm"), *_hidden()]
+    for path in empty:
         words += ["--tmpfs", path] if path.is_dir() else ["--ro-bind", "/dev/null", path]
     for path in [*_of_python(), *_of_hub(), *readable]:
-        # Where it lies, and where its links lead: a Python of uv's is a link.
-        for place in {path, path.resolve()}:
+        places = {path.resolve()}
+        if any(path.is_relative_to(one) for one in empty):  # elsewhere a link leads there by itself
+            places.add(path)
+        for place in places:
             if place.is_absolute() and place.exists():
                 words += ["--ro-bind", path.resolve(), place]
     for path in [*writable, folder]:

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -142,6 +143,19 @@ def test_processors_that_a_run_uses_are_not_said_to_be_used_by_others(is_isolate
     run_child(command, cwd=tmp_path, env=dict(os.environ), watch=meter.look, **options)
     assert 1 < meter.own_seconds < 3
     assert 0 <= meter.fraction() <= 1
+
+
+def test_environment_and_data_behind_links_are_found_inside():
+    if why := isolation.why_not():
+        pytest.skip(why)
+    for place in ("/tmp", "/var/tmp"):  # the first is empty inside
+        with tempfile.TemporaryDirectory(dir=place) as name:
+            folder, link = Path(name, "real"), Path(name, "link")
+            folder.mkdir()
+            (folder / "data").write_text("found")
+            link.symlink_to(folder)
+            command = isolation.wrap(["cat", str(link / "data")], Path.cwd(), readable=[link])
+            assert subprocess.run(command, capture_output=True, text=True).stdout == "found"
 
 
 def test_run_without_bubblewrap_is_said_not_to_be_isolated_and_meets_no_files_of_a_discarded_run(naughty):
