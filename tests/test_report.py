@@ -76,6 +76,9 @@ def test_no_kept_change_is_worse_without_a_word():
         ),
     ):
         assert words_of(ledger) == words and said in report_text(ledger)
+        in_branch = "1 change is" if len(words) == 1 else f"{len(words)} changes are"
+        if "left the branch" not in words[0]:
+            assert f"\n{in_branch} in the branch, 0 of them significant" in report_text(ledger)
 
 
 @pytest.mark.parametrize(
