@@ -41,7 +41,8 @@ class Repository:
 
         self.checkout = checkout
         self.editable = editable
-        self.instructions = instructions
+        # Of the person, who edits the first; behind a mirror of packages uv rewrites the other, and nothing reads it.
+        self.left_alone = (instructions, "uv.lock")
         self._worktrees = threading.Lock()  # git takes away what another `git worktree` has only half made
         self._failure = git.CommandError
         self._runner = git.Git
@@ -135,9 +136,9 @@ class Repository:
         return self("diff", *WHOLE_DIFF, "--text", old, new, raw=True)
 
     def changed_files(self, place: Path, commit: str) -> list[str]:
-        """Tracked files of a checkout that differ from a commit, the instructions aside."""
+        """Tracked files of a checkout that differ from a commit, those that are left alone aside."""
         names = set(self("diff", "--name-only", "--no-renames", "-z", commit, "--", cwd=place).split("\0"))
-        return sorted(names - {"", self.instructions})
+        return sorted(names - {"", *self.left_alone})
 
     # Writing: commits and refs
 
@@ -172,7 +173,7 @@ class Repository:
     def reset(self, place: Path, commit: str, branch: str = "") -> None:
         """Put index and tracked files to a commit, and HEAD on the branch there, or detached.
 
-        The instructions and untracked files stay as they are.
+        Untracked files, and those that are left alone, stay as they are.
         """
         path = place / self.editable
         if path.is_dir() and not path.is_symlink():
@@ -184,7 +185,7 @@ class Repository:
             self("update-ref", "--no-deref", "HEAD", commit, cwd=place)
         self("read-tree", commit, cwd=place)  # a new index: the old one may be broken, or hide a change
         self("update-index", "-q", "--refresh", cwd=place, default="")  # what did not change is not written anew
-        self("restore", "--worktree", "--", ".", f":(exclude){self.instructions}", cwd=place)
+        self("restore", "--worktree", "--", ".", *(f":(exclude){name}" for name in self.left_alone), cwd=place)
         if path.is_symlink() or path.read_bytes() != self.read(commit, self.editable):
             remedy = "'git check-attr filter' and 'git ls-files -v' show which; take it away and start again"
             raise UserError(f"{path} is not as {commit[:7]} has it: a git filter or an index flag changes it: {remedy}")

@@ -113,8 +113,8 @@ def test_floor_discards_a_gain_and_a_simplification_is_kept_within_the_noise_str
 
 
 def test_agents_edits_of_evaluator_and_packages_are_undone_and_said_and_its_gain_counts(night: Checkout):
-    assert "the agent also changed prepare.py, pyproject.toml, uv.lock: undone" in night.said
-    assert night.runs()[-1].touched == ("prepare.py", "pyproject.toml", "uv.lock")
+    assert "the agent also changed prepare.py, pyproject.toml: undone" in night.said
+    assert night.runs()[-1].touched == ("prepare.py", "pyproject.toml")
     assert night.git("show", "--name-only", "--format=", "autoresearch/t") == "train.py"
     assert (night.path / "uv.lock").read_text() == "# of the project\n" and not (night.path / "new.py").exists()
 
@@ -343,6 +343,17 @@ def test_persons_files_and_branch_stay_as_they_are_and_their_instructions_count_
     checkout.git("checkout", "-q", "autoresearch/t")
     checkout.loop(*ONE, deeper)
     assert "DEPTH = 7.0" in (checkout.path / "train.py").read_text()
+
+
+def test_lock_file_that_uv_rewrote_behind_a_mirror_stops_nothing_and_stays(checkout: Checkout):
+    checkout.write("uv.lock", "# of the project\n")
+    checkout.commit("a lock file")
+    checkout.write("uv.lock", "# rewritten\n")
+    checkout.loop(*ONE, checkout.agent(DEEPER))
+    assert "DEPTH = 5" in (checkout.path / "train.py").read_text()
+    checkout.set_knob(DEPTH=6)
+    assert "uv.lock" not in checkout.loop("try", "deeper").stdout
+    assert checkout.statuses() == ["keep"] * 3 and (checkout.path / "uv.lock").read_text() == "# rewritten\n"
 
 
 def test_first_start_wants_a_clean_checkout_and_a_free_branch(checkout: Checkout):
