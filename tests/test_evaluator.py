@@ -107,6 +107,12 @@ def test_rounding_that_moves_with_other_tokens_is_no_look_ahead(evaluator):
         assert evaluate(evaluator, Toy()) > 0
 
 
+def test_gain_counts_beyond_four_standard_errors(evaluator):
+    noise = np.array([0.05, -0.05] * 5000)  # the standard error of its mean is 0.0005
+    evaluator._check_gains(noise + 0.0029)
+    refused(evaluator, "the model looks ahead", evaluator._check_gains, noise + 0.0031)
+
+
 class Learner(Toy):
     """Counts the tokens that it sees, outside its parameters; shows what it learned from a call on."""
 
