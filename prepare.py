@@ -34,7 +34,6 @@ import signal
 import sys
 import sysconfig
 import time
-import warnings
 import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -70,22 +69,17 @@ PROFILES = {  # your own data is one more row
 }
 
 
-def _choose_profile() -> tuple[str, str]:
-    """The profile's name, and why it is this one."""
-    name = os.environ.get("AUTORESEARCH_PROFILE")
-    if name:
-        return name, "AUTORESEARCH_PROFILE"
-    if torch.cuda.device_count() > 0:  # does not start CUDA
-        return "climbmix", "default with a CUDA device"
-    return "pocket", "default without a CUDA device"
-
-
 def _refuse_environment(variable, value, remedy):
     print(f"error: {variable} is {value!r}: use {remedy}", file=sys.stderr)
     sys.exit(2)
 
 
-PROFILE, PROFILE_REASON = _choose_profile()
+PROFILE = os.environ.get("AUTORESEARCH_PROFILE")
+PROFILE_REASON = "AUTORESEARCH_PROFILE"
+if not PROFILE:
+    _has_cuda = torch.cuda.device_count() > 0  # does not start CUDA
+    PROFILE = "climbmix" if _has_cuda else "pocket"
+    PROFILE_REASON = f"default {'with' if _has_cuda else 'without'} a CUDA device"
 if PROFILE not in PROFILES:
     _refuse_environment("AUTORESEARCH_PROFILE", PROFILE, f"one of {', '.join(PROFILES)}")
 
@@ -95,8 +89,6 @@ MAX_SEQ_LEN = _profile.max_seq_len
 TIME_BUDGET = _profile.time_budget
 EVAL_TOKENS = _profile.eval_tokens
 VOCAB_SIZE = _profile.vocab_size
-HUB_SHARDS = _profile.hub_shards
-MAX_CHARS = _profile.max_chars
 CONSTANTS = _profile._asdict()
 MIN_ROWS = 64  # rows, that every split must give
 
@@ -125,22 +117,10 @@ class EvaluationRefused(RuntimeError):
     """The evaluator does not score this model or run; the message says why."""
 
 
-class BudgetExceeded(EvaluationRefused):
-    """Trained longer than TIME_BUDGET allows."""
-
-
-class NotCausal(EvaluationRefused):
-    """Logits depend on later tokens, on other rows, on chance, or on what was scored before."""
-
-
 def _progress(iterable=None, **options):
     from tqdm import tqdm
 
     return tqdm(iterable, mininterval=0.2 if sys.stderr.isatty() else 10, **options)
-
-
-def _note(message):
-    print(f"note: {message}", file=sys.stderr, flush=True)
 
 
 def _size(path):
@@ -159,12 +139,21 @@ def _write_text(path, text):
 
 
 def _lock(path, waiting_for):
-    """Takes an exclusive flock, and says so if it has to wait. It ends when the file is closed or the process dies."""
+    """Takes an exclusive flock, and says so if it has to wait. It ends when the file is closed or the process dies.
+
+    File and folder are made where they are missing; a device's lock is for every user.
+    """
     try:
-        file = _open_lock(path)
+        if not path.parent.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.parent == LOCKS:
+                path.parent.chmod(0o777)
+        if not path.exists():
+            path.touch()
+            path.chmod(0o666)
+        file = open(path, "r+")  # noqa: SIM115 (it stays open, and the lock with it)
     except OSError as error:
-        variable = "AUTORESEARCH_LOCKS" if path.parent == LOCKS else "AUTORESEARCH_CACHE"
-        remedy = f"set {variable} to a folder that you can write to"
+        remedy = "set AUTORESEARCH_LOCKS (AUTORESEARCH_CACHE, for data) to a folder that you can write to"
         raise UserError(f"lock {path} cannot be opened ({error}): {remedy}") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -174,43 +163,18 @@ def _lock(path, waiting_for):
     return file
 
 
-def _open_lock(path):
-    """Opens a lock file; makes it, and its folder, where they are missing. A device's lock is for every user."""
-    if not path.parent.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.parent == LOCKS:
-            path.parent.chmod(0o777)
-    if not path.exists():
-        path.touch()
-        path.chmod(0o666)
-    return open(path, "r+")
-
-
 # ----- Download: parquet shards by HTTP, continued and checked -----
 
 ATTEMPTS = 6  # failures in a row, without a new byte, before a shard is given up
 BACKOFF_SECONDS = 1.0  # before the first repetition; doubles
 HTTP_TIMEOUT = (10, 30)  # seconds, to connect, and without a byte
-DISK_FACTOR = 2.5  # bytes on disk for one of parquet
+BUSY = (429, 500, 502, 503, 504)  # answers after which a request is repeated
 
 
 def _session():
-    """A session that repeats requests answered with 429 or 5xx, after the time that Retry-After names."""
     import requests
-    from requests.adapters import HTTPAdapter, Retry
 
-    retry = Retry(
-        ATTEMPTS - 1,
-        connect=0,
-        read=0,
-        other=0,
-        backoff_factor=BACKOFF_SECONDS,
-        raise_on_status=False,
-        status_forcelist=(429, 500, 502, 503, 504),
-    )
     session = requests.Session()
-    session.mount("http://", HTTPAdapter(64, 64, retry))
-    session.mount("https://", HTTPAdapter(64, 64, retry))
     session.headers["Accept-Encoding"] = "identity"  # lengths are the file's
     token = os.environ.get("HF_TOKEN")
     if token:
@@ -224,8 +188,7 @@ def _download_all(urls: dict[Path, str], workers: int) -> None:
     if not todo:
         return
     session = _session()
-    total = _check_disk(session, urls[todo[0]], len(todo))
-    bar = _progress(total=total or None, desc=f"{len(todo)} shards", unit="B", unit_scale=True)
+    bar = _progress(desc=f"{len(todo)} shards", unit="B", unit_scale=True)
     failed = []
 
     def fetch(path):
@@ -239,20 +202,6 @@ def _download_all(urls: dict[Path, str], workers: int) -> None:
     if failed:
         missing = f"{len(failed)} of {len(urls)} shards are missing: {'; '.join(sorted(failed))}"
         raise UserError(f"{missing}. Running the same command again resumes")
-
-
-def _check_disk(session, url, num_shards) -> int:
-    """Bytes of so many shards, all taken to be as large as this one; UserError if the disk has no room for them."""
-    try:
-        with session.get(url, stream=True, timeout=HTTP_TIMEOUT) as answer:
-            size = int(_header(answer, "X-Linked-Size") or answer.headers.get("Content-Length", 0)) if answer.ok else 0
-    except OSError:  # the download will meet it again, and say so
-        return 0
-    free_bytes = shutil.disk_usage(CACHE).free
-    if DISK_FACTOR * num_shards * size > free_bytes:
-        sizes = f"about {DISK_FACTOR * num_shards * size / 1e9:.1f} GB, {free_bytes / 1e9:.1f} GB are free in {CACHE}"
-        raise UserError(f"{num_shards} shards need {sizes}: free some, or ask for fewer with --num-shards")
-    return num_shards * size
 
 
 def _download(session, url, path, bar):
@@ -274,10 +223,13 @@ def _download(session, url, path, bar):
             if _size(part) > most_bytes:  # more than ever before: the line breaks, but it gets there
                 most_bytes = _size(part)
                 failures = 0
-            refused = getattr(error, "response", None) is not None  # the session has repeated what may be repeated
+            answer = getattr(error, "response", None)
+            refused = answer is not None and answer.status_code not in BUSY
             if refused or failures == ATTEMPTS:
                 raise
-            time.sleep(BACKOFF_SECONDS * 2 ** max(failures - 1, 0))
+            pause = BACKOFF_SECONDS * 2 ** max(failures - 1, 0)
+            asked = "" if answer is None else answer.headers.get("Retry-After", "")
+            time.sleep(int(asked) if asked.isdigit() else pause)
 
 
 def _fetch(session, url, part, bar):
@@ -292,14 +244,10 @@ def _fetch(session, url, part, bar):
                 for chunk in answer.iter_content(2**14):  # a broken connection loses one of these
                     file.write(chunk)
                     bar.update(len(chunk))
-    sha256 = _header(answer, "X-Linked-Etag").strip('"')
+    # The hub names the SHA-256 where it redirects to its storage.
+    sha256 = "".join(one.headers.get("X-Linked-Etag", "") for one in (*answer.history, answer)).strip('"')
     if re.fullmatch("[0-9a-f]{64}", sha256) and _sha256(part) != sha256:
         raise UserError("it came with a wrong SHA-256")
-
-
-def _header(answer, name):
-    """Of the answer or of a redirect before it: the hub names size and SHA-256 where it redirects to its storage."""
-    return next((one.headers[name] for one in (*answer.history, answer) if name in one.headers), "")
 
 
 # ----- Texts: every document into one split -----
@@ -309,88 +257,53 @@ SHUFFLE_CHARS = 2**26  # characters, shuffled together
 BATCH_DOCUMENTS = 128  # most documents that enter the packing buffer together
 LONG_TEXT_CHARS = 100 * MAX_SEQ_LEN  # characters; a longer .txt or .md file is cut into documents,
 TEXT_DOCUMENT_CHARS = 8 * MAX_SEQ_LEN  # of at most so many
-TORCH_VERSION = "2.11.0"  # whose text python:torch is; the one that pyproject.toml pins
 TEXT_KINDS = (".parquet", ".jsonl", ".txt", ".md")
 # One document in twenty is for each held-out split, a token has about 4 bytes; half as much again, as chance cuts.
 NEEDED_MB = 1.5 * 20 * 4 * MIN_ROWS * MAX_SEQ_LEN / 1e6
+HUB = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
 MORE_TEXT = f"give {SOURCE} more text (about {NEEDED_MB:.1f} MB, in many documents) and run again"
 
-_problems: dict[Path, Counter] = {}  # what was wrong, and how often, in the files read
+_flaws: Counter[Path] = Counter()  # documents without text, or not in UTF-8, of each file read
 
 
-def _texts(num_shards: int | None, workers: int) -> dict[str, Path]:
+def _texts(num_shards: int, workers: int) -> dict[str, Path]:
     """The parquet file of every shard, "val", "test" and the training shards in order; made if missing."""
-    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    if HUB_SHARDS:
-        return _hub_texts(endpoint, num_shards, workers)
+    if _profile.hub_shards:
+        return _hub_texts(num_shards, workers)
     folder = CACHE / "text"
     if not (CACHE / "manifest.json").exists():  # what is there may be of another text
         shutil.rmtree(folder, ignore_errors=True)
-        (CACHE / "tokenizer.tiktoken").unlink(missing_ok=True)
     if folder.exists():
-        _say_what_is_kept(folder)
+        print(f"kept {folder}: to read {SOURCE} anew, delete {CACHE} and run again")
     else:
-        state = _source_state()
-        files = _local_files() or _listed_files(endpoint, num_shards, workers)
-        _split(_read_documents(files), folder, state)
+        files = _local_files() or _listed_files(num_shards, workers)
+        _split(_read_documents(files), folder)
     return {path.stem: path for path in sorted(folder.glob("*.parquet"))}
 
 
-def _source_state() -> str:
-    """Number, size and newest time of a person's own files, by which a later run sees that the source has changed."""
-    if SOURCE.startswith("python:"):
-        return ""
-    status = []
-    with contextlib.suppress(UserError):  # the source is gone
-        status = [file.stat() for file in _local_files()]
-    if not status:
-        return ""
-    num_bytes = sum(one.st_size for one in status)
-    newest = time.ctime(max(one.st_mtime for one in status))
-    return f"{len(status)} files, {num_bytes:,} bytes, the newest of {newest}"
-
-
-def _say_what_is_kept(folder):
-    """The source may have changed since it was read, or be gone: what was prepared stays."""
-    now = _source_state()
-    path = folder / "source.txt"  # earlier versions wrote none
-    then = path.read_text(encoding="utf-8") if path.exists() else now
-    change = f"; {SOURCE} has changed since it was read: it was {then}, now it is {now or 'gone'}"
-    changed = change if now != then else ""
-    print(f"kept {folder}{changed}: to read {SOURCE} anew, delete {CACHE} and run again")
-
-
-def _hub_texts(endpoint, num_shards, workers):
+def _hub_texts(num_shards, workers):
     """Downloads numbered shards. Those of an earlier preparation stay, even if fewer are asked for now."""
-    shards = [CACHE / "text" / f"shard_{i:05d}.parquet" for i in range(HUB_SHARDS)]
+    shards = [CACHE / "text" / f"shard_{i:05d}.parquet" for i in range(_profile.hub_shards)]
     *train, test, val = shards
-    wanted = len(train) if num_shards is None else num_shards
     texts = {"val": val, "test": test}
-    for i, path in enumerate(train):
-        if i < wanted or path.exists():
-            texts[path.stem] = path
-    base = f"{endpoint}/datasets/{SOURCE}/resolve/main"
-    _download_all({path: f"{base}/{path.name}" for path in texts.values()}, workers)
+    texts |= {path.stem: path for i, path in enumerate(train) if i < num_shards or path.exists()}
+    _download_all({path: f"{HUB}/datasets/{SOURCE}/resolve/main/{path.name}" for path in texts.values()}, workers)
     return texts
 
 
-def _listed_files(endpoint, num_shards, workers):
-    """Downloads the first parquet files that the hub lists for the data set."""
-    urls = _listed_urls(endpoint)[:num_shards]
-    files = [CACHE / f"download/{i:05d}.parquet" for i in range(len(urls))]
-    _download_all(dict(zip(files, urls, strict=True)), workers)
-    return files
-
-
-def _listed_urls(endpoint):
-    """The parquet files that the hub lists: of configuration "default" and split "train", else of the first."""
-    answer = _session().get(f"{endpoint}/api/datasets/{SOURCE}/parquet", timeout=HTTP_TIMEOUT)
+def _listed_files(num_shards, workers):
+    """Downloads the first parquet files that the hub lists for the data set, of split "train" where it has one."""
+    answer = _session().get(f"{HUB}/api/datasets/{SOURCE}/parquet", timeout=HTTP_TIMEOUT)
     configs = answer.json() if answer.ok else None
     if not configs:
-        raise UserError(f"source {SOURCE!r} is no local path, and {endpoint} lists no such data: mend it in PROFILES")
+        said = f"{HUB} lists no such data (HTTP {answer.status_code})"
+        raise UserError(f"source {SOURCE!r} is no local path, and {said}: mend it in PROFILES")
     splits = configs.get("default") or next(iter(configs.values()))
-    files = splits.get("train") or next(iter(splits.values()))
-    return [endpoint + urlsplit(file).path for file in files]
+    listed = splits.get("train") or next(iter(splits.values()))
+    urls = {CACHE / f"download/{i:05d}.parquet": HUB + urlsplit(url).path for i, url in enumerate(listed)}
+    wanted = dict(itertools.islice(urls.items(), num_shards))
+    _download_all(wanted, workers)
+    return list(wanted)
 
 
 def _local_files() -> list[Path]:
@@ -415,11 +328,11 @@ def _sorted_files(folder, pattern) -> list[Path]:
 
 
 def _torch_files() -> list[Path]:
-    """The .py files of torch that are the same in the wheels of one version for every system, chip and Python."""
+    """The .py files of torch that are the same in the wheels of one version for every system, chip and Python.
+
+    Another version is another text, with another digest.
+    """
     folder = Path(torch.__file__).parent
-    found = torch.__version__.split("+")[0]
-    if found != TORCH_VERSION:
-        print(f"note: torch is {found}, not {TORCH_VERSION}: scores on its text compare with no other version's")
     # version.py names the build; builds for AMD's GPUs translate CUDA's names in files of the code generator.
     codegen = folder / "_inductor" / "codegen"
     files = [file for file in folder.rglob("*.py") if file != folder / "version.py" and codegen not in file.parents]
@@ -450,9 +363,7 @@ def _read_documents(files):
         elif path.suffix == ".jsonl":
             yield from _read_jsonl(path)
         else:
-            problems = Counter()
-            text = _decode(path.read_bytes(), problems)
-            _remember_problems(path, problems)
+            text = _decode(path.read_bytes(), path)
             if path.suffix != ".py" and len(text) > LONG_TEXT_CHARS:
                 yield from _cut(text, TEXT_DOCUMENT_CHARS, places=("\n\n", "\r\n\r\n", "\n"))
             else:
@@ -460,46 +371,31 @@ def _read_documents(files):
 
 
 def _read_jsonl(path):
-    problems = Counter()
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                text = json.loads(_decode(line, problems))["text"]
-                if text is None:
-                    problems["documents without text (null)"] += 1
-                yield _well_formed(text or "")
+                text = json.loads(_decode(line, path))["text"]
+                _flaws[path] += text is None
+                # Joins surrogate pairs; lone surrogates, which UTF-8 cannot hold, become U+FFFD.
+                yield (text or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             except (ValueError, TypeError, LookupError, AttributeError):
                 raise UserError(f"{path}:{number} is no JSON object with a string in 'text': mend it") from None
-    _remember_problems(path, problems)
 
 
-def _decode(data: bytes, problems: Counter) -> str:
+def _decode(data: bytes, path: Path) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError:
-        text = data.decode("utf-8", "replace")
-        replaced = text.count("\ufffd") - data.count("\ufffd".encode())
-        problems["places that are not UTF-8 (replaced by U+FFFD)"] += replaced
-        return text
+        _flaws[path] += 1
+        return data.decode("utf-8", "replace")
 
 
-def _remember_problems(path, problems):
-    if problems:
-        _problems[path] = problems
-
-
-def _say_problems():
-    """One line for each kind of problem, however many files have it."""
-    for kind in sorted({kind for problems in _problems.values() for kind in problems}):
-        files = [path for path, problems in _problems.items() if kind in problems]
-        count = sum(_problems[path][kind] for path in files)
+def _say_flaws():
+    files = [path for path, number in _flaws.items() if number]
+    if files:
         more = f" and {len(files) - 1} more files" if len(files) > 1 else ""
-        _note(f"{count:,} {kind} in {files[0]}{more}")
-
-
-def _well_formed(text):
-    """Joins surrogate pairs; lone surrogates, which UTF-8 cannot hold, become U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        told = f"{_flaws.total():,} documents without text (null) or not in UTF-8 (U+FFFD stands there)"
+        print(f"note: {told} in {files[0]}{more}", file=sys.stderr)
 
 
 def _open_parquet(path):
@@ -512,8 +408,7 @@ def _open_parquet(path):
         if text_type not in (pa.string(), pa.large_string()):
             raise KeyError(f"its type is {text_type}, not string")
     except (pa.ArrowException, KeyError, OSError) as error:
-        reason = error.args[0] if error.args else error
-        problem = f"is not a readable parquet file with a text column ({reason})"
+        problem = f"is not a readable parquet file with a text column ({error})"
         raise UserError(f"{path} {problem}: mend or delete it") from error
     return parquet
 
@@ -521,20 +416,18 @@ def _open_parquet(path):
 def _document_batches(path):
     """Yields lists of documents, each of one row group. A null is an empty document."""
     parquet = _open_parquet(path)
-    problems = Counter()
+    _flaws[path] = 0  # a shard is read twice
     try:
         for group in range(parquet.num_row_groups):
             for batch in parquet.iter_batches(BATCH_DOCUMENTS, [group], ["text"], use_threads=False):
-                if batch.column(0).null_count:
-                    problems["documents without text (null)"] += batch.column(0).null_count
+                _flaws[path] += batch.column(0).null_count
                 documents = batch.column(0).cast("large_binary").to_pylist()  # parquet does not ensure UTF-8
-                yield [_decode(document or b"", problems) for document in documents]
+                yield [_decode(document or b"", path) for document in documents]
     except (ValueError, OSError) as error:  # pyarrow's, of a damaged page
         raise UserError(f"{path} is damaged ({error}): mend or delete it") from error
-    _remember_problems(path, problems)
 
 
-def _split(documents, folder, source_state):
+def _split(documents, folder):
     """Writes the shards. A document's SHA-256 chooses its split, so no text is in two splits."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -544,7 +437,6 @@ def _split(documents, folder, source_state):
     part.mkdir(parents=True)
     train = [f"train_{i:05d}" for i in range(TRAIN_SHARDS)]
     pieces = {name: [] for name in ("val", "test", *train)}
-    counts = Counter()  # documents of each split
     schema = pa.schema([("text", pa.string())])
     rng = random.Random(42)
 
@@ -559,13 +451,12 @@ def _split(documents, folder, source_state):
         chars = 0
         waiting_chars = 0
         for document in documents:
-            if chars >= MAX_CHARS:
+            if chars >= _profile.max_chars:
                 break
             if waiting_chars >= SHUFFLE_CHARS:
                 write_pieces()
                 waiting_chars = 0
             held_out = _held_out_split(document)
-            counts[held_out or "train"] += len(document) > 0
             for piece in _cut(document, 2 * MAX_SEQ_LEN):
                 # A short run sees only one training shard, so each shard gets pieces of every document.
                 name = held_out or train[rng.randrange(TRAIN_SHARDS)]
@@ -573,11 +464,6 @@ def _split(documents, folder, source_state):
             chars += len(document)
             waiting_chars += len(document)
         write_pieces()
-    for split in ("val", "test", "train"):
-        if counts[split] == 0:
-            chance = f"of {counts.total()} documents one in twenty is for 'val', one for 'test', by their SHA-256"
-            raise UserError(f"split {split!r} is empty ({chance}): {MORE_TEXT}")
-    (part / "source.txt").write_text(source_state, encoding="utf-8")
     os.replace(part, folder)
 
 
@@ -621,14 +507,10 @@ class Tokenizer:
         self.encoding = encoding
 
     @classmethod
-    def from_directory(cls, directory: Path | None = None) -> "Tokenizer":
-        """Reads a folder's tokenizer files, by default the profile's. UserError if there are none."""
-        directory = Path(directory or CACHE)
-        try:
-            lines = (directory / "tokenizer.tiktoken").read_bytes().splitlines()
-            meta = json.loads((directory / "tokenizer.json").read_bytes())
-        except FileNotFoundError as error:
-            raise UserError(_not_prepared(error.filename)) from error
+    def from_directory(cls) -> "Tokenizer":
+        """The profile's tokenizer."""
+        lines = (CACHE / "tokenizer.tiktoken").read_bytes().splitlines()
+        meta = json.loads((CACHE / "tokenizer.json").read_bytes())
         ranks = {}
         for line in lines:
             token, rank = line.split()
@@ -654,10 +536,7 @@ class Tokenizer:
 
     def encode_array(self, text: str) -> np.ndarray:
         """Ids of one text, uint32. The interpreter lock stays free, so threads use all cores."""
-        try:
-            arrays = [self.encoding.encode_to_numpy(chunk, disallowed_special=()) for chunk in _chunks(text)]
-        except UnicodeEncodeError:
-            return self.encode_array(_well_formed(text))
+        arrays = [self.encoding.encode_to_numpy(chunk, disallowed_special=()) for chunk in _chunks(text)]
         return np.concatenate(arrays)
 
     def decode(self, ids) -> str:
@@ -787,21 +666,14 @@ SCORING = ("time_budget", "eval_tokens")  # constants on which no file depends
 METRIC_FILES = ("tokenizer.tiktoken", "tokenizer.json", "tokens/val.tokens", "tokens/test.tokens")
 
 
-def _not_prepared(missing):
-    return f"profile {PROFILE!r} is not prepared (no {missing}): run 'uv run prepare.py'"
-
-
 def _manifest(may_change=()):
     """Reads manifest.json; UserError if there is none, or one with other constants."""
     path = CACHE / "manifest.json"
     try:
         manifest = json.loads(path.read_bytes())
-        constants = {"source": manifest["source"], **manifest["metric"]["constants"]}
     except FileNotFoundError:
-        raise UserError(_not_prepared(path)) from None
-    except (ValueError, LookupError, TypeError) as error:
-        problem = f"is damaged, or of another version of prepare.py ({error})"
-        raise UserError(f"{path} {problem}: delete it and run 'uv run prepare.py'") from error
+        raise UserError(f"profile {PROFILE!r} is not prepared (no {path}): run 'uv run prepare.py'") from None
+    constants = {"source": manifest["source"], **manifest["metric"]["constants"]}
     for name, value in CONSTANTS.items():
         if constants.get(name) != value and name not in may_change:
             change = f"{name} {constants.get(name)!r}, now it is {value!r}"
@@ -810,39 +682,30 @@ def _manifest(may_change=()):
     return manifest
 
 
-def check_data() -> dict[str, str]:
+def check_data(manifest: dict | None = None) -> dict[str, str]:
     """SHA-256 of each file that the metric depends on, recomputed. UserError names one that is not what was prepared.
 
     A run calls it before it trains: what a score depends on is then known to be right.
     """
-    return _check_files(_manifest())
-
-
-def _check_files(manifest, may_be_missing=False):
     found = {}
-    for name, file in manifest["metric"]["files"].items():
+    for name, file in (manifest or _manifest())["metric"]["files"].items():
         path = CACHE / name
-        if may_be_missing and not path.exists():
-            continue
         found[name] = _sha256(path) if path.exists() else "none"
         if found[name] != file["sha256"]:
             change = f"SHA-256 {found[name][:12]}, was {file['sha256'][:12]}"
-            remedy = f"delete {CACHE} and run 'uv run prepare.py'"
-            raise UserError(f"{path} is not what was prepared ({change}): {remedy}")
+            raise UserError(f"{path} is not what was prepared ({change}): delete {CACHE} and run 'uv run prepare.py'")
     return found
 
 
 def _write_manifest(train: list[str]) -> dict:
     """train: names of the training shards. Makes what the metric depends on read-only."""
     scored_rows = max(EVAL_TOKENS // MAX_SEQ_LEN, 1)
-    rows = {
-        "val": _count_rows(["val"], scored_rows),
-        "test": _count_rows(["test"], scored_rows),
-        "train": _count_rows(train, scored_rows),
-    }
-    for split, number in rows.items():
-        if number < MIN_ROWS:
-            raise UserError(f"split {split!r} has {number} rows, {MIN_ROWS} are needed: {MORE_TEXT}")
+    rows = {}
+    for split, names in {"val": ["val"], "test": ["test"], "train": train}.items():
+        stream = RowStream([_read_shard(_tokens_path(name)) for name in names], MAX_SEQ_LEN)
+        rows[split] = len(stream.take(max(scored_rows, MIN_ROWS)))  # full rows; no more are counted than are enough
+        if rows[split] < MIN_ROWS:
+            raise UserError(f"split {split!r} has {rows[split]} rows, {MIN_ROWS} are needed: {MORE_TEXT}")
     for name in METRIC_FILES:
         (CACHE / name).chmod(0o444)
     # Nothing of the machine enters the digest: the source may be a folder's path, and the files say what was in it.
@@ -857,12 +720,6 @@ def _write_manifest(train: list[str]) -> dict:
     manifest = {"source": SOURCE, "metric": metric, "digest": digest, "train_tokens": train_tokens}
     _write_text(CACHE / "manifest.json", json.dumps(manifest, indent=1))
     return manifest
-
-
-def _count_rows(names, scored_rows):
-    """Full rows of these shards; counting ends where there are more than enough."""
-    stream = RowStream([_read_shard(_tokens_path(name)) for name in names], MAX_SEQ_LEN)
-    return len(stream.take(max(scored_rows, MIN_ROWS)))
 
 
 # ----- Packing: the rows, exactly -----
@@ -1038,7 +895,6 @@ class Stopwatch:
 
     def start(self, device, split) -> None:
         """Begins to count, once, when the device is free; marks the moment beside the record."""
-        self.check_loader(split)
         self.trains = self.trains or split == "train"
         if self.started is None:
             self.lock = _lock(_device_lock(device), f"another run holds {device}")
@@ -1057,10 +913,8 @@ class Stopwatch:
         """Raises EvaluationRefused where a loader may not hand out this split now."""
         self.check_not_evaluated()
         if split != "train" and self.is_run():
-            raise EvaluationRefused(
-                f"split {split!r} is the evaluator's alone in a training run: to choose between models, keep some rows "
-                "of split 'train' out of training"
-            )
+            remedy = "to choose between models, keep some rows of split 'train' out of training"
+            raise EvaluationRefused(f"split {split!r} is the evaluator's alone in a training run: {remedy}")
 
     def check_not_evaluated(self) -> None:
         if self.is_run() and self.stopped is not None:
@@ -1128,8 +982,8 @@ def evaluate_bpb(model, tokenizer: Tokenizer, batch_size: int) -> float:
     persistent buffers must stay as they are. A training run is evaluated once.
 
     Under the loop it writes a record; in an audit it scores the held-out test split too, and leaves the network beside
-    the record for `--score`. Raises EvaluationRefused (BudgetExceeded, NotCausal) with the reason, UserError if a file
-    that the metric depends on has changed.
+    the record for `--score`. Raises EvaluationRefused with the reason, UserError if a file that the metric depends on
+    has changed.
     """
     was_training = getattr(model, "training", False)
     try:
@@ -1142,7 +996,8 @@ def evaluate_bpb(model, tokenizer: Tokenizer, batch_size: int) -> float:
 
 
 def _evaluate(model, tokenizer, batch_size):
-    device = _device_of(model)
+    first = next(iter(getattr(model, "parameters", list)()), None)  # a plain function has none
+    device = torch.device("cpu") if first is None else first.device
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
     _stopwatch.check_not_evaluated()
@@ -1152,7 +1007,7 @@ def _evaluate(model, tokenizer, batch_size):
         raise ValueError(f"batch_size is {batch_size}, the vocabulary {tokenizer.get_vocab_size()}, not {VOCAB_SIZE}")
     manifest = _manifest()
     _check_clock(seconds, manifest["metric"]["constants"]["time_budget"])
-    files = _check_files(manifest)
+    files = check_data(manifest)
     weights = _weight_digests(model)
     record = {
         "profile": PROFILE,
@@ -1169,14 +1024,10 @@ def _evaluate(model, tokenizer, batch_size):
     rows = manifest["metric"]["rows"]
     B = min(batch_size, max(rows.values()))  # one shape for both splits: nothing recompiles
     _stopwatch.stop(seconds)  # from here on the model has seen what it is scored on
-    try:
-        record |= _score(model, "val", rows["val"], B, device)
-        if _AUDIT:
-            test = _score(model, "test", rows["test"], B, device)
-            record |= {"test_bpb": test["test_bpb"], "test_rows": test["rows"]}
-    except NotCausal:
-        _check_weights(model, weights)  # of a model that learns, this is the better reason
-        raise
+    record |= _score(model, "val", rows["val"], B, device)
+    if _AUDIT:
+        test = _score(model, "test", rows["test"], B, device)
+        record |= {"test_bpb": test["test_bpb"], "test_rows": test["rows"]}
     _check_weights(model, weights)
     if _AUDIT and _RESULT is not None:
         record |= _export(model, B, device)  # last: what the model keeps of an export, it is not scored with
@@ -1185,28 +1036,17 @@ def _evaluate(model, tokenizer, batch_size):
     return record["val_bpb"]
 
 
-def _device_of(model):
-    parameters = getattr(model, "parameters", list)()
-    first = next(iter(parameters), None)
-    return torch.device("cpu") if first is None else first.device
-
-
 def _check_clock(seconds, time_budget):
     """time_budget is the manifest's: a run may set prepare.TIME_BUDGET to what it likes."""
     limit = time_budget * (1 + CLOCK_TOLERANCE_FRACTION) + CLOCK_TOLERANCE_SECONDS
     if seconds > limit:
-        raise BudgetExceeded(
+        raise EvaluationRefused(
             f"trained for {seconds:.2f} s by the evaluator's clock, {limit:.2f} s is the most (TIME_BUDGET is "
-            f"{time_budget} s): the clock counts from the first batch, first steps that compile or warm up too, which "
-            "karpathy's train.py leaves out: warm up on random tokens before next(loader), and end by "
-            "prepare.training_seconds() before a step that may not fit"
+            f"{time_budget} s): the clock counts from the first batch, compilation too: warm up on random tokens "
+            "before next(loader), and end by prepare.training_seconds() before a step that may not fit"
         )
-    if _RESULT is None:
-        return
-    if not _stopwatch.trains:
+    if _RESULT is not None and not _stopwatch.trains:
         raise EvaluationRefused("the clock never started: training takes its batches from make_dataloader")
-    if _RESULT.exists():
-        raise EvaluationRefused(f"a run is scored once, and {_RESULT} holds this run's record")
 
 
 def _weight_digests(model) -> dict[str, str]:
@@ -1250,7 +1090,10 @@ def _score(model, split, num_rows, B, device):
     gains = []
     for batch in range(num_batches):
         rows = stream.take(min(B, num_rows - batch * B))
-        x, y = _inputs_and_targets(rows, B, device)
+        filled = np.resize(rows, (B, rows.shape[1]))  # fewer rows than B are repeated
+        # Copies: x must be no view of what holds its targets.
+        x = torch.from_numpy(filled[:, :-1].copy()).to(device)
+        y = torch.from_numpy(filled[:, 1:].copy()).to(device)
         logits = _forward(model, x)
         losses = _by_position(_nats, logits, y)[: len(rows)]
         if not np.isfinite(losses).all():
@@ -1271,15 +1114,6 @@ def _score(model, split, num_rows, B, device):
     _check_gains(gains)
     bpb = nats / (math.log(2) * num_bytes)
     return {f"{split}_bpb": bpb, "rows": num_rows, "tokens": num_tokens, "bytes": num_bytes}
-
-
-def _inputs_and_targets(rows, B, device):
-    """int64 (B, T) each; the rows are repeated where they are fewer than B."""
-    filled = np.resize(rows, (B, rows.shape[1]))
-    # Copies: x must be no view of what holds its targets.
-    x = torch.from_numpy(filled[:, :-1].copy()).to(device)
-    y = torch.from_numpy(filled[:, 1:].copy()).to(device)
-    return x, y
 
 
 def _forward(model, x):
@@ -1316,7 +1150,7 @@ LEFT_BEHIND = "something that a forward leaves for later ones: a cache, running 
 def _check_repeats(model, x, logits):
     change = _by_position(_change, logits, _forward(model, x)).max()
     if not change <= PROBE_TOLERANCE:  # NaN too
-        raise NotCausal(
+        raise EvaluationRefused(
             f"two identical forwards in eval mode differ by {change:.3g} in a logit: look for randomness that stays on "
             f"in eval mode (dropout), or {LEFT_BEHIND}"
         )
@@ -1327,7 +1161,7 @@ def _check_unchanged(model, x, y, losses):
     change = np.abs(again - losses).mean()
     if not change <= REPEAT_TOLERANCE:
         moved = f"scored again at the end, the first batch moved by {change:.3g} nats"
-        raise NotCausal(f"the model changes while it is scored: {moved}: look for {LEFT_BEHIND}")
+        raise EvaluationRefused(f"the model changes while it is scored: {moved}: look for {LEFT_BEHIND}")
 
 
 def _probe(model, x, logits, rng) -> list[float]:
@@ -1352,7 +1186,8 @@ def _probe(model, x, logits, rng) -> list[float]:
     if change[row, position] > PROBE_TOLERANCE:
         _check_repeats(model, x, logits)  # logits that move by themselves are no leak
         cause = "other rows" if begin[row] == T else f"tokens from position {begin[row]} on"
-        raise NotCausal(f"logits at position {position} moved by {change[row, position]:.3g} when only {cause} changed")
+        moved = f"logits at position {position} moved by {change[row, position]:.3g}"
+        raise EvaluationRefused(f"{moved} when only {cause} changed")
     changed_rows = np.flatnonzero(begin < T)
     first = begin[changed_rows]
     targets = x[changed_rows, first]
@@ -1367,7 +1202,7 @@ def _check_gains(gains):
     # Noise whose mean is 0 exceeds four standard errors once in 30,000 evaluations.
     standard_error = np.std(gains) / math.sqrt(len(gains))
     if not gain - 4 * standard_error <= GAIN_TOLERANCE:
-        raise NotCausal(f"the model looks ahead: it predicts a token {gain:.3g} nats better when it can see it")
+        raise EvaluationRefused(f"the model looks ahead: it predicts a token {gain:.3g} nats better when it can see it")
 
 
 # ----- Audit: the network as data, scored by a process that runs none of train.py's code -----
@@ -1381,8 +1216,7 @@ def _export(model, B, device) -> dict:
     network = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     idx = torch.zeros((B, MAX_SEQ_LEN), dtype=torch.int64, device=device)
     try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # torch.export's, about itself
+        with torch.no_grad():
             program = torch.export.export(network, (idx,), strict=False)
             # In-place operators and autocast become plain operators and casts; each keeps its kernel. (Only einsum and
             # its like, which autocast reaches inside, are computed in their arguments' type.)
@@ -1415,9 +1249,7 @@ def _load_network(path: Path):
     """The network as a function of idx, and the shape (B, T) that it was exported for."""
     try:
         _check_graph(path)  # before anything of the file is run
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch.export's, about itself
-            program = torch.export.load(path)
+        program = torch.export.load(path)
         (idx,), _ = program.example_inputs
         network = program.module()
     except EvaluationRefused:
@@ -1438,7 +1270,7 @@ def _score_network(path: Path) -> dict:
     device = torch.device(default_device())
     network, B = _load_network(path)
     manifest = _manifest()
-    _check_files(manifest)
+    check_data(manifest)
     rows = manifest["metric"]["rows"]
     with _lock(_device_lock(device), f"another run holds {device}"):
         val = _score(network, "val", rows["val"], B, device)
@@ -1502,42 +1334,25 @@ def _devices(kind: str) -> dict[str, dict]:
     return devices
 
 
-def _prepare(num_shards: int | None, workers: int) -> None:
+def _prepare(num_shards: int, workers: int) -> None:
     """Makes what is missing. What the metric depends on, once prepared, must come out as it was."""
-    earlier = _manifest(may_change=SCORING) if (CACHE / "manifest.json").exists() else None
-    if earlier:
-        _check_files(earlier, may_be_missing=True)
+    is_prepared = (CACHE / "manifest.json").exists()
+    if is_prepared:
+        check_data(_manifest(may_change=SCORING))
     texts = _texts(num_shards, workers)
     train = [name for name in texts if name not in ("val", "test")]
-    if not _has_tokenizer():
+    if not is_prepared:  # a tokenizer that is there may be of other text, or of another size
         _train_tokenizer([texts[name] for name in train])
     _tokenize(texts)
-    if earlier:
-        _check_files(earlier)
     manifest = _write_manifest(train)
-    if torch.cuda.is_available():
-        _fetch_attention_kernel()
+    if torch.cuda.is_available():  # a run then needs no network
+        from harness.device import fetch_attention_kernel
+
+        fetch_attention_kernel()
     val_rows = manifest["metric"]["rows"]["val"]
     tokens = sum(manifest["train_tokens"].values())
     print(f"prepared: {tokens:,} training tokens in {len(train)} shards, {val_rows} validation rows in {CACHE}")
     print(f"digest: {manifest['digest'][:12]}")
-
-
-def _fetch_attention_kernel():
-    """A run then needs no network. Without the kernel it trains too, slower: no failure of the preparation."""
-    try:
-        from harness.device import fetch_attention_kernel
-
-        fetch_attention_kernel()
-    except Exception as error:  # of the hub, of the kernel's build, of a checkout without harness/
-        _note(f"no attention kernel was fetched ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
-
-
-def _has_tokenizer():
-    """Whether the profile has its tokenizer; one of another size was left by a preparation that did not finish."""
-    if not (CACHE / "tokenizer.tiktoken").exists():
-        return False
-    return Tokenizer.from_directory().get_vocab_size() == VOCAB_SIZE
 
 
 def _arguments(argv):
@@ -1564,7 +1379,7 @@ def main(argv: list[str] | None = None) -> int:
         elif args.verify:
             print("verified:", *check_data())
         else:
-            num_shards = None if args.num_shards == -1 else args.num_shards
+            num_shards = sys.maxsize if args.num_shards == -1 else args.num_shards
             with _lock(CACHE / "prepare.lock", "another preparation works here"):
                 _prepare(num_shards, args.download_workers)
     except (UserError, EvaluationRefused) as error:
@@ -1574,7 +1389,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}: mend that and run the same command again", file=sys.stderr)
         return 1
     finally:
-        _say_problems()
+        _say_flaws()
     return 0
 
 

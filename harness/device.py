@@ -14,9 +14,9 @@ PROCESS_STARTED = time.perf_counter()
 # gone.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+import contextlib
 import gc
 import hashlib
-import json
 import re
 import resource
 import shutil
@@ -59,22 +59,14 @@ def check_driver(may_use_cpu: bool) -> None:
 
     The driver's management library counts devices even when the driver is too old for torch's CUDA.
     """
-    if torch.cuda.device_count() == 0:
+    if may_use_cpu or torch.cuda.device_count() == 0:
         return
     try:
         torch.cuda.init()
-        return
     except RuntimeError as error:
-        reason = one_line(error)
-    found = re.search(r"found version (\d+)", reason)
-    if found:  # 12040 is CUDA 12.4
-        version = int(found[1])
-        reason = f"its driver supports CUDA {version // 1000}.{version % 1000 // 10}, which is too old"
-    problem = f"a GPU is there, but torch {torch.__version__} needs CUDA {torch.version.cuda}: {reason}"
-    if not may_use_cpu:
+        problem = f"a GPU is there, but torch {torch.__version__} cannot start it: {one_line(error)}"
         remedy = "update the NVIDIA driver, or train on the CPU with AUTORESEARCH_PROFILE=pocket"
-        raise DeviceError(f"{problem}: {remedy}")
-    log(f"training on the CPU: {problem}")
+        raise DeviceError(f"{problem}: {remedy}") from error
 
 
 # ---- Attention: one function, three back-ends ----
@@ -141,66 +133,47 @@ def flex_attention(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, window: int) 
     return y_BHTD.transpose(1, 2)
 
 
-def flash_snapshots() -> list[Path]:
-    """Downloads of the kernel in the hub's local cache, newest first; each folder's name is a revision."""
-    from huggingface_hub.constants import HF_HUB_CACHE  # here, as kernels below: only a GPU needs them
-
-    cache = Path(os.environ.get("KERNELS_CACHE") or HF_HUB_CACHE)
-    found = set()
-    for metadata in cache.glob(f"kernels--{FLASH_REPO.replace('/', '--')}/snapshots/*/build/*/metadata.json"):
-        try:
-            version = json.loads(metadata.read_text()).get("version", FLASH_VERSION)  # old builds do not say it
-        except (OSError, ValueError):  # an unfinished download
-            continue
-        if version == FLASH_VERSION:
-            found.add(metadata.parents[2])
-    return sorted(found, key=lambda snapshot: snapshot.stat().st_mtime, reverse=True)
-
-
-def is_flash_built_for_this_gpu() -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] in FLASH_CAPABILITIES
-
-
 def load_flash_attention() -> tuple[str, Callable]:
     """Name and function of FlashAttention-3 (arXiv 2407.08608), which skips what a window hides and is the fastest on
     an H100. It comes from the local cache alone: no hiccup of a network may move a run to a slower back-end."""
-    if not is_flash_built_for_this_gpu():
-        raise ValueError("it is not built for compute capability {}.{}".format(*torch.cuda.get_device_capability()))
+    capability = torch.cuda.get_device_capability()
+    if capability[0] not in FLASH_CAPABILITIES:
+        raise ValueError("it is not built for compute capability {}.{}".format(*capability))
+    from huggingface_hub.constants import HF_HUB_CACHE  # both here: only a GPU needs them
     from kernels import get_local_kernel
 
-    for snapshot in flash_snapshots():
+    cache = Path(os.environ.get("KERNELS_CACHE") or HF_HUB_CACHE)
+    snapshots = cache.glob(f"kernels--{FLASH_REPO.replace('/', '--')}/snapshots/*")
+    for snapshot in sorted(snapshots, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
             kernel = get_local_kernel(snapshot)
+            break
         except Exception as error:  # an unfinished download, or a build for another torch
             log(f"attention: no kernel in {snapshot}: {one_line(error)}")
-            continue
-        return f"flash-attention-3@{snapshot.name[:7]}", flash_attention_of(kernel)
-    raise FileNotFoundError("its kernel is not on this machine: 'uv run prepare.py' fetches it")
+    else:
+        raise FileNotFoundError("its kernel is not on this machine: 'uv run prepare.py' fetches it")
 
-
-def flash_attention_of(kernel) -> Callable:
     def flash_attention(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, window: int) -> Tensor:
         y = kernel.flash_attn_func(q_BTHD, k_BTHD, v_BTHD, causal=True, window_size=(window, 0))
         return y[0] if isinstance(y, tuple) else y  # some builds return the log-sum-exp too
 
-    return flash_attention
+    return f"flash-attention-3@{snapshot.name[:7]}", flash_attention  # the folder's name is the revision
 
 
-def fetch_attention_kernel() -> str:
-    """Fetch the attention kernel for this machine's GPU, unless one is here that works; its name. For prepare.py.
+def fetch_attention_kernel() -> None:
+    """Fetch the attention kernel for this machine's GPU, unless one is here that works. For prepare.py.
 
-    "" where no kernel is built for this machine. Raises whatever the hub raises: no network, no build for this torch.
+    Where there is none a line on stderr says why: a run trains without it too, slower.
     """
-    if not is_flash_built_for_this_gpu():
-        return ""
-    from kernels import get_kernel
-
     try:
-        name, _ = load_flash_attention()
-    except FileNotFoundError:
+        with contextlib.suppress(FileNotFoundError):
+            load_flash_attention()
+            return
+        from kernels import get_kernel
+
         get_kernel(FLASH_REPO, version=FLASH_VERSION)
-        name, _ = load_flash_attention()
-    return name
+    except Exception as error:  # not built for this GPU or this torch, no network
+        log(f"note: no attention kernel was fetched ({one_line(error)})")
 
 
 def probe_attention(backend: Callable, T: int, window: int, head_dim: int, device: torch.device) -> None:
@@ -228,14 +201,13 @@ attention_backend: Callable = sdpa_attention  # what attention() calls; choose_a
 def choose_attention(T: int, windows: list[int], head_dim: int, device: torch.device, compiled: bool) -> str:
     """Select the first back-end that works on `device`, build the masks, return its name. CPU and MPS take SDPA."""
     global attention_backend
+    on_cuda = device.type == "cuda"
     for window in sorted(set(windows)):
         attention_mask("sdpa", T, window, device)
-        if device.type == "cuda" and compiled:
+        if on_cuda and compiled:
             attention_mask("flex", T, window, device)
-    loaders = []
-    if device.type == "cuda":
-        loaders.append(("flash-attention-3", load_flash_attention))
-    if device.type == "cuda" and compiled:
+    loaders = [("flash-attention-3", load_flash_attention)] if on_cuda else []
+    if on_cuda and compiled:
         loaders.append(("flex", lambda: ("flex", flex_attention)))
     for kind, load in loaders:
         try:
@@ -264,10 +236,7 @@ def prepare_compiler(folder: Path, device: torch.device) -> None:
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(16, device=device))
     except Exception as error:
-        remedy = "set COMPILE = False in train.py"
-        if device.type == "cuda":
-            version = "{}.{}".format(*torch.cuda.get_device_capability())
-            remedy += f", or TRITON_PTXAS_PATH to the ptxas of a CUDA toolkit that knows compute capability {version}"
+        remedy = "set COMPILE = False in train.py, or TRITON_PTXAS_PATH to the ptxas of a CUDA toolkit for this GPU"
         problem = f"torch.compile builds no kernel for this {device.type}"
         raise DeviceError(f"{problem}: {remedy} ({one_line(error)})") from error
 
@@ -275,12 +244,8 @@ def prepare_compiler(folder: Path, device: torch.device) -> None:
 def limit_compile_cache(folder: Path, limit: float = COMPILE_CACHE_LIMIT) -> None:
     """Empty a compile cache that is over its limit: the next runs compile again."""
     size = 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            try:
-                size += os.lstat(os.path.join(parent, name)).st_size
-            except OSError:  # another run replaced it
-                continue
+    with contextlib.suppress(OSError):  # another run replaces files: the next one looks again
+        size = sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
     if size <= limit:
         return
     log(f"{folder} holds {size / 1e9:.0f} GB: it is emptied")
@@ -316,34 +281,23 @@ def fit_note(kind: str) -> Path:
     return Path(os.environ["TORCHINDUCTOR_CACHE_DIR"], f"fit-{digest[:16]}.txt")
 
 
-def read_fit(note: Path, upper_bound: int) -> int:
-    try:
-        return max(1, min(upper_bound, int(note.read_text())))
-    except (OSError, ValueError):  # no such run yet, or a damaged file
-        return upper_bound
-
-
-def choose_threads(micro_step: Callable[[], None]) -> int:
-    """Set and return the number of CPU threads with which micro_step is fastest now: all, half of them, ... or one.
+def choose_threads(micro_step: Callable[[], None]) -> None:
+    """Set the number of CPU threads with which micro_step is faster now: all, or half of them.
 
     Threads wait for each other, so that one busy core holds up all of them: where another process used one of two
     cores, a step of the pocket profile took 145 ms on one thread and 200 ms on two. Fewer are taken only where they
     are 10% faster, so that every run on an idle machine makes the same choice.
     """
-    all_threads = torch.get_num_threads()
-    counts = [all_threads]
-    while counts[-1] > 1:
-        counts.append(counts[-1] // 2)
+    every = torch.get_num_threads()
+    half = max(1, every // 2)
     medians = {}
-    for count in counts:
+    for count in (every, half):
         torch.set_num_threads(count)
         micro_step()  # not timed: the first one with a number of threads starts or ends some
         medians[count] = statistics.median(seconds_of(micro_step) for _ in range(3))
-    fastest = min(counts, key=medians.get)
-    chosen = fastest if medians[fastest] < 0.9 * medians[all_threads] else all_threads
+    chosen = half if medians[half] < 0.9 * medians[every] else every
     torch.set_num_threads(chosen)
-    log(f"threads: {chosen} of {all_threads}")
-    return chosen
+    log(f"threads: {chosen} of {every}")
 
 
 def seconds_of(function: Callable[[], object]) -> float:
@@ -423,13 +377,13 @@ def warm_up(
             again = model(x)
             (logits[:4] - again[:4]).abs()  # the evaluator compares two results, a few rows at a time
 
-    if device.type == "cuda" and compiled:
-        note = fit_note(kind)
-        rows = fit_device_batch(trial, total_rows, read_fit(note, upper_bound))
-        note.parent.mkdir(parents=True, exist_ok=True)
+    note = fit_note(kind) if device.type == "cuda" and compiled else None
+    if note is not None:
+        with contextlib.suppress(OSError, ValueError):  # no such run yet, or a damaged file
+            upper_bound = min(upper_bound, int(note.read_text()))
+    rows = fit_device_batch(trial, total_rows, upper_bound)
+    if note is not None:
         note.write_text(str(rows))
-    else:
-        rows = fit_device_batch(trial, total_rows, upper_bound)
     forget()
     x = random_batch(rows)
     y = random_batch(rows)
@@ -468,31 +422,26 @@ def peak_memory_mb(device: torch.device) -> float:
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KiB here
 
 
+@torch.no_grad()
 def write_sample(model: nn.Module, tokenizer, prompt: str, row_length: int, characters: int = 200) -> str:
     """A text that starts with the prompt, on one line; the same for the same weights.
 
     The score counts, not the sample: where the model cannot write one, "" and a line on stderr.
     """
-    try:
-        text = continue_text(model, tokenizer, prompt, row_length, characters)
-    except Exception as error:
-        log(f"no sample: {one_line(error)}")
-        return ""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
-@torch.no_grad()
-def continue_text(model: nn.Module, tokenizer, prompt: str, row_length: int, characters: int) -> str:
     device = next(model.parameters()).device
     bos = tokenizer.get_bos_token_id()
     tokens = tokenizer.encode(prompt)
     generator = torch.Generator().manual_seed(0)
-    while len(tokens) < row_length - 1 and len(tokenizer.decode(tokens)) < characters:
-        idx = torch.tensor([[bos, *tokens]], device=device)
-        logits_V = model(idx)[0, -1].float().cpu()
-        probabilities_V = torch.softmax(logits_V / 0.7, dim=-1)  # below 1 the likely tokens become likelier
-        token = torch.multinomial(probabilities_V, 1, generator=generator).item()
-        if token == bos:  # the end of the document
-            break
-        tokens.append(token)
-    return tokenizer.decode(tokens)
+    try:
+        while len(tokens) < row_length - 1 and len(tokenizer.decode(tokens)) < characters:
+            idx = torch.tensor([[bos, *tokens]], device=device)
+            logits_V = model(idx)[0, -1].float().cpu()
+            probabilities_V = torch.softmax(logits_V / 0.7, dim=-1)  # below 1 the likely tokens become likelier
+            token = torch.multinomial(probabilities_V, 1, generator=generator).item()
+            if token == bos:  # the end of the document
+                break
+            tokens.append(token)
+    except Exception as error:
+        log(f"no sample: {one_line(error)}")
+        return ""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in tokenizer.decode(tokens))

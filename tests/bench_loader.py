@@ -6,12 +6,8 @@ Documents of log-normal length, 1,000 tokens on average, rows of 2048 tokens, 12
 """
 
 import itertools
-import os
 import sys
-import time
 from pathlib import Path
-
-os.environ.setdefault("AUTORESEARCH_PROFILE", "climbmix")  # its vocabulary; no data is needed
 
 import numpy as np
 import torch
@@ -20,17 +16,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from prepare_fixtures import plain_rows
 
 import prepare
+from harness.device import seconds_of
 
 B, T = 128, 2048
 
 
 def milliseconds(function, rounds: int = 40) -> float:
-    started = time.perf_counter()
-    for _ in range(rounds):
-        function()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return 1000 * (time.perf_counter() - started) / rounds
+    return 1000 * seconds_of(lambda: [function() for _ in range(rounds)]) / rounds
 
 
 def main() -> None:
@@ -49,7 +41,7 @@ def main() -> None:
     times = f"plain {plain_ms:.1f} ms, ours {ours_ms:.2f} ms: {plain_ms / ours_ms:.0f} times faster"
     print(f"loader, batch of {B * T:,} tokens: {times}")
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = prepare.default_device()
     loader = prepare._load(lambda: stream, B, T, torch.device(device), "train")
     next(loader)
     ms = milliseconds(lambda: next(loader))

@@ -39,7 +39,8 @@ def load_prepare(path, profile, cache, seed=42, **variables):
     own = {"AUTORESEARCH_PROFILE": profile, "AUTORESEARCH_CACHE": str(cache), "AUTORESEARCH_SEED": str(seed)}
     own["AUTORESEARCH_LOCKS"] = str(Path(cache) / "locks")
     name = f"prepare_{profile}_{random.getrandbits(64):x}"
-    module = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location(name, path))
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
     # No bytecode: a file that is changed within a second, at the same length, would look unchanged.
     with patch.dict(os.environ, own | variables), patch.object(sys, "dont_write_bytecode", True):
         sys.modules[name] = module

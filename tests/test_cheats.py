@@ -3,6 +3,7 @@
 Run: uv run pytest tests/test_cheats.py
 """
 
+import hashlib
 import json
 import math
 import os
@@ -37,10 +38,7 @@ def test_training_over_budget_is_refused_whatever_the_run_calls_its_budget(evalu
     start_clock(evaluator)
     evaluator.now += 10.26
     evaluator.TIME_BUDGET = 80
-    reason = (
-        r"trained for 10.26 s by the evaluator's clock, 10.25 s is the most \(TIME_BUDGET is 10 s\): the clock counts "
-        r"from the first batch, .*: warm up on random tokens before next\(loader\), and end by prepare.training_sec"
-    )
+    reason = r"trained for 10.26 s by the evaluator's clock, 10.25 s is the most \(TIME_BUDGET is 10 s\): .*: warm up"
     refused(evaluator, reason, evaluate, evaluator, Toy())
     evaluator.now -= 0.02
 
@@ -75,44 +73,21 @@ def test_work_on_the_way_to_eval_mode_is_training_time(evaluator):
 # ----- a model that changes while it is scored -----
 
 
-class Changing(Toy):
-    """Changes something once, before its first logits in eval mode: no later forward differs."""
+@pytest.mark.parametrize("name", ["head.weight", "mean"])
+def test_model_that_changes_while_it_is_scored_is_refused_by_the_tensors_name(run, tmp_path, name):
+    """Once, before its first logits: no later forward differs."""
+    model = Toy()
+    model.register_buffer("mean", torch.zeros((), dtype=torch.bfloat16))
+    model.register_buffer("sparse", torch.eye(3).to_sparse())  # these two have no bytes to read
+    model.register_buffer("nowhere", torch.zeros(3, device="meta"))
 
-    def __init__(self, change):
-        super().__init__()
-        self.change = change
-        self.tied = self.head
-        self.register_buffer("mean", torch.zeros((), dtype=torch.bfloat16))
-        self.register_buffer("sparse", torch.eye(3).to_sparse())  # these two have no bytes to read
-        self.register_buffer("nowhere", torch.zeros(3, device="meta"))
+    def change(*_):
+        hook.remove()
+        model.state_dict()[name].view(-1)[0] += 1
 
-    def forward(self, idx):
-        if not self.training and self.change:
-            self.change(self)
-            self.change = None
-        return super().forward(idx)
-
-
-class Trained(Toy):
-    """Learns a little from every batch."""
-
-    def forward(self, idx):
-        self.head.weight.data[idx.flatten()] += 0.01
-        return super().forward(idx)
-
-
-CHANGES = {
-    "weight": (lambda: Changing(lambda model: model.head.weight.data[0, 0].add_(1)), "head.weight"),
-    "statistics": (lambda: Changing(lambda model: model.mean.add_(1)), "mean"),
-    "learning": (Trained, "head.weight"),  # and not "remove randomness"
-}
-
-
-@pytest.mark.parametrize("kind", CHANGES)
-def test_model_that_changes_while_it_is_scored_is_refused_by_the_tensors_name(run, tmp_path, kind):
-    make, name = CHANGES[kind]
+    hook = model.register_forward_pre_hook(change)
     start_clock(run)
-    refused(run, f"the model changes while it is scored: {name} is not what it was", evaluate, run, make())
+    refused(run, f"the model changes while it is scored: {name} is not what it was", evaluate, run, model)
     assert not (tmp_path / "result.json").exists()
 
 
@@ -129,30 +104,20 @@ def test_validation_loader_inside_a_run_is_refused(run, evaluator):
     refused(evaluator, "split 'val' is the evaluator's alone", make_loader, evaluator, "val")
 
 
-def test_run_is_evaluated_once_whatever_becomes_of_its_record(run, tmp_path):
-    loader = make_loader(run)
-    next(loader)
-    evaluate(run, Toy())
-    (tmp_path / "result.json").unlink()
-    for function, args in [(next, [loader]), (make_loader, [run]), (evaluate, [run, Toy(seed=1)])]:
-        refused(run, "this run was evaluated", function, *args)
-    assert not (tmp_path / "result.json").exists()
-
-
 @pytest.mark.parametrize("kind", ["run", "evaluator"])
-def test_evaluation_that_the_model_breaks_off_is_the_only_one(request, kind):
+def test_run_is_evaluated_once_even_if_its_model_breaks_that_off(request, kind):
     """Else a model could look at all rows, raise, and train on what it saw."""
-    prepare = request.getfixturevalue(kind)
+    evaluator = request.getfixturevalue(kind)
 
     def look(logits, idx):
         raise KeyError("enough")
 
-    loader = make_loader(prepare)
+    loader = make_loader(evaluator)
     next(loader)
     with pytest.raises(KeyError, match="enough"):
-        evaluate(prepare, Wrapped(look))
-    refused(prepare, "this run was evaluated", next, loader)
-    refused(prepare, "this run was evaluated", evaluate, prepare, Toy())
+        evaluate(evaluator, Wrapped(look))
+    for function, args in [(next, [loader]), (make_loader, [evaluator]), (evaluate, [evaluator, Toy()])]:
+        refused(evaluator, "this run was evaluated", function, *args)
 
 
 # ----- scores that nobody measured -----
@@ -169,6 +134,14 @@ def test_score_depends_on_no_loss_normalisation_or_byte_count_of_the_runs(evalua
 
 
 # ----- the record -----
+
+
+def weights_digest(model):
+    digests = []
+    for name, tensor in sorted(model.state_dict().items()):
+        head = f"{tensor.dtype} {tuple(tensor.shape)} "
+        digests.append((name, hashlib.sha256(head.encode() + tensor.numpy().tobytes()).hexdigest()))
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 
 def test_record_holds_what_the_evaluator_measured(run, tmp_path):
@@ -188,7 +161,7 @@ def test_record_holds_what_the_evaluator_measured(run, tmp_path):
         "rows": 100,
         "tokens": int((lengths > 0).sum()),
         "bytes": int(lengths.sum()),
-        "weights_sha256": record["weights_sha256"],
+        "weights_sha256": weights_digest(Toy()),
     }
     assert json.loads(json.dumps(described)) == described
     assert described["rows"] == {"val": 100, "test": 100} and described["prepared"] and described["problem"] is None
@@ -196,15 +169,3 @@ def test_record_holds_what_the_evaluator_measured(run, tmp_path):
     if os.path.exists("/proc/cpuinfo"):
         model, _, cores = described["device_name"].rpartition(" (")
         assert model in Path("/proc/cpuinfo").read_text() and cores == f"{os.cpu_count()} cores)"
-
-
-def test_digest_of_the_weights_tells_models_apart_and_knows_one_again(tiny, tmp_path):
-    found = []
-    for i, seed in enumerate([1, 1, 2]):
-        path = tmp_path / f"{i}.json"
-        evaluator = load_prepare(tiny[0], "tiny", tiny[1], AUTORESEARCH_RESULT=str(path))
-        start_clock(evaluator)
-        evaluate(evaluator, Toy(seed=seed), batch_size=10 + i)
-        evaluator._stopwatch.lock.close()
-        found.append(json.loads(path.read_text())["weights_sha256"])
-    assert len(found[0]) == 64 and found[0] == found[1] != found[2]

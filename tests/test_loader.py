@@ -94,15 +94,6 @@ def test_batches_equal_the_plain_rules_from_parquet(evaluator, B, T, split):
     loader.close()
 
 
-def test_clock_starts_with_the_first_batch(evaluator):
-    evaluator._now = itertools.count(100.0, 1.5).__next__
-    loader = make_loader(evaluator)
-    assert evaluator.training_seconds() == 0.0
-    next(loader)
-    assert evaluator.training_seconds() == 1.5
-    loader.close()
-
-
 def test_second_run_on_a_device_waits_says_so_and_is_not_charged_for_it(evaluator, tmp_path):
     """The child's clock shows 1 as soon as `late` exists, which is before it gets the lock."""
     late = tmp_path / "late"

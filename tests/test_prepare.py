@@ -9,9 +9,7 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from functools import cache
 from types import SimpleNamespace
 
@@ -21,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import wait_for
-from prepare_fixtures import PREPARE, copy_prepare, english, environment, error_line, load_prepare, started, write_jsonl
+from prepare_fixtures import PREPARE, copy_prepare, english, error_line, load_prepare, started, write_jsonl
 
 V = 320  # tokens, the vocabulary of the profile "mine"
 
@@ -87,11 +85,10 @@ def own(shared, tmp_path):
 )
 def test_bad_variable_and_bad_option_end_with_code_2_and_say_what_came(tmp_path, capsys, variable, value, remedy):
     variables = {variable: value} if variable.isupper() else {}
-    with pytest.raises(SystemExit) as error:
+    with pytest.raises(SystemExit, match="2"):
         load_prepare(PREPARE, "smoke", tmp_path, **variables).main([variable, value])
-    out, err = capsys.readouterr()
-    assert (error.value.code, out) == (2, "")
-    assert f"{variable} is {value}: {remedy}\n" in err or err == f"error: {variable} is {value!r}: use {remedy}\n"
+    error = capsys.readouterr().err
+    assert f"{variable} is {value}: {remedy}\n" in error or error == f"error: {variable} is {value!r}: use {remedy}\n"
 
 
 @pytest.mark.parametrize(("devices", "profile", "word"), [(0, "pocket", "without"), (1, "climbmix", "with")])
@@ -106,21 +103,18 @@ def test_defaults_are_printed_with_their_reason_and_missing_data_asks_for_prepar
     assert evaluator.main(["--verify"]) == 1
     out, err = capsys.readouterr()
     assert out == f"profile: {profile} (default {word} a CUDA device)\n"
-    assert err == (
-        f"error: profile '{profile}' is not prepared (no {evaluator.CACHE}/manifest.json): run 'uv run prepare.py'\n"
-    )
+    missing = evaluator.CACHE / "manifest.json"
+    assert err == f"error: profile '{profile}' is not prepared (no {missing}): run 'uv run prepare.py'\n"
 
 
 def test_what_the_loop_tells_a_run_is_taken_out_of_the_environment(tmp_path):
     path = tmp_path / "prepare.py"
-    left = "\nLEFT = {'RESULT', 'AUDIT', 'SEED'} & {name.removeprefix('AUTORESEARCH_') for name in os.environ}\n"
-    path.write_text(PREPARE.read_text() + left)
+    path.write_text(PREPARE.read_text() + "\nLEFT = set(os.environ) & {'AUTORESEARCH_RESULT', 'AUTORESEARCH_SEED'}\n")
     result = tmp_path / "r.json"
     run = load_prepare(path, "smoke", tmp_path, seed=9, AUTORESEARCH_RESULT=str(result), AUTORESEARCH_AUDIT="1")
-    taken = run._RESULT, run._AUDIT, run.SEED, run.LEFT
-    assert taken == (result, True, 9, set())
+    assert result == run._RESULT and run._AUDIT and run.SEED == 9 and not run.LEFT
     by_hand = load_prepare(path, "smoke", tmp_path)
-    assert (by_hand._RESULT, by_hand._AUDIT) == (None, False)
+    assert by_hand._RESULT is None and not by_hand._AUDIT
 
 
 # ----- sources and splits -----
@@ -128,10 +122,10 @@ def test_what_the_loop_tells_a_run_is_taken_out_of_the_environment(tmp_path):
 
 def test_document_goes_to_the_split_that_its_digest_says(shared):
     """So the same text never lands in two splits, however often it comes."""
-    expected = {"val": Counter(), "test": Counter(), "train": Counter()}
+    expected = defaultdict(Counter)
     for text in corpus():
         expected[split_of(text)].update(shared._cut(text, 64))
-    found = {"val": Counter(), "test": Counter(), "train": Counter()}
+    found = defaultdict(Counter)
     for name, pieces in texts_of(shared).items():
         assert len(pieces) > 100
         found[name.split("_")[0]].update(pieces)
@@ -178,7 +172,6 @@ BAD_SOURCES = {  # file of the source and its bytes; the error line; {} stands f
     "jsonl": ("a.jsonl", b'{"text": "x"}\n{"body": 1}\n', "{}:2 is no JSON object with a string in 'text': mend it"),
     "parquet": ("a.parquet", b"PAR1 and no more", "{} is not a readable parquet file with a text column ("),
     "no text": ("a.pdf", b"x", "source {} holds no .parquet, .jsonl, .txt, .md file: mend it in PROFILES"),
-    "one document": ("a.md", b"word " * 600, "split 'val' is empty (of 1 documents one in twenty is for 'val', one"),
     "poor": ("a.jsonl", POOR, f"316 are needed: {MORE}; text"),
     "little": ("a.txt", "".join(corpus()[:100]).encode(), f"rows, 64 are needed: {MORE}"),
 }
@@ -193,17 +186,13 @@ def test_bad_source_is_one_error_line_and_once_mended_the_same_command_works(tmp
     assert error.format(path) in error_line(capsys)
     assert not (evaluator.CACHE / "manifest.json").exists()
     path.unlink()
+    prepared(tmp_path, path, expect=1)  # gone: and the hub is not asked for it
+    assert error_line(capsys) == f"error: source {path} does not exist: mend it in PROFILES"
     mended = write_jsonl(path.with_suffix(".jsonl"), corpus())
     assert prepared(tmp_path, mended).main(["--verify"]) == 0
 
 
-def test_missing_path_is_not_asked_of_the_hub(tmp_path, capsys):
-    prepared(tmp_path, "~/no-such-folder", expect=1)
-    missing = os.path.expanduser("~/no-such-folder")
-    assert error_line(capsys) == f"error: source {missing} does not exist: mend it in PROFILES"
-
-
-def test_bytes_that_are_no_text_and_nulls_are_told_with_file_and_count(tmp_path, capsys):
+def test_documents_without_text_or_utf_8_are_told_with_file_and_count(tmp_path, capsys):
     folder = tmp_path / "source"
     path = write_jsonl(folder / "a.jsonl", corpus())
     with path.open("ab") as file:
@@ -213,35 +202,8 @@ def test_bytes_that_are_no_text_and_nulls_are_told_with_file_and_count(tmp_path,
     pq.write_table(pa.table({"text": [None, "x"]}), folder / "d.parquet")
     prepared(tmp_path, folder)
     assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")] == [
-        f"note: 3 documents without text (null) in {path} and 1 more files",
-        f"note: 3 places that are not UTF-8 (replaced by U+FFFD) in {path} and 1 more files",
+        f"note: 5 documents without text (null) or not in UTF-8 (U+FFFD stands there) in {path} and 2 more files"
     ]
-
-
-def test_changed_source_is_told_and_what_was_prepared_stays(tmp_path, capsys):
-    path = write_jsonl(tmp_path / "source" / "a.jsonl", corpus())
-    evaluator = prepared(tmp_path, path.parent)
-    before = snapshot(evaluator.CACHE)
-    size = path.stat().st_size
-    changed = f"; {path.parent} has changed since it was read: it was 1 files, {size:,} bytes, .*, now it is "
-
-    def add_a_file():
-        (path.parent / "b.txt").write_text("more")
-
-    for change, told in [
-        (lambda: None, ""),
-        (add_a_file, f"{changed}2 files, {size + 4:,} bytes, .*"),
-        (lambda: shutil.rmtree(path.parent), f"{changed}gone"),
-    ]:
-        change()
-        capsys.readouterr()
-        assert evaluator.main([]) == 0
-        line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("kept"))
-        folder = evaluator.CACHE / "text"
-        assert re.fullmatch(
-            f"kept {folder}{told}: to read {path.parent} anew, delete {evaluator.CACHE} and run again", line
-        )
-    assert snapshot(evaluator.CACHE) == before
 
 
 # ----- tokenizer -----
@@ -255,8 +217,6 @@ def test_tokenizer_round_trips_keeps_special_strings_ordinary_and_learns_from_th
         assert all(0 <= i < V - 4 for i in ids)
     assert tokenizer.get_vocab_size() == V and tokenizer.get_bos_token_id() == V - 4 == shared.BOS_ID
     assert tokenizer.decode([V - 4, V - 1]) == "<|reserved_0|><|reserved_3|>"
-    assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a�b"  # a lone surrogate
-    assert tokenizer.decode(tokenizer.encode("\ud83d\ude42")) == "🙂"  # a pair
     assert len(tokenizer.encode(" wwwwjjjj")) == 1 and len(tokenizer.encode(" zzzzqqqq")) > 4
 
 
@@ -309,24 +269,14 @@ def test_token_files_hold_every_document_and_batch_and_a_truncated_one_is_named(
 # ----- manifest and the whole preparation -----
 
 
-def test_damaged_manifest_is_named(own, capsys):
-    path = own.CACHE / "manifest.json"
-    for text in ("", '{"metric": {}}', "[1]"):
-        path.write_text(text)
-        assert own.main([]) == 1
-        error = error_line(capsys)
-        assert error.startswith(f"error: {path} is damaged, or of another version of prepare.py (")
-        assert error.endswith("): delete it and run 'uv run prepare.py'")
-
-
 @pytest.mark.parametrize("name", ["tokenizer.tiktoken", "tokens/test.tokens"])
 def test_changed_metric_file_is_named_before_a_run_trains(own, capsys, name):
     """The byte table is computed from tokenizer.tiktoken, so that file stands for it."""
-    path = own.CACHE / name
-    assert path.stat().st_mode & 0o222 == 0
     assert own.main(["--verify"]) == 0
     names = "tokenizer.tiktoken tokenizer.json tokens/val.tokens tokens/test.tokens"
     assert capsys.readouterr().out.endswith(f"verified: {names}\n")
+    path = own.CACHE / name
+    assert path.stat().st_mode & 0o222 == 0
     path.chmod(0o644)
     data = bytearray(path.read_bytes())
     data[40] ^= 1
@@ -344,66 +294,44 @@ def test_changed_constants_ask_for_a_new_preparation(own, tmp_path, capsys):
         path = copy_prepare(tmp_path / "changed", "mine", source, **{"vocab_size": V} | constants)
         return load_prepare(path, "mine", own.CACHE_ROOT)
 
-    digest = own._manifest()["digest"]
     budget = changed(time_budget=60, eval_tokens=10**7)
     with pytest.raises(budget.UserError, match="was made with time_budget 10, now it is 60: run "):
         budget._manifest()
     assert budget.main([]) == 0
-    assert budget._manifest()["digest"] != digest
     stream = budget._open_split("val", 32)  # more is asked for than there is: all full rows are scored
-    assert budget._manifest()["metric"]["rows"]["val"] == len(stream.take(10**6)) > 100
+    assert budget.describe()["rows"]["val"] == len(stream.take(10**6)) > 100
     for constants, change in [
         ({"vocab_size": V + 20}, f"vocab_size {V}, now it is {V + 20}"),
-        ({"max_chars": 5}, f"max_chars {10**15}, now it is 5"),
         ({"source": tmp_path}, f"source {own.SOURCE!r}, now it is {str(tmp_path)!r}"),
     ]:
-        capsys.readouterr()
         assert changed(**{"time_budget": 60} | constants).main([]) == 1
         assert f"was made with {change}: delete {own.CACHE} and run" in error_line(capsys)
 
 
-def test_missing_token_file_is_made_again(own):
-    before = snapshot(own.CACHE)
-    for name in ("val", "train_00003"):
-        (own.CACHE / f"tokens/{name}.tokens").unlink()
-    assert own.main(["--verify"]) == 1
+def test_second_preparation_makes_what_is_missing_and_nothing_else(own, shared):
+    (own.CACHE / "tokens/train_00003.tokens").unlink()
+    kept = own.CACHE / "tokens/train_00004.tokens"
+    written = kept.stat().st_mtime_ns
     assert own.main([]) == 0
-    assert snapshot(own.CACHE) == before
+    assert snapshot(own.CACHE) == snapshot(shared.CACHE) and kept.stat().st_mtime_ns == written
 
 
-DIE_AT = """
-# For each name, a child of this process prepares, and is killed just before the file of that name gets its place, when
-# half of it is written.
-import os, signal, sys
-path, *names = sys.argv[1:]
-sys.path.insert(0, os.path.dirname(path))
-import prepare  # once: the children share it
-
-def replace_or_die(source, target):
-    if os.path.basename(target) == name:
-        if os.path.isfile(source):
-            os.truncate(source, os.path.getsize(source) // 2)
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(source, target)
-
-replace = os.replace
-for name in names:
-    child = os.fork()
-    if child == 0:
-        os.replace = replace_or_die
-        prepare.main([])
-        os._exit(0)
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL, name
-"""
-
-
-@pytest.mark.slow
-def test_killed_preparation_is_completed_by_the_next_run(shared, tmp_path):
-    """And what comes out is the same, file for file, as of one that was never killed."""
+@pytest.mark.parametrize("name", ["text", "tokenizer.tiktoken", "val.tokens", "manifest.json"])
+def test_killed_preparation_is_completed_by_the_next_run(shared, tmp_path, monkeypatch, name):
+    """Killed before a file gets its place, half of it written: what comes out is the same, file for file."""
     evaluator = load_prepare(shared.__file__, "mine", tmp_path)
-    names = ["text", "tokenizer.tiktoken", "val.tokens", "manifest.json"]
-    command = [sys.executable, "-c", DIE_AT, evaluator.__file__, *names]
-    subprocess.run(command, env=environment(evaluator), check=True, timeout=120)
+    replace = os.replace
+
+    def replace_or_die(source, target):
+        if os.path.basename(target) == name:
+            if os.path.isfile(source):
+                os.truncate(source, os.path.getsize(source) // 2)
+            raise SystemExit("killed")
+        replace(source, target)
+
+    with monkeypatch.context() as patches, pytest.raises(SystemExit, match="killed"):
+        patches.setattr(os, "replace", replace_or_die)
+        evaluator.main([])
     assert evaluator.main([]) == 0 and evaluator.main(["--verify"]) == 0
     assert snapshot(evaluator.CACHE) == snapshot(shared.CACHE)
 
@@ -426,22 +354,15 @@ def test_interrupt_ends_preparation_without_a_traceback(tmp_path):
 def test_lock_is_for_every_user_and_one_that_cannot_be_made_names_the_variable_to_set(tmp_path, capsys):
     evaluator = load_prepare(PREPARE, "smoke", tmp_path / "cache", AUTORESEARCH_LOCKS=str(tmp_path / "locks"))
     path = evaluator.LOCKS / "gpu.lock"
-    before = os.umask(0o077)
-    try:
-        for _ in range(2):
-            evaluator._lock(path, "another run holds gpu").close()
-    finally:
-        os.umask(before)
+    evaluator._lock(path, "another run holds gpu").close()
     assert (evaluator.LOCKS.stat().st_mode & 0o777, path.stat().st_mode & 0o777) == (0o777, 0o666)
     path.unlink()
     path.mkdir()
-    with pytest.raises(evaluator.UserError, match=r"gpu.lock cannot be opened .*: set AUTORESEARCH_LOCKS to a folder"):
+    with pytest.raises(evaluator.UserError, match=r"gpu.lock cannot be opened .*: set AUTORESEARCH_LOCKS "):
         evaluator._lock(path, "another run holds gpu")
     (tmp_path / "cache").write_text("in the way")
     assert evaluator.main([]) == 1
-    error = error_line(capsys)
-    assert error.startswith(f"error: lock {evaluator.CACHE}/prepare.lock cannot be opened (")
-    assert error.endswith("): set AUTORESEARCH_CACHE to a folder that you can write to")
+    assert error_line(capsys).startswith(f"error: lock {evaluator.CACHE}/prepare.lock cannot be opened (")
 
 
 def test_devices_are_named_as_cuda_visible_devices_names_them(shared, monkeypatch):

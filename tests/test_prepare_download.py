@@ -7,10 +7,9 @@ import hashlib
 import http.server
 import json
 import random
-import shutil
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
@@ -37,100 +36,89 @@ def shards(tmp_path_factory):
     return {name: (folder / name).read_bytes() for name in ALL}
 
 
-class Hub:
+class Hub(http.server.ThreadingHTTPServer):
     """A Hugging Face endpoint. plans: {file name: list of misbehaviours, one for each request, then none}."""
 
+    daemon_threads = True
+
     def __init__(self, shards):
+        super().__init__(("127.0.0.1", 0), Handler)
         self.shards = dict(shards)
         self.plans = {}
         self.listing = {"default": {"test": ["unused"], "train": [f"https://elsewhere.example/cdn/{n}" for n in ALL]}}
-        self.linked = True  # it names size and SHA-256 where it redirects
+        self.linked = True  # it names the SHA-256 where it redirects
         self.ranges = []
         self.times = defaultdict(list)
         self.tokens = set()
         self.stall = threading.Event()
-        hub = self
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def log_message(self, *args):
-                pass
+    def handle_error(self, *_):
+        """A client that went away."""
 
-            def do_GET(self):
-                hub.answer(self)
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.server.handle_error = lambda *_: None  # a client that went away
-        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
-        self.thread.start()
-
-    @property
     def requests(self):
-        return Counter({name: len(times) for name, times in self.times.items()})
+        return {name: len(times) for name, times in self.times.items()}
 
-    def close(self):
-        self.stall.set()
-        self.server.shutdown()
-        self.server.server_close()
-        self.thread.join()
 
-    def answer(self, request):
-        name = request.path.rpartition("/")[2]
-        data = self.shards.get(name)
-        if request.path.startswith("/api/"):
-            self.send(request, 200, json.dumps(self.listing).encode())
-        elif data and self.linked and "/resolve/" in request.path:  # as the hub: a redirect to a storage
-            self.tokens.add(request.headers.get("Authorization"))
+class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        hub = self.server
+        name = self.path.rpartition("/")[2]
+        data = hub.shards.get(name)
+        if self.path.startswith("/api/"):
+            self.answer(200, json.dumps(hub.listing).encode())
+        elif data and hub.linked and "/resolve/" in self.path:  # as the hub: a redirect to a storage
+            hub.tokens.add(self.headers.get("Authorization"))
             digest = hashlib.sha256(data).hexdigest()
-            headers = {"Location": f"/cdn/{name}", "X-Linked-Size": len(data), "X-Linked-Etag": f'"{digest}"'}
-            self.send(request, 302, b"", headers)
+            self.answer(302, b"", {"Location": f"/cdn/{name}", "X-Linked-Etag": f'"{digest}"'})
         else:
-            self.times[name].append(time.monotonic())
-            plan = self.plans.get(name)
-            self.serve(request, name, data, plan.pop(0) if plan else "well")
+            hub.times[name].append(time.monotonic())
+            plan = hub.plans.get(name)
+            self.serve(name, data, plan.pop(0) if plan else "well")
 
-    def serve(self, request, name, data, how):
+    def serve(self, name, data, how):
         start = 0
-        if (asked := request.headers.get("Range")) and how != "no ranges":
+        if (asked := self.headers.get("Range")) and how != "no ranges":
             start = int(asked.removeprefix("bytes=").rstrip("-"))
-            self.ranges.append((name, start))
+            self.server.ranges.append((name, start))
         if data is None:
-            return self.send(request, 404, b"no such entry")
-        if start >= len(data):
-            return self.send(request, 416, b"", {"Content-Range": f"bytes */{len(data)}"})
-        if how in REPLIES:
-            return self.send(request, *REPLIES[how])
-        if how == "silent":
-            return self.stall.wait(20)
-        body = data[start:]
-        if how == "corrupt":
-            body = bytes(len(body))
-        if how == "too short":  # a wrong Content-Length that nothing reveals but the redirect
-            body = body[: len(body) // 2]
-        sent = 20_000 if how in ("truncate", "stall") else len(body)
-        headers = {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"} if start else {}
-        self.send(request, 206 if start else 200, body, headers, sent)
-        if how == "stall":
-            self.stall.wait(20)
-        return None
+            self.answer(404, b"no such entry")
+        elif start >= len(data):
+            self.answer(416, b"", {"Content-Range": f"bytes */{len(data)}"})
+        elif how in REPLIES:
+            self.answer(*REPLIES[how])
+        elif how == "silent":
+            self.server.stall.wait(20)
+        else:
+            body = bytes(len(data) - start) if how == "corrupt" else data[start:]
+            if how == "too short":  # a wrong Content-Length that nothing reveals but the redirect
+                body = body[: len(body) // 2]
+            headers = {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"} if start else {}
+            self.answer(206 if start else 200, body, headers, sent=20_000 if how in ("truncate", "stall") else None)
+            if how == "stall":
+                self.server.stall.wait(20)
 
-    def send(self, request, status, body, headers=(), sent=None):
-        request.send_response(status)
+    def answer(self, status, body, headers=(), sent=None):
+        self.send_response(status)
         for key, value in (dict(headers) | {"Content-Length": len(body)}).items():
-            request.send_header(key, str(value))
-        request.end_headers()
-        request.wfile.write(body[:sent])
-        request.wfile.flush()
-        request.close_connection = True
+            self.send_header(key, str(value))
+        self.end_headers()
+        self.wfile.write(body[:sent])
 
 
 @pytest.fixture
 def hub(shards, monkeypatch):
-    hub = Hub(shards)
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{hub.server.server_port}")
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    yield hub
-    hub.close()
+    with Hub(shards) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{hub.server_port}")
+        thread = threading.Thread(target=hub.serve_forever, args=(0.01,))
+        thread.start()
+        yield hub
+        hub.stall.set()
+        hub.shutdown()
+        thread.join()
 
 
 @pytest.fixture
@@ -158,9 +146,9 @@ def test_download_takes_the_first_shards_and_the_two_held_out(evaluator, hub):
         assert tokenizer.decode(tokens[1:]).startswith(text[:40])
     manifest = evaluator._manifest()
     assert list(manifest["train_tokens"]) == ["shard_00000", "shard_00001"]
-    requests = hub.requests
+    requests = hub.requests()
     assert evaluator.main(["--num-shards", "2"]) == 0  # nothing to do
-    assert hub.requests == requests and evaluator._manifest() == manifest
+    assert hub.requests() == requests and evaluator._manifest() == manifest
     assert evaluator.main(["--num-shards", "-1"]) == 0  # more training shards: the metric's digest stays
     assert_fetched(evaluator, hub, ALL)
     assert evaluator.main(["--num-shards", "1"]) == 0  # fewer: what is there stays
@@ -174,11 +162,11 @@ def test_download_survives_a_server_that_is_bad_once_in_every_way(evaluator, hub
         ALL[2]: ["broken", "corrupt"],
         ALL[3]: ["html"],
         ALL[4]: ["busy"],
-        ALL[5]: ["well", "too many"],  # the first request asks for the size of the last shard
+        ALL[5]: ["too many"],
     }
     assert evaluator.main(["--num-shards", "-1"]) == 0
     assert_fetched(evaluator, hub, ALL)
-    assert hub.requests == {ALL[0]: 2, ALL[1]: 2, ALL[2]: 3, ALL[3]: 2, ALL[4]: 2, ALL[5]: 3}
+    assert hub.requests() == {ALL[0]: 2, ALL[1]: 2, ALL[2]: 3, ALL[3]: 2, ALL[4]: 2, ALL[5]: 2}
     for name in (ALL[4], ALL[5]):
         before, again = hub.times[name][-2:]
         assert again - before > 1  # Retry-After
@@ -203,7 +191,7 @@ def test_download_without_the_hubs_headers_takes_a_whole_part_drops_a_bad_one_an
         (text / f"{name}.part").write_bytes(part)
     assert evaluator.main(["--num-shards", "-1"]) == 0
     assert_fetched(evaluator, hub, ALL)
-    assert [hub.requests[name] for name in ALL[:4]] == [1, 2, 1, 2]
+    assert [hub.requests()[name] for name in ALL[:4]] == [1, 2, 1, 2]
 
 
 def test_download_names_what_is_missing_and_the_next_run_resumes(evaluator, hub, tmp_path, capsys):
@@ -217,24 +205,15 @@ def test_download_names_what_is_missing_and_the_next_run_resumes(evaluator, hub,
     error = error_line(capsys)
     assert error.startswith("error: 4 of 6 shards are missing: ")
     assert "not a readable parquet file with a text column (" in error
-    assert "shard_00001.parquet (404" in error and hub.requests[ALL[1]] == 1  # what is refused is not asked for again
-    assert "shard_00002.parquet (HTTP" in error and "timed out" in error and hub.requests[ALL[2]] == 2
+    assert "shard_00001.parquet (404" in error and hub.requests()[ALL[1]] == 1  # what is refused is not asked for again
+    assert "shard_00002.parquet (HTTP" in error and "timed out" in error and hub.requests()[ALL[2]] == 2
     assert "shard_00003.parquet (it came with a wrong SHA-256)" in error
     assert error.endswith("Running the same command again resumes")
     hub.shards = whole
-    requests = hub.requests
+    requests = hub.requests()
     assert evaluator.main(["--num-shards", "-1"]) == 0
     assert_fetched(evaluator, hub, ALL)
-    assert hub.requests[ALL[4]] == requests[ALL[4]]
-
-
-def test_full_disk_is_refused_before_the_download(evaluator, hub, monkeypatch, capsys):
-    monkeypatch.setattr(evaluator.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**5))
-    hub.shards = {name: data + bytes(10**7) for name, data in hub.shards.items()}
-    assert evaluator.main(["--num-shards", "-1"]) == 1
-    error = error_line(capsys)
-    assert "6 shards need about 0.2 GB, 0.0 GB are free" in error and "--num-shards" in error
-    assert not any((evaluator.CACHE / "text").glob("*.parquet*"))
+    assert hub.requests()[ALL[4]] == requests[ALL[4]]
 
 
 def test_listed_data_set_is_fetched_and_split_and_an_unknown_one_is_told(hub, tmp_path, capsys):
@@ -251,9 +230,9 @@ def test_listed_data_set_is_fetched_and_split_and_an_unknown_one_is_told(hub, tm
     assert set(texts) == {"val", "test", *(f"train_{i:05d}" for i in range(8))}
     source = [text for path in fetched for text in pq.read_table(path)["text"].to_pylist()]
     assert sum(map(len, source)) == sum(len(piece) for pieces in texts.values() for piece in pieces)
-    requests = hub.requests
+    requests = hub.requests()
     assert evaluator.main([]) == 0
-    assert hub.requests == requests
+    assert hub.requests() == requests
 
 
 def test_two_preparations_at_once_do_the_work_once(evaluator, hub, capsys):
@@ -261,4 +240,4 @@ def test_two_preparations_at_once_do_the_work_once(evaluator, hub, capsys):
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(evaluator.main, [["--num-shards", "2"]] * 2)) == [0, 0]
     assert f"waiting: another preparation works here (lock {evaluator.CACHE}/prepare.lock)" in capsys.readouterr().err
-    assert sum(hub.requests.values()) == 5  # four shards, and one question for the size
+    assert sum(hub.requests().values()) == 4

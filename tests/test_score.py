@@ -149,18 +149,3 @@ def test_foreign_operator_torn_file_and_no_file_are_one_error_line_each(tiny, tm
     }.items():
         assert evaluator.main(["--score", str(tmp_path / name)]) == 1
         assert reason in error_line(capsys)
-
-
-def test_cached_tensor_of_a_forward_is_no_fake_one_in_an_audit(tiny, tmp_path):
-    cache = {}
-
-    def cached(logits, idx):
-        """What the forward of an honest model may do: a tensor made once, kept in a module's dict."""
-        if "scale" not in cache:
-            cache["scale"] = torch.full((V,), 1.5)
-        return logits * cache["scale"]
-
-    record = audit(tiny, tmp_path, Wrapped(cached))
-    assert record["exported"] and type(cache["scale"]) is torch.Tensor
-    scores = load_prepare(tiny[0], "tiny", tiny[1])._score_network(tmp_path / "result.pt2")
-    assert scores["val_bpb"] == record["val_bpb"]

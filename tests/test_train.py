@@ -82,14 +82,8 @@ def test_climbmix_model_has_the_stated_size_flops_and_windows():
     assert model.estimate_flops() == 6 * (50_332_176 - looked_up) + sum(12 * 4 * 128 * window for window in windows)
 
 
-def test_fresh_model_has_nanochats_names_and_the_stated_statistics():
+def test_fresh_model_has_the_stated_statistics():
     model = build(GPTConfig(64, 4096, 3, 2, 2, 256, "L"))
-    layer = [f"transformer.h.{i}.{m}.weight" for i in range(3) for m in ("mlp.c_fc", "mlp.c_proj")]
-    layer += [f"transformer.h.{i}.attn.c_{m}.weight" for i in range(3) for m in ("q", "k", "v", "proj")]
-    value = [f"{name}.weight" for i in (0, 2) for name in (f"value_embeds.{i}", f"transformer.h.{i}.attn.ve_gate")]
-    names = {"transformer.wte.weight", "lm_head.weight", "resid_lambdas", "x0_lambdas", *layer, *value}
-    assert set(model.state_dict()) == names
-
     assert model.transformer.wte.weight.std().item() == pytest.approx(1, rel=0.01)
     assert model.lm_head.weight.std().item() == pytest.approx(0.001, rel=0.01)
     assert torch.equal(model.resid_lambdas, torch.ones(3))

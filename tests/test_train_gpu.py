@@ -103,7 +103,6 @@ def test_peak_memory_is_under_the_goal_of_25_gb_in_training_and_evaluation():
         results = [runner(x), runner(x)]  # the evaluator compares two
         evaluation_mb = device.peak_memory_mb(CUDA)
         del results
-    print(f"peak {training_mb:.0f} MiB in training, {evaluation_mb:.0f} in evaluation")
     assert evaluation_mb < training_mb < 25_000
 
 

@@ -61,11 +61,16 @@ def fresh(on_step=lambda model, optimizer: None):
 # ---- Training loop ----
 
 
-@pytest.mark.parametrize(("budget", "seconds", "steps"), [(4.5, 1.0, 4), (10.0, 6.0, 1)])
-def test_training_ends_before_a_step_that_would_not_fit(clock, monkeypatch, budget, seconds, steps):
+@pytest.mark.parametrize(("budget", "seconds", "rates"), [(4.5, 1.0, [1, 1, 1, 2 / 3]), (10.0, 6.0, [1])])
+def test_training_follows_the_clock_and_ends_before_a_step_that_would_not_fit(
+    clock, monkeypatch, budget, seconds, rates
+):
     monkeypatch.setattr(train, "TIME_BUDGET", budget)
-    assert train.train(*fresh(), clock.batches(seconds=seconds), 8, 0.0) == steps
-    assert clock.now == steps * seconds
+    found = []
+    model, optimizer = fresh(lambda _, optimizer: found.append(optimizer.param_groups[0]["lr"]))
+    assert train.train(model, optimizer, clock.batches(seconds=seconds), 8, 0.0) == len(rates)
+    assert found == pytest.approx([rate * found[0] for rate in rates])
+    assert clock.now == len(rates) * seconds
 
 
 def test_accumulated_micro_steps_equal_one_large_step(clock):
@@ -97,12 +102,6 @@ def test_bad_loss_stops_before_the_optimizer_step_with_step_and_loss(clock, bad)
     with pytest.raises(UserError, match=rf"^step 3: training loss ({bad}|10\d\.\d+) \(limit 100\): lower the learning"):
         train.train(model, optimizer, clock.batches(4, seconds=0.5), 4, 0.0)
     assert len(steps) == 3
-
-
-def test_schedules_follow_the_clock(clock):
-    rates = []
-    train.train(*fresh(lambda _, optimizer: rates.append(optimizer.param_groups[0]["lr"])), clock.batches(), 8, 0.0)
-    assert rates == pytest.approx([rates[0], rates[0], rates[0], rates[0] * 2 / 3])
 
 
 def test_log_has_whole_lines_a_few_seconds_apart_and_the_last_one(clock, monkeypatch, capsys):
@@ -144,7 +143,8 @@ SUMMARY = {  # key: decimals
 
 
 def test_run_ends_with_the_summary_in_order_and_format(smoke_env, tmp_path):
-    run = python(smoke_env | {"AUTORESEARCH_RESULT": str(tmp_path / "result.json")}, "train.py")
+    env = smoke_env | {"AUTORESEARCH_RESULT": str(tmp_path / "result.json"), "AUTORESEARCH_AUDIT": "1"}
+    run = python(env, "train.py")
     assert run.returncode == 0, run.stderr
     rule, *lines = run.stdout.splitlines()
     values = {line[:18].rstrip(" ").removesuffix(":"): line[18:] for line in lines}
@@ -154,8 +154,10 @@ def test_run_ends_with_the_summary_in_order_and_format(smoke_env, tmp_path):
     assert 0 < float(values["training_seconds"]) <= 2.5
     assert int(values["num_steps"]) >= 1  # a busy machine has time for no more
     assert (values["attention"], values["mfu_percent"], values["seed"]) == ("sdpa", "0.00", "42")
+    marks = {path.name for path in tmp_path.iterdir()} - {"result.json", "result.pt2"}
+    assert marks == {"result.json.started", "result.json.stopped"}
     record = json.loads((tmp_path / "result.json").read_text())
-    assert values["val_bpb"] == f"{record['val_bpb']:.6f}"
+    assert values["val_bpb"] == f"{record['val_bpb']:.6f}" and record["export_problem"] is None
     uniform = math.log2(512) * record["tokens"] / record["bytes"]  # bits per byte of a model that learned nothing
     assert record["val_bpb"] < uniform
     assert 100 < float(values["peak_vram_mb"]) < 5000  # the process's memory, most of it torch's
@@ -196,11 +198,10 @@ def test_ctrl_c_while_it_trains_ends_it_without_a_traceback(smoke_env):
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("error", [UserError("val.tokens is not what was prepared"), prepare.NotCausal("it moved")])
-def test_what_a_person_or_an_agent_can_mend_is_one_error_line(monkeypatch, capsys, error):
+def test_refusal_of_the_evaluator_is_one_error_line(monkeypatch, capsys):
     def check_data():
-        raise error
+        raise prepare.EvaluationRefused("logits moved")
 
     monkeypatch.setattr(prepare, "check_data", check_data)
     assert train.main() == 1
-    assert capsys.readouterr().err.splitlines()[-1] == f"error: {error}"
+    assert capsys.readouterr().err.splitlines()[-1] == "error: logits moved"
