@@ -1,12 +1,14 @@
-"""A GPU of paper: the memory of train.py's CUDA path, traced and weighed on a machine that has no GPU.
+"""A GPU of paper: train.py's CUDA path, traced, compiled and weighed on a machine that has no GPU.
 
-    uv run tests/paper_gpu.py --weigh                               # at the climbmix shape, on an H100
-    uv run tests/paper_gpu.py --weigh --depth 4 --rows 4 8 16 32    # see docs/small_gpus.md
+    uv run tests/paper_gpu.py                     # a whole run at the climbmix shape on an H100 of paper
+    uv run tests/paper_gpu.py --capability 120    # kernels for another architecture
+    uv run tests/paper_gpu.py --attention         # the attention kernels alone
+    uv run tests/paper_gpu.py --weigh --depth 4 --rows 4 8 16 32  # no kernels, memory only: see docs/small_gpus.md
 
-Model, warm-up and training loop run unchanged on fake tensors, which have a shape, a type and a device but no data.
-torch.compile traces them, Inductor generates its kernels, and nothing is compiled further or launched. Every fake
-tensor's bytes are counted while it lives: that is the peak memory. What it does not count is what CUDA, the allocator's
-rounding and library workspaces take on a real device. The result is one line of JSON for each number of rows.
+train.run() runs unchanged on fake tensors, which have a shape, a type and a device but no data. torch.compile traces
+it, Inductor generates kernels for the architecture named, Triton compiles them down to cubin, and nothing is launched.
+Every fake tensor's bytes are counted while it lives: that is the peak memory. What it does not count is what CUDA, the
+allocator's rounding and library workspaces take on a real device. The result is one line of JSON a run.
 
 Written for torch 2.11 and Triton 3.6, whose private names it replaces.
 """
@@ -41,15 +43,16 @@ from torch._inductor.fx_passes.joint_graph import UniformValueConstantFolder
 from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from train_fixtures import build
 from triton.backends.compiler import GPUTarget
 
 import prepare
 import train
 from harness import device
 
-CUDA = torch.device("cuda")
-CAPABILITY = (9, 0)  # an H100
+# Shared memory that one block may take: CUDA C++ programming guide, table of technical specifications, less the KiB
+# that the system keeps.
+SHARED_MEMORY_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+GIB = 2**30
 MIB = 2**20
 
 
@@ -101,22 +104,56 @@ class Memory:
         return self.peak - self.notes
 
 
-def pretend_a_driver(memory: Memory) -> None:
+class Kernels:
+    """Name and shared memory of every kernel that was compiled."""
+
+    def __init__(self):
+        self.shared: dict[str, int] = {}
+
+    def note(self, autotuner: CachingAutotuner) -> None:
+        for result in autotuner.compile_results:
+            name = autotuner.fn.__name__
+            self.shared[name] = max(result.kernel.metadata.shared, self.shared.get(name, 0))
+
+
+def pretend_a_driver(capability: int, memory: Memory, gpu_gib: int) -> None:
     """torch.cuda's functions, and the copies that the compiler made of them when it was imported."""
-    major, minor = CAPABILITY
-    total = 80 * 2**30
+    major, minor = divmod(capability, 10)
+    total = gpu_gib * GIB
     properties = types.SimpleNamespace(
-        name="paper GPU", uuid="paper", major=major, minor=minor, total_memory=total, warp_size=32,
-        L2_cache_size=50 * MIB, multi_processor_count=132, max_threads_per_multi_processor=2048,
-        max_threads_per_block=1024, regs_per_multiprocessor=65536, shared_memory_per_block_optin=227 * 1024,
-    )  # fmt: skip
+        name=f"paper GPU {major}.{minor}",
+        uuid="paper",
+        major=major,
+        minor=minor,
+        total_memory=total,
+        warp_size=32,
+        multi_processor_count=132,
+        max_threads_per_multi_processor=2048,
+        max_threads_per_block=1024,
+        regs_per_multiprocessor=65536,
+        shared_memory_per_block_optin=SHARED_MEMORY_LIMIT[capability],
+        L2_cache_size=50 * MIB,
+    )
     answers = {
-        "is_available": True, "is_bf16_supported": True, "device_count": 1, "current_device": 0, "set_device": None,
-        "_exchange_device": 0, "_maybe_exchange_device": 0, "get_device_name": properties.name, "init": None,
-        "get_device_properties": properties, "get_device_capability": CAPABILITY, "manual_seed_all": None,
-        "get_rng_state": torch.zeros(16, dtype=torch.uint8), "set_rng_state": None, "_lazy_init": None,
-        "synchronize": None, "empty_cache": None, "mem_get_info": (total, total),
-    }  # fmt: skip
+        "is_available": True,
+        "is_bf16_supported": True,
+        "device_count": 1,
+        "current_device": 0,
+        "set_device": None,
+        "_exchange_device": 0,
+        "_maybe_exchange_device": 0,
+        "get_device_name": properties.name,
+        "get_device_properties": properties,
+        "get_device_capability": (major, minor),
+        "get_rng_state": torch.zeros(16, dtype=torch.uint8),
+        "set_rng_state": None,
+        "manual_seed_all": None,
+        "init": None,
+        "_lazy_init": None,
+        "synchronize": None,
+        "empty_cache": None,
+        "mem_get_info": (total, total),
+    }
     answer(torch.cuda, **answers)
     torch.cuda.max_memory_allocated = memory.peak_bytes
     torch.cuda.reset_peak_memory_stats = memory.reset_peak
@@ -191,9 +228,14 @@ def pretend_a_context_for_autograd() -> None:
     atexit.register(hooks.__setitem__, 0, real_table)
 
 
-def compile_without_a_device() -> None:
-    """Inductor generates code for that architecture; what it generates allocates, and launches nothing."""
-    target = types.SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0)
+def compile_for(capability: int, kernels: Kernels | None) -> None:
+    """Inductor and Triton generate and compile for that architecture; generated code allocates, and launches nothing.
+
+    Without `kernels` nothing is compiled by Triton: enough to weigh a run.
+    """
+    target = types.SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", capability, 32), get_current_device=lambda: 0
+    )
     triton.runtime.driver.set_active(target)
     torch._inductor.runtime.triton_helpers.set_driver_to_gpu = lambda: triton.runtime.driver.set_active(target)
     torch._inductor.config.compile_threads = 1  # what is replaced here is replaced in this process only
@@ -202,7 +244,10 @@ def compile_without_a_device() -> None:
 
     CachingAutotuner.run = lambda self, *args, **options: None
     CachingAutotuner._dynamic_scale_rblock = lambda self: None  # it asks a loaded kernel for its registers
-    CachingAutotuner.precompile = lambda self, *args, **options: None  # no Triton
+    if kernels is None:
+        CachingAutotuner.precompile = lambda self, *args, **options: None
+    else:
+        CachingAutotuner._make_launchers = lambda autotuner: kernels.note(autotuner)
 
     guards = torch._C._dynamo.guards
     guards._empty_strided_cuda = lambda size, stride, dtype: torch.empty_strided(
@@ -226,77 +271,133 @@ def compile_without_a_device() -> None:
     UniformValueConstantFolder._deduce_value = deduce_on_cpu
 
 
+class Evaluator:
+    """What train.run() asks of prepare.py, on fake data: a tokenizer, batches, a clock of a second a step, a score."""
+
+    def __init__(self, memory: Memory):
+        self.memory = memory
+        self.real_warm_up = train.warm_up
+        self.EvaluationRefused = prepare.EvaluationRefused
+        self.PROFILE_REASON = "paper"
+        self.CACHE_ROOT = prepare.CACHE_ROOT
+        self.Tokenizer = self
+        self.check_data = lambda: None
+        train.warm_up = self.warm_up
+        train.prepare = self
+        train.training_seconds = lambda: float(next(self.clock))
+
+    def begin(self, steps: int) -> None:
+        """A run begins as in a process of its own: nothing compiled, the garbage collector on."""
+        gc.unfreeze()
+        gc.enable()
+        torch.compiler.reset()
+        torch.compiler.set_stance("default")
+        counters.clear()
+        self.clock = itertools.count()
+        train.TIME_BUDGET = float(steps)
+        self.graphs_warm = 0
+        self.training_peak = 0
+        self.evaluation_peak = 0
+
+    def default_device(self) -> str:
+        return prepare.default_device()
+
+    def from_directory(self) -> "Evaluator":
+        return self
+
+    def get_vocab_size(self) -> int:
+        return prepare.VOCAB_SIZE
+
+    def get_bos_token_id(self) -> int:
+        return 0  # what FakeTensor.item says: the sample ends at once
+
+    def encode(self, text: str) -> list[int]:
+        return [1] * len(text)
+
+    def decode(self, tokens: list[int]) -> str:
+        return "?" * len(tokens)
+
+    def warm_up(self, model, *args) -> int:
+        """The real one; whatever is compiled after it is an error."""
+        rows = self.real_warm_up(model, *args)
+        self.graphs_warm = counters["stats"]["unique_graphs"]
+        torch.compiler.set_stance("fail_on_recompile")
+        self.memory.reset_peak()
+        self.memory.notes = self.memory.live - sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+        return rows
+
+    def make_dataloader(self, tokenizer, B: int, T: int, split: str, device):
+        while True:
+            x, y = torch.randint(prepare.VOCAB_SIZE, (2, B, T), device=device)
+            yield x, y, 1
+
+    @torch.no_grad()
+    def evaluate_bpb(self, model, tokenizer, batch_size: int) -> float:
+        """Holds what the real one does: two results, and pieces of them in float32."""
+        self.training_peak = self.memory.peak_bytes()
+        self.memory.reset_peak()
+        model.eval()
+        x = torch.randint(prepare.VOCAB_SIZE, (batch_size, prepare.MAX_SEQ_LEN), device="cuda")
+        logits = model(x)
+        again = model((x + 1) % prepare.VOCAB_SIZE)
+        size = prepare.FLOAT32_ELEMENTS // prepare.VOCAB_SIZE
+        for a, b in zip(logits.flatten(0, 1).split(size), again.flatten(0, 1).split(size), strict=True):
+            (a.float() - b).abs().amax(-1)
+        self.evaluation_peak = self.memory.peak_bytes()
+        model.train()
+        return 1.0
+
+
 def refuse_flash_attention():
     raise ValueError("not on paper")
 
 
-def weigh(rows: int, memory: Memory) -> dict:
-    """Peak memory of a run's training and of its evaluation; what was compiled, before the first step and in all."""
-    gc.unfreeze()
-    gc.enable()
-    torch.compiler.reset()
-    torch.compiler.set_stance("default")
-    counters.clear()
-    T = prepare.MAX_SEQ_LEN
-    V = prepare.VOCAB_SIZE
-    train.TOTAL_BATCH_SIZE = 2 * rows * T  # two micro-steps: the second accumulates
-    config = train.model_config(V)
-    device.choose_attention(T, train.window_sizes(config), train.HEAD_DIM, CUDA, True)
-    model = build(config, CUDA)
-    optimizer = model.setup_optimizer(True)
-    runner = torch.compile(model, dynamic=False)
-    fitting_rows = device.warm_up(runner, runner, optimizer, V, T, 2 * rows, rows, compiled=True, kind=f"paper {rows}")
-    graphs_warm = counters["stats"]["unique_graphs"]
-    torch.compiler.set_stance("fail_on_recompile")
-    memory.reset_peak()
-    memory.notes = memory.live - sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-
-    train.TIME_BUDGET = 4.0
-    clock = itertools.count()
-    train.training_seconds = lambda: float(next(clock))
-    batches = ((*torch.randint(V, (2, fitting_rows, T), device=CUDA), 1) for _ in itertools.count())
-    train.train(runner, optimizer, batches, fitting_rows, 0.0)
-    training_bytes = memory.peak_bytes()
-
-    memory.reset_peak()
-    runner.eval()
-    with torch.no_grad():  # the evaluator holds two results, and pieces of them in float32
-        x = torch.randint(V, (fitting_rows, T), device=CUDA)
-        logits = runner(x)
-        again = runner((x + 1) % V)
-        size = prepare.FLOAT32_ELEMENTS // V
-        for a, b in zip(logits.flatten(0, 1).split(size), again.flatten(0, 1).split(size), strict=True):
-            (a.float() - b).abs().amax(-1)
-    return {
-        "rows": fitting_rows,
-        "attention": device.attention_backend.__name__,
-        "graphs_warm": graphs_warm,
-        "graphs": counters["stats"]["unique_graphs"],
-        "graph_breaks": dict(counters["graph_break"]),
-        "training_mb": round(training_bytes / MIB),
-        "evaluation_mb": round(memory.peak_bytes() / MIB),
-    }
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--capability", type=int, default=90, choices=SHARED_MEMORY_LIMIT, help="90 is an H100")
     parser.add_argument("--depth", type=int, default=train.DEPTH)
     parser.add_argument("--rows", type=int, nargs="+", default=[train.DEVICE_BATCH_SIZE], help="per micro-step")
-    parser.add_argument("--weigh", action="store_true", required=True, help="count the memory of a run")
+    parser.add_argument("--attention", action="store_true", help="compile the attention kernels alone")
+    parser.add_argument("--weigh", action="store_true", help="compile no kernels")
     arguments = parser.parse_args()
 
     train.DEPTH = arguments.depth
     train.COMPILE = True
     device.load_flash_attention = refuse_flash_attention
+
     memory = Memory()
-    pretend_a_driver(memory)
+    kernels = Kernels()
+    pretend_a_driver(arguments.capability, memory, gpu_gib=80)
     pretend_tensors()
     pretend_a_context_for_autograd()
-    compile_without_a_device()
+    compile_for(arguments.capability, None if arguments.weigh else kernels)
     memory.watch()
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        for rows in arguments.rows:
-            print(json.dumps(weigh(rows, memory)), flush=True)
+    evaluator = Evaluator(memory)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    for rows in arguments.rows:
+        train.DEVICE_BATCH_SIZE = rows
+        train.TOTAL_BATCH_SIZE = 2 * rows * prepare.MAX_SEQ_LEN  # two micro-steps: the second accumulates
+        evaluator.begin(steps=4)
+        with mode, contextlib.redirect_stdout(sys.stderr):
+            if arguments.attention:
+                config = train.model_config(prepare.VOCAB_SIZE)
+                windows = train.window_sizes(config)
+                device.choose_attention(config.sequence_len, windows, train.HEAD_DIM, torch.device("cuda"), True)
+            else:
+                train.run()
+        result = {
+            "rows": rows,
+            "attention": device.attention_backend.__name__,
+            "graphs_warm": evaluator.graphs_warm,
+            "graphs": counters["stats"]["unique_graphs"],
+            "graph_breaks": dict(counters["graph_break"]),
+            "training_mb": round(evaluator.training_peak / MIB),
+            "evaluation_mb": round(evaluator.evaluation_peak / MIB),
+            "kernels": len(kernels.shared),
+            "largest_shared": max(kernels.shared.values(), default=0),
+            "shared_limit": SHARED_MEMORY_LIMIT[arguments.capability],
+        }
+        print(json.dumps(result), flush=True)
     return 0
 
 
