@@ -13,7 +13,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from harness import compare, isolation, machine, prompt, tpe
+from harness import compare, isolation, knob_search, machine, prompt
 from harness.agents import Agent, BackOff, Cost, NoProposal, Worktree
 from harness.console import Interrupts, StopNow, UserError, duration, is_terminal, one_line, say, show_live_line
 from harness.domain import Description
@@ -417,7 +417,7 @@ class Session:
             task.base = self.tag.champion
             task.start = self.tag.source(task.base)
         self._set_doing("proposing")
-        suggestions = tpe.suggest(self.tag, self.facts.profile) if self.options.suggest else []
+        suggestions = knob_search.suggest(self.tag, self.facts.profile) if self.options.suggest else []
         with self.ratchet.lock:
             text = self._prompt(task, refusal, suggestions)
         answer = worktree.propose(
