@@ -289,6 +289,7 @@ FAILURES = [  # output, exit code, kind, what the reason ends with
     (line("turn.failed", error={"message": LIMIT}), 1, "rate limit", LIMIT),
     (line("error", error=FORBIDDEN), 0, "refused", "the agent failed: 403: no"),
     (line("error", error="429 insufficient_quota"), 1, "refused", "exit code 1: 429 insufficient_quota"),
+    (line("error", error="no") + "\n" + line("message", role="user", content="Do it."), 1, "failed", "exit code 1: no"),
     (OVERCOME, 0, "unchanged", "the agent left train.py as it was"),
     (line("text", part={"text": "the API says 429"}), 1, "failed", "the API says 429"),  # a model's own words
     ("Starting\nError: 429 Too many requests\n}\n", 1, "rate limit", "Starting Error: 429 Too many requests"),
