@@ -11,8 +11,8 @@
     ledger       runs.jsonl; the champion, believed scores, noise, the rules
     replicates   runs of commits that exist: the baseline, one once more, the two sides of an audit
     tag          one tag: its folder, branch, refs and lock
-    knob_search  the agent `random`, without a model: a program of its own
-    tpe          the agent `tpe`, the same by Optuna, from the ledger; suggestions for a model
+    device       what a training run needs of its device: attention kernels, warm-up, what fits, peak FLOP/s
+    knob_search  the agents `random` and `tpe`, without a model: a program of its own; suggestions for a model
     agents       the CLIs and their worktrees: a prompt in, a proposal (or why none) and its cost out
     compare      a run beside its base: the verdict
     prompt       what an agent is told
@@ -24,7 +24,6 @@
     page         progress.png and report.html
     session      a session: its opening, its workers, a person's signals
     cli          arguments, commands, exit codes
-    device       what a training run needs of its device: attention kernels, warm-up, what fits, peak FLOP/s
 
 train.py imports device, and with it this file: it imports nothing.
 """

@@ -10,16 +10,14 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
-import math
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,9 +53,6 @@ class Agent:
     streams: bool = False  # it prints while it works: a long silence is a hang
     reports_usd: bool = False  # it can tell what a call cost; of an unknown command nobody knows
     has_model: bool = True  # False: a call costs nothing
-    check: str = ""  # arguments of a quick command that tells, without network, whether it is logged in
-    refused: str = ""  # the pattern in the check's output that says no; anything else passes
-    login: str = ""  # the remedy where it is not logged in
     package: str = ""  # that it needs, of the extra of its name
 
 
@@ -68,43 +63,16 @@ CODEX = "codex exec --dangerously-bypass-approvals-and-sandbox --disable hooks -
 GEMINI = 'gemini -p "" --approval-mode yolo --skip-trust --output-format stream-json'
 COPILOT = "copilot --allow-all --no-ask-user --no-color --output-format json --usage-output-file {answer}/usage.json"
 READ = "'Read {prompt_file} and do what it says.'"
-RANDOM = shlex.join([sys.executable, "-P", str(Path(__file__).with_name("knob_search.py"))])
-TPE = shlex.join([sys.executable, "-P", str(Path(__file__).with_name("tpe.py")), "{tag}", "{direction}"])
+SEARCH = shlex.join([sys.executable, "-P", str(Path(__file__).with_name("knob_search.py"))])
 
 AGENTS = {
-    "claude": Agent(
-        f"{CLAUDE} --disallowedTools ScheduleWakeup",  # it would wait for minutes
-        f"{NPM} @anthropic-ai/claude-code",
-        streams=True,
-        reports_usd=True,
-        check="auth status",
-        refused=r'"loggedIn": *false',
-        login="claude auth login, or export ANTHROPIC_API_KEY",
-    ),
-    "codex": Agent(
-        CODEX,
-        f"{NPM} @openai/codex",
-        streams=True,
-        check="login status",
-        refused="Not logged in",
-        login="codex login, or export CODEX_API_KEY",
-    ),
+    # It would wait for minutes for what it scheduled.
+    "claude": Agent(f"{CLAUDE} --disallowedTools ScheduleWakeup", f"{NPM} @anthropic-ai/claude-code", True, True),
+    "codex": Agent(CODEX, f"{NPM} @openai/codex", streams=True),
     "vibe": Agent(
-        "vibe --auto-approve -p --output-dir {answer}",
-        "uv tool install mistral-vibe",
-        reports_usd=True,
-        check="--auto-approve -p x --resume no-such-session",
-        refused="Missing .*environment variable",
-        login="vibe --setup, or export MISTRAL_API_KEY",
+        "vibe --auto-approve -p --output-dir {answer}", "uv tool install mistral-vibe", streams=False, reports_usd=True
     ),
-    "gemini": Agent(
-        GEMINI,
-        f"{NPM} @google/gemini-cli",
-        streams=True,
-        check="--list-sessions",
-        refused="exit code 41",
-        login="export GEMINI_API_KEY (log-ins of consumers ended in June 2026)",
-    ),
+    "gemini": Agent(GEMINI, f"{NPM} @google/gemini-cli", streams=True),
     "opencode": Agent("opencode run --auto --format json", f"{NPM} opencode-ai", True, True),
     "kilo": Agent("kilo run --auto --format json", f"{NPM} @kilocode/cli", True, True),
     "pi": Agent("pi -p --no-session --mode json", f"{NPM} @earendil-works/pi-coding-agent", True, True),
@@ -113,8 +81,23 @@ AGENTS = {
     "droid": Agent("droid exec --skip-permissions-unsafe -o stream-json", f"{NPM} droid", True),
     "kimi": Agent(f"kimi --output-format stream-json -p {READ}", f"{NPM} @moonshot-ai/kimi-code", True),
     "cline": Agent(f"cline --json --auto-approve true {READ}", f"{NPM} cline", True),
-    "random": Agent(RANDOM, has_model=False),
-    "tpe": Agent(TPE, has_model=False, package="optuna"),
+    "random": Agent(f"{SEARCH} random {{tag}} {{direction}}", has_model=False),
+    "tpe": Agent(f"{SEARCH} tpe {{tag}} {{direction}}", has_model=False, package="optuna"),
+}
+
+LOG_INS = {  # name: a quick command without network, the pattern in what it says that means no, and the remedy
+    "claude": ("claude auth status", r'"loggedIn": *false', "claude auth login, or export ANTHROPIC_API_KEY"),
+    "codex": ("codex login status", "Not logged in", "codex login, or export CODEX_API_KEY"),
+    "vibe": (
+        "vibe --auto-approve -p x --resume no-such-session",
+        "Missing .*environment variable",
+        "vibe --setup, or export MISTRAL_API_KEY",
+    ),
+    "gemini": (
+        "gemini --list-sessions",
+        "exit code 41",
+        "export GEMINI_API_KEY (log-ins of consumers ended in June 2026)",
+    ),
 }
 
 
@@ -122,25 +105,23 @@ def choose_agent(name: str | None, command: str | None) -> Agent:
     """The agent to use. Raises UserError, with the remedy, if it is missing, not allowed here or not logged in."""
     if command is not None:
         return _agent_of_command(command)
+    installed = ", ".join(name for name, agent in AGENTS.items() if _is_installed(agent))
     if name not in AGENTS:
         asked = f"unknown agent {name!r}" if name else "no agent given"
-        remedy = f'use --agent NAME (installed here: {_installed()}) or --agent-cmd "COMMAND"'
+        remedy = f'use --agent NAME (installed here: {installed}) or --agent-cmd "COMMAND"'
         raise UserError(f"{asked}: {remedy}", 2)
     agent = AGENTS[name]
     if not _is_installed(agent):
         remedy = agent.install
         if agent.package:
             remedy = f"'uv run --extra {name} loop.py {shlex.join(sys.argv[1:])}'"
-        raise UserError(f"{name} is not installed: {remedy} (installed here: {_installed()})", 2)
+        raise UserError(f"{name} is not installed: {remedy} (installed here: {installed})", 2)
     # What claude itself asks before it lets root skip permissions.
     is_sandbox = os.environ.get("IS_SANDBOX") == "1" or "CLAUDE_CODE_BUBBLEWRAP" in os.environ
     if name == "claude" and os.geteuid() == 0 and not is_sandbox:
         remedy = "run as another user or, in a container, export IS_SANDBOX=1"
         raise UserError(f"claude does not skip permissions as root: {remedy}", 2)
-    # The check of codex knows neither an API key nor a provider of the user's own.
-    needs_no_login = name == "codex" and _codex_has_own_access()
-    if agent.check and not needs_no_login and _is_refused(agent):
-        raise UserError(f"{name} is not logged in: {agent.login}", 2)
+    _check_log_in(name)
     return agent
 
 
@@ -159,26 +140,25 @@ def _is_installed(agent: Agent) -> bool:
     return has_package and shutil.which(shlex.split(agent.command)[0]) is not None
 
 
-def _installed() -> str:
-    return ", ".join(name for name, agent in AGENTS.items() if _is_installed(agent))
+def _check_log_in(name: str) -> None:
+    """Raises UserError where the CLI says that nobody is logged in. In doubt all is well: the first call will tell."""
+    if name not in LOG_INS or (name == "codex" and _codex_has_own_access()):
+        return
+    command, refusal, remedy = LOG_INS[name]
+    try:
+        options = {"stdin": subprocess.DEVNULL, "capture_output": True, "timeout": CHECK_SECONDS}
+        check = subprocess.run(shlex.split(command), **options)
+    except subprocess.TimeoutExpired:
+        return
+    if re.search(refusal, f"{check.stdout!r}{check.stderr!r}exit code {check.returncode}"):
+        raise UserError(f"{name} is not logged in: {remedy}", 2)
 
 
 def _codex_has_own_access() -> bool:
-    if "CODEX_API_KEY" in os.environ or "CODEX_ACCESS_TOKEN" in os.environ:
-        return True
-    home = Path(os.environ.get("CODEX_HOME", Path.home() / ".codex"))
-    provider = r"^\s*(model_provider|openai_base_url|profile|oss_provider)\s*="
-    return re.search(provider, read_text(home / "config.toml"), re.MULTILINE) is not None
-
-
-def _is_refused(agent: Agent) -> bool:
-    """Whether the CLI says that nobody is logged in. In doubt it passes: a night's back-off is no great loss."""
-    command = [shlex.split(agent.command)[0], *agent.check.split()]
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        check = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=CHECK_SECONDS)
-        said = f"{check.stdout!r}{check.stderr!r}exit code {check.returncode}"
-        return re.search(agent.refused, said) is not None
-    return False
+    """An API key, or a provider of the user's own: its check knows neither."""
+    config = Path(os.environ.get("CODEX_HOME", Path.home() / ".codex"), "config.toml")
+    has_key = "CODEX_API_KEY" in os.environ or "CODEX_ACCESS_TOKEN" in os.environ
+    return has_key or re.search("provider|base_url", read_text(config)) is not None
 
 
 # What tells a CLI that another one of its kind started it.
@@ -200,7 +180,7 @@ def agent_environment(variables: dict[str, str]) -> dict[str, str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a CLI says in JSON: what it did, in plain words, why it failed, and what that cost
+# What a CLI says in JSON: its last words, why it failed, and what that cost
 #
 # CLIs print JSON objects, one a line, each with shapes of its own. They are told apart by what stands in them, so the
 # same output of any other command is understood too. Whatever is not reported, or cannot be true, is unknown, never 0.
@@ -226,12 +206,6 @@ class Cost:
         """{} where nothing was called that costs anything."""
         return dataclasses.asdict(self) if self.calls else {}
 
-    def __str__(self) -> str:
-        dollars = "cost unknown" if self.usd is None else f"${self.usd:.4f}"
-        if self.tokens_in is None or self.tokens_out is None:
-            return f"{dollars}, tokens unknown"
-        return f"{dollars}, {self.tokens_in:,} tokens in, {self.tokens_out:,} out"
-
 
 UNKNOWN = Cost(1, None, None, None)
 
@@ -240,162 +214,150 @@ UNKNOWN = Cost(1, None, None, None)
 class Answer:
     """What a CLI said."""
 
-    words: tuple[str, ...] = ()  # what it did and said, in order; empty where it printed no JSON that is known
-    error: str = ""  # its last words, where they tell a failure
+    said: str = ""  # its last words; "" where it printed no JSON that is known
+    is_error: bool = False  # they tell a failure
     cost: Cost = UNKNOWN
 
 
 def read_answer(output: str) -> Answer:
     """What a CLI printed, understood as far as it is JSON."""
-    words: list[str] = []
-    errors: list[str] = []  # since it last said something else
-    events = list(_find_objects(output))
-    for event in events:
-        text, is_error = _words_of(event)
-        if not text:
-            continue
-        if text not in words[-1:]:  # an event often comes twice, begun and done
-            words.append(text)
-        if not is_error:
-            errors = []
-        elif text not in errors:
-            errors.append(text)
-    return Answer(tuple(words), "; ".join(errors[-2:]), _cost_of(events))
+    try:
+        events = list(_find_objects(output))
+        cost = _cost_of(events)
+        words = (_words_of(event) for event in reversed(events))
+        text, is_error = next((found for found in words if found[0]), ("", False))
+        return Answer(text, is_error, cost)
+    except RecursionError:  # lists in one another, a thousand deep
+        return Answer()
 
 
-def _find_objects(output: str) -> Iterable[dict]:
+def _find_objects(output: str) -> Iterator[dict]:
     """The JSON objects among the lines; warnings, torn lines and the like are left out."""
     for line in output.splitlines():
-        if not line.startswith(("{", "[")):
-            continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        for entry in value if isinstance(value, list) else [value]:
-            if isinstance(entry, dict):
-                yield entry
+        if line.startswith(("{", "[")):
+            with contextlib.suppress(ValueError):
+                value = json.loads(line)
+                entries = value if isinstance(value, list) else [value]
+                yield from (entry for entry in entries if isinstance(entry, dict))
 
 
-def _at(value: object, *keys: str | int) -> object:
+def _leaves(value: object, name: str = "") -> Iterator[tuple[str, object]]:
+    """Whatever is neither object nor list in a JSON value, with the name under which it stands."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _leaves(inner, key)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _leaves(inner, name)
+    else:
+        yield name, value
+
+
+def _last(value: object, names: Iterable[str], kind: type) -> object:
+    """The last leaf of this type under the first of these names that has one; None where none has."""
+    found = {name: leaf for name, leaf in _leaves(value) if isinstance(leaf, kind) and leaf}
+    return next((found[name] for name in names if name in found), None)
+
+
+def _at(value: object, *keys: str) -> object:
     """What stands under these keys, one in another; None where there is nothing."""
     for key in keys:
-        try:
-            value = value[key]
-        except (TypeError, KeyError, IndexError):
-            return None
+        value = value.get(key) if isinstance(value, dict) else None
     return value
 
 
-# Where CLIs put their words, and an error's first.
-ERRORS = (
-    ("errors", -1, "message"), ("errors", -1), ("error", "data", "message"), ("error", "message"), ("error", "name"),
-    ("error",), ("errorMessage",), ("message", "errorMessage"),
-)  # fmt: skip
-WORDS = (
-    ("result",), ("item", "text"), ("item", "message"), ("item", "command"), ("part", "text"),
-    ("part", "state", "title"), ("message", "content", -1, "text"), ("data", "content"), ("data", "message"),
-    ("message",), ("text",),
-)  # fmt: skip
-CODES = (("error", "data", "statusCode"), ("api_error_status",), ("data", "statusCode"), ("error", "code"))
+SPEECH = ("result", "item", "part", "message", "data", "text", "content")  # what an event may hold of the model's
+WORDS = ("", "text", "message", "content", "title", "command")  # the names of words in there, those of a model first
+CODES = ("statusCode", "api_error_status", "code")
 
 
 def _words_of(event: dict) -> tuple[str, bool]:
-    """One object in plain words, "" where it says nothing to a person; and whether it tells a failure."""
-    kind = str(event.get("type"))
+    """The last words of one object, "" where it says nothing to a person; and whether they tell a failure."""
+    kind = str(event.get("type", ""))
     role = _at(event, "message", "role") or event.get("role")
     if role not in (None, "assistant") or kind.startswith(("user", "system")):  # the prompt, and what tools gave
         return "", False
-    text = _first_text(event, ERRORS)
-    is_error = bool(text) or event.get("is_error") is True or kind.endswith(("error", "failed"))
-    text = text or _first_text(event, WORDS)
-    if is_error and not text:
-        text = str(event.get("subtype") or kind)
-    denials = event.get("permission_denials")
-    if isinstance(denials, list) and denials and not is_error:
-        tools = ", ".join(sorted({str(_at(denial, "tool_name")) for denial in denials}))
-        return f"it was not allowed to use {tools}: {text}", True
-    codes = [str(code) for code in (_at(event, *place) for place in CODES) if isinstance(code, int)]
-    if is_error and codes and codes[0] not in text:
-        text = f"{codes[0]}: {text}"
+    error = event.get("errors") or event.get("error") or event.get("errorMessage")
+    error = error or _at(event, "message", "errorMessage")
+    is_error = bool(error) or event.get("is_error") is True or kind.endswith(("error", "failed"))
+    speech = next((event[name] for name in SPEECH if event.get(name)), None)
+    text = _last(error, ("", "message"), str) or _last(speech, WORDS, str) or ""
+    if is_error:
+        text = text or str(event.get("subtype") or kind)
+        code = _last(event, CODES, int)
+        if code is not None and str(code) not in text:
+            text = f"{code}: {text}"
+    tools = {str(leaf) for name, leaf in _leaves(event.get("permission_denials")) if name == "tool_name"}
+    if tools and not is_error:
+        return f"it was not allowed to use {', '.join(sorted(tools))}: {text}", True
     return text.strip(), is_error
 
 
-def _first_text(event: dict, places: Iterable[tuple]) -> str:
-    for place in places:
-        text = _at(event, *place)
-        if isinstance(text, str) and text.strip():
-            return text.strip()
-    return ""
-
-
-def _cost_of(events: list[dict]) -> Cost:
-    """The cost of a whole call: what the last object says that counts all of it, else the sum of its steps."""
-    whole: list[tuple[object, object]] = []  # (counts of tokens, dollars)
-    steps: list[tuple[object, object]] = []
-    for event in events:
-        kind = event.get("type")
-        models = event.get("modelUsage") or event.get("modelMetrics")
-        if isinstance(models, dict):  # claude, copilot: every model that was called, subagents' too
-            usages = [_at(model, "usage") or model for model in models.values()]
-            dollars = _number(event.get("total_cost_usd"), MOST_USD)
-            whole = [(usage, dollars if place == 0 else 0.0) for place, usage in enumerate(usages)]
-        elif kind in ("result", "turn.completed", "completion") or "cost_usd" in event:  # claude, codex, vibe, others
-            dollars = event.get("total_cost_usd", event.get("cost_usd"))
-            whole = [(event.get("usage") or event.get("stats"), dollars)]
-        elif kind == "step_finish":  # opencode, kilo
-            steps.append((_at(event, "part", "tokens"), _at(event, "part", "cost")))
-        elif kind == "message_end" and _at(event, "message", "role") == "assistant":  # pi
-            usage = _at(event, "message", "usage")
-            steps.append((usage, _at(usage, "cost", "total")))
-    bills = whole or steps
-    if not bills:
-        return UNKNOWN
-    counts = [_tokens(usage) for usage, _ in bills]
-    tokens_in = _sum(count[0] for count in counts)
-    tokens_out = _sum(count[1] for count in counts)
-    usd = _sum(_number(dollars, MOST_USD) for _, dollars in bills)
-    has_used_nothing = tokens_in == 0 and tokens_out == 0
-    if usd == 0 and not has_used_nothing:  # a model whose price the CLI does not know
-        usd = None
-    return Cost(1, tokens_in, tokens_out, usd)
-
-
+USAGE = (  # where counts of tokens stand, those of every model that was called first
+    ("modelUsage",), ("modelMetrics",), ("usage",), ("stats",), ("part", "tokens"), ("message", "usage"),
+)  # fmt: skip
+DOLLARS = (("total_cost_usd",), ("cost_usd",), ("part", "cost"), ("message", "usage", "cost", "total"))
+STEPS = ("step_finish", "message_end")  # events that count a part of the call (opencode and kilo, pi)
+WHOLE = ("result", "turn.completed", "completion")  # that count all of it, as files in the folder {answer} do
 TOKENS_IN = ("input_tokens", "inputTokens", "input")
 TOKENS_OUT = ("output_tokens", "outputTokens", "output")
 TOKENS_OF_CACHE = (  # beside those: what OpenAI's shape calls cached_input_tokens is a part of them
     "cache_read_input_tokens", "cache_creation_input_tokens", "cacheReadInputTokens", "cacheCreationInputTokens",
-    "cacheRead", "cacheWrite",
+    "cacheRead", "cacheWrite", "read", "write",
 )  # fmt: skip
 
 
+def _cost_of(events: list[dict]) -> Cost:
+    """The cost of a whole call: what the last object says that counts all of it, else the sum of its steps."""
+    whole: list[Cost] = []
+    steps: list[Cost] = []
+    for event in events:
+        usages = [_at(event, *place) for place in USAGE]
+        usage = next((usage for usage in usages if isinstance(usage, dict) and usage), None)
+        if usage is None:
+            continue
+        prices = [_at(event, *place) for place in DOLLARS]
+        price = next((price for price in prices if price is not None), None)
+        cost = Cost(1, *_tokens(usage), _number(price, MOST_USD, int | float))
+        if event.get("type") in STEPS:
+            steps.append(cost)
+        elif event.get("type", WHOLE[0]) in WHOLE:
+            whole = [cost]
+    bills = whole or steps
+    if not bills:
+        return UNKNOWN
+    total = dataclasses.replace(sum(bills, Cost()), calls=1)
+    has_used_nothing = total.tokens_in == 0 and total.tokens_out == 0
+    if total.usd == 0 and not has_used_nothing:  # a model whose price the CLI does not know
+        return dataclasses.replace(total, usd=None)
+    return total
+
+
 def _tokens(usage: object) -> tuple[int | None, int | None]:
-    """Tokens in and out of one CLI's counts; None where one is missing or is no count."""
+    """Tokens in and out of one CLI's counts, or of the counts of each model; None where one is missing or no count."""
     if not isinstance(usage, dict):
         return None, None
-    is_opencode = isinstance(usage.get("cache"), dict)
-    if is_opencode:
-        usage = usage | {"cacheRead": usage["cache"].get("read"), "cacheWrite": usage["cache"].get("write")}
-    first_in = [_count(usage[key]) for key in TOKENS_IN if key in usage][:1]
-    caches = [_count(usage[key]) for key in TOKENS_OF_CACHE if key in usage]
-    outs = [_count(usage[key]) for key in TOKENS_OUT if key in usage][:1]
-    if is_opencode:
-        outs.append(_count(usage.get("reasoning")))
-    total = usage.get("total_tokens")
-    if None not in first_in + outs and total == sum(first_in + outs):
-        caches = []  # counted already
-    return _sum(first_in + caches) if first_in else None, _sum(outs) if outs else None
+    if not any(name in usage for name in TOKENS_IN):
+        models = [_tokens(_at(model, "usage") or model) for model in usage.values()]
+        return tuple(_sum(counts) for counts in zip(*models, strict=True)) if models else (None, None)
+    if isinstance(usage.get("cache"), dict):  # opencode
+        usage = usage | usage["cache"]
+    tokens_in = _first_count(usage, TOKENS_IN)
+    tokens_out = _sum([_first_count(usage, TOKENS_OUT), _number(usage.get("reasoning", 0), MOST_TOKENS)])
+    caches = _sum(_number(usage.get(name, 0), MOST_TOKENS) for name in TOKENS_OF_CACHE)
+    if usage.get("total_tokens") == _sum([tokens_in, tokens_out]):
+        caches = 0  # counted already
+    return _sum([tokens_in, caches]), tokens_out
 
 
-def _count(value: object) -> int | None:
-    return _number(value, MOST_TOKENS) if isinstance(value, int) else None
+def _first_count(usage: dict, names: Iterable[str]) -> int | None:
+    return next((_number(usage[name], MOST_TOKENS) for name in names if name in usage), None)
 
 
-def _number(value: object, most: float) -> float | None:
+def _number(value: object, most: float, kinds=int) -> float | None:
     """The value, if it is a number from 0 to `most`."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return value if math.isfinite(value) and 0 <= value <= most else None
+    is_number = isinstance(value, kinds) and not isinstance(value, bool)
+    return value if is_number and 0 <= value <= most else None
 
 
 def _sum(values: Iterable[float | None]) -> float | None:
@@ -452,10 +414,10 @@ class Worktree:
         self.folder = folder
         self.notes = folder.with_name(f"{folder.name}.agent")  # the prompt, and what the CLI said
         self.log = self.notes / "agent.log"
+        self._answers = self.notes / "answer"
         self._tag = tag
         self._repository = tag.repository
         self._mark = mark
-        self._copied: dict[str, list[int]] = {}  # run -> times of its files
 
     def propose(
         self,
@@ -473,13 +435,10 @@ class Worktree:
         # Some CLIs read nothing outside of their folder; in it, the prompt would be found by every search.
         takes_file = "{prompt_file}" in agent.command
         prompt_file = (self.folder if takes_file else self.notes) / "prompt.md"
-        answers = self.notes / "answer"
-        remove_folder(answers)
-        answers.mkdir()
         write_atomically(prompt_file, prompt)
-        words = shlex.split(agent.command)
-        places = {"{prompt_file}": str(prompt_file), "{answer}": str(answers)}
+        places = {"{prompt_file}": str(prompt_file), "{answer}": str(self._answers)}
         places |= {"{tag}": self._tag.name, "{direction}": self._tag.domain.direction}
+        words = shlex.split(agent.command)
         for place, value in places.items():
             words = [word.replace(place, value) for word in words]
         try:
@@ -491,66 +450,50 @@ class Worktree:
                 log=self.log,
                 limit=limit,
                 stop=stop,
-                stdin=os.devnull if takes_file else prompt_file,
+                stdin=None if takes_file else prompt_file,
                 quiet_limit=QUIET_LIMIT if agent.streams else None,
             )
         except OSError as error:  # while it updates itself, say
             return NoProposal(f"the agent does not start: {error}", "failed")
-        answer = self._read_answer(answers)
-        answer = answer if agent.has_model else dataclasses.replace(answer, cost=Cost())
+        answer = self._read_answer()
+        if not agent.has_model:
+            answer = dataclasses.replace(answer, cost=Cost())
         return self._look(agent, champion, start, ending, answer)
 
-    # Before
-
     def _lay_out(self, champion: str, start: bytes) -> None:
-        """Make the worktree anew, whatever the last proposal left in it; what takes time to make is carried over."""
-        with tempfile.TemporaryDirectory(dir=self.notes) as aside:
-            for name in (".venv", "runs"):  # `uv run` makes the first
-                with contextlib.suppress(OSError):
-                    os.rename(self.folder / name, Path(aside, name))
-            self._repository.add_worktree(self.folder, champion)
-            for name in os.listdir(aside):
-                os.rename(Path(aside, name), self.folder / name)
+        """Make the worktree anew, whatever the last proposal left in it, but for .venv: `uv run` takes long to make it.
+
+        The newest runs are there as copies, since an agent need not, and may not, leave its folder.
+        """
+        venv = self.folder / ".venv"
+        aside = self.notes / ".venv"
+        with contextlib.suppress(OSError):
+            os.rename(venv, aside)
+        self._repository.add_worktree(self.folder, champion)
+        with contextlib.suppress(OSError):
+            os.rename(aside, venv)
+        remove_folder(self._answers)
+        self._answers.mkdir()
         write_atomically(self.folder / self._repository.editable, start)
         write_atomically(self.folder / "results.tsv", read_text(self._tag.home / "results.tsv"))
-        self._copy_runs()
-
-    def _copy_runs(self) -> None:
-        """The newest runs in `runs/`, so that an agent need not leave its folder; only new ones are copied."""
-        target = self.folder / "runs"
-        if target.is_symlink() or not target.is_dir():
-            with contextlib.suppress(FileNotFoundError):
-                target.unlink()
-            target.mkdir()
         names = [path.name for path in self._tag.runs.glob("[0-9]*")]
-        newest = sorted(filter(str.isdigit, names), key=int)[-RUNS_COPIED:]
-        for path in target.iterdir():
-            if path.name not in newest:
-                remove_folder(path)
-        for name in newest:
-            files = [path for path in (self._tag.runs / name / file for file in RUN_FILES) if path.is_file()]
-            times = [path.stat().st_mtime_ns for path in files]
-            if self._copied.get(name) == times and (target / name).is_dir():
-                continue
-            remove_folder(target / name)
-            (target / name).mkdir()
-            for path in files:
-                (target / name / path.name).write_text(read_end(path, RUN_FILE_BYTES))
-            self._copied[name] = times
+        for name in sorted(filter(str.isdigit, names), key=int)[-RUNS_COPIED:]:
+            copy = self.folder / "runs" / name
+            copy.mkdir(parents=True)
+            for path in (self._tag.runs / name / file for file in RUN_FILES):
+                if path.is_file():
+                    (copy / path.name).write_text(read_end(path, RUN_FILE_BYTES))
 
-    # After
-
-    def _read_answer(self, answers: Path) -> Answer:
-        """What the agent said. Where that is JSON, it stands at the end of its log in plain words too."""
+    def _read_answer(self) -> Answer:
+        """What the agent said. Where that is JSON, its last words stand at the end of its log in plain text too."""
         said = read_head(self.log, MAX_LOG_BYTES)
-        for path in sorted(answers.glob("*.json")):
+        for path in sorted(self._answers.glob("*.json")):
             with contextlib.suppress(ValueError, RecursionError):
                 said += "\n" + json.dumps(json.loads(read_head(path, MAX_LOG_BYTES)))
         answer = read_answer(said)
-        if answer.words:
-            words = "\n".join(answer.words)
+        if answer.said:
             with contextlib.suppress(OSError), open_to_append(self.log) as file:
-                file.write(f"\n--- In plain words ({answer.cost}):\n\n{words}\n")
+                file.write(f"\n--- Its last words:\n\n{answer.said}\n")
         return answer
 
     def _look(self, agent: Agent, champion: str, start: bytes, ending: Ending, answer: Answer) -> Proposal | NoProposal:
@@ -569,17 +512,16 @@ class Worktree:
             description = one_line(read_head(self.folder / DESCRIPTION_FILE, 2000))
             description = description or describe_edit(start, source, name)
             return Proposal(source, description, answer.cost, self._touched(champion))
-        if not ending.problem and not answer.error:
+        if not ending.problem and not answer.is_error:
             return NoProposal(f"the agent left {name} as it was", "unchanged", answer.cost)
-        said = one_line(answer.error or (answer.words[-1] if answer.words else _last_words(self.log)), REASON_CHARS)
+        said = one_line(answer.said, REASON_CHARS) or _last_words(self.log)
         how = f"ended with {ending.problem}" if ending.problem else "failed"
-        reason = f"the agent {how}: {said}".rstrip(": ")
         kind = "failed"
-        if answer.error or not answer.words:
+        if answer.is_error or not answer.said:  # else the words are the model's own
             kind = _kind_of_failure(said)
         if not agent.has_model and ending.problem == f"exit code {NOTHING_TO_TURN}":
             kind = "refused"
-        return NoProposal(reason, kind, answer.cost)
+        return NoProposal(f"the agent {how}: {said}".rstrip(": "), kind, answer.cost)
 
     def _touched(self, champion: str) -> tuple[str, ...]:
         changed: list[str] = []
@@ -590,15 +532,10 @@ class Worktree:
 
 
 def _last_words(log: Path) -> str:
-    """The last lines of plain text that say something: `}` and `[object Object]` do not."""
-    lines = [one_line(line, REASON_CHARS) for line in read_end(log, 4000).splitlines()]
-    lines = [line for line in lines if re.search(r"[^\W\d_]{3}", line) and line != "[object Object]"]
-    said = lines[-1] if lines else ""
-    for line in lines[-2::-1]:
-        if len(line) + len(said) >= REASON_CHARS:
-            break
-        said = f"{line} {said}"
-    return said
+    """The last lines of plain text that say something: a `}` does not."""
+    lines = read_end(log, 4000).splitlines()
+    said = one_line(" ".join(line for line in lines if re.search(r"[^\W\d_]{3}", line)), 4000)
+    return said[-REASON_CHARS:]
 
 
 class BackOff:

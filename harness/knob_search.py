@@ -1,35 +1,56 @@
-"""Agents that need no model: they turn one hyperparameter of the editable file. A coding agent should beat them.
+"""The agents without a model: they turn hyperparameters of the editable file. A coding agent should beat them.
 
-    uv run loop.py --agent random
-    AUTORESEARCH_PROFILE=pocket python -P harness/knob_search.py < /dev/null     # one edit by hand, in a checkout
+    uv run loop.py --agent random                              # one hyperparameter at a time
+    uv run --extra tpe loop.py --agent tpe                     # all of them at once, by Optuna
+    uv run --extra tpe loop.py --agent claude --suggest tpe    # three suggestions in a model's prompt
+    python -P harness/knob_search.py random TAG minimize       # in a worktree: one edit of its train.py
+    python -P harness/knob_search.py tpe TAG minimize COMMIT   # prints three suggestions for that commit's train.py
 
-It starts from HEAD's train.py, which is the champion's in every worktree, changes one of the hyperparameters that count
-under the profile and writes what it did to experiment.txt. Changes that are named in results.tsv or in the prompt on
-standard input are not proposed again. A program of its own: it imports nothing of harness/.
+Both draw from the same values around those in the baseline's train.py. What was tried is read from the ledger for every
+proposal and kept nowhere. To Optuna a trial is a run's score with the values in that run's train.py, whoever wrote it;
+a crash is a failed one, and a run without a verdict a running one, so that several workers get different proposals.
+A program of its own: finding the block that counts evaluates a condition that an agent may have written.
 """
 
 import ast
+import itertools
+import math
 import os
 import random
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-EDITABLE = Path("train.py")
-BANNER = re.compile(r"#.*\b(knobs|hyper-?parameters)\b", re.IGNORECASE)  # above the block
-RULE = re.compile(r"# ?[-=#]{3}")  # begins every banner
+if __name__ == "__main__":
+    # As in loop.py: the package harness is the one that this file is in.
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import harness  # noqa: F401
+
+    sys.path.pop(0)
+
+from harness.console import UserError, one_line, say
+from harness.edit import CANNOT_PARSE, fingerprint
+from harness.machine import variables_for_agent
+from harness.repository import Repository
+from harness.tag import Tag
+
+EDITABLE = "train.py"
+BANNER = re.compile(r"^# ?[-=#]{3}.*\n(?:#.*\n){0,2}", re.MULTILINE)  # a rule, and comments below it
+OF_BLOCK = re.compile(r"\b(knobs|hyper-?parameters)\b", re.IGNORECASE)  # in the banner above the block
 NEUTRAL = ("DEVICE_BATCH_SIZE", "LOSS_CHUNK")  # memory only: the loss does not depend on them
-NOTHING_TO_TURN = 3  # exit code: no later call will find anything either
-
-FACTORS = (0.5, 0.7, 0.8, 0.9, 1.1, 1.25, 1.5, 2.0)
-FRACTION_STEPS = (-0.2, -0.1, -0.05, 0.05, 0.1, 0.2)  # of a hyperparameter that is a fraction of the budget
-BETA_STEPS = (-0.1, -0.05, -0.02, 0.02, 0.05)
 PATTERNS = ("L", "SL", "SSL", "SSSL", "SSSSL")
-TRIES = 1000  # random changes before the hyperparameters count as exhausted
+FACTORS = [4 ** (step / 16) for step in range(-16, 17)]  # of a baseline's number: log-uniform from a fourth to fourfold
+DOUBLINGS = (0.25, 0.5, 1, 2, 4)  # of a large whole number: kernels want powers of two
+LARGEST_COUNTED = 16  # whole numbers up to here are no large ones
+TRIES = 200  # draws before the hyperparameters count as exhausted
+NOTHING_TO_TURN = 3  # exit code: no later call will find anything either
+SUGGESTIONS = 3  # in a language model's prompt
+SUGGEST_SECONDS = 120  # that they may take
 
-
+# ---------------------------------------------------------------------------------------------------------------------
 # Reading and writing hyperparameters
 
 
@@ -43,49 +64,22 @@ class Hyperparameter:
     end: int
 
 
-def read_hyperparameters(source: str, profile: str, with_booleans: bool = False) -> dict[str, Hyperparameter]:
+def read_hyperparameters(source: str, profile: str) -> dict[str, Hyperparameter]:
     """Name -> the assignment in the block that counts under the profile: the last one that is executed."""
-    first, last = _block(source)
-    statements = [node for node in ast.parse(source).body if first <= node.lineno <= last]
+    banners = [*BANNER.finditer(source)]
+    begin = next((banner.end() for banner in banners if OF_BLOCK.search(banner.group())), len(source))
+    end = next((banner.start() for banner in banners if banner.start() >= begin), len(source))
     found: dict[str, Hyperparameter] = {}
-    _collect(statements, profile, found)
-    found = {name: one for name, one in found.items() if name not in NEUTRAL}
-    return {name: one for name, one in found.items() if with_booleans or not isinstance(one.value, bool)}
-
-
-def with_values(source: str, hyperparameters: dict[str, Hyperparameter], values: dict[str, object]) -> str:
-    """The source with other values."""
-    lines = source.splitlines(keepends=True)
-    # From the last to the first: two may stand on one line.
-    for name in sorted(values, key=lambda name: hyperparameters[name].begin, reverse=True):
-        place = hyperparameters[name]
-        line = lines[place.line].encode()  # ast counts bytes
-        lines[place.line] = (line[: place.begin] + repr(values[name]).encode() + line[place.end :]).decode()
-    return "".join(lines)
-
-
-def _block(source: str) -> tuple[int, int]:
-    """The first and the last line, from 1, of what stands between the block's banner and the next banner."""
-    lines = source.splitlines()
-    first = 0
-    has_code = False
-    for number, line in enumerate(lines, 1):
-        is_rule = RULE.match(line) is not None
-        if not first:
-            is_banner = is_rule or (number > 1 and RULE.match(lines[number - 2]) is not None)
-            first = number if is_banner and BANNER.match(line) else 0
-        elif has_code and is_rule:
-            return first, number
-        elif line.strip() and not line.startswith("#"):  # a banner may have a rule below it too
-            has_code = True
-    return (first, len(lines)) if first else (1, 0)
+    lines_above = "\n" * source[:begin].count("\n")  # blank: the numbers of the block's lines stay
+    _collect(ast.parse(lines_above + source[begin:end]).body, profile, found)
+    return {name: one for name, one in found.items() if name not in NEUTRAL}
 
 
 def _collect(statements: list[ast.stmt], profile: str, found: dict[str, Hyperparameter]) -> None:
     """Add the hyperparameters of these statements; of an `if` those of the branch that is taken."""
     for node in statements:
         if isinstance(node, ast.If):
-            branch = node.body if _counts(node.test, profile) else node.orelse
+            branch = node.body if _is_taken(node.test, profile) else node.orelse
             _collect(branch, profile, found)
         elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id.isupper():
             value = node.value
@@ -93,95 +87,198 @@ def _collect(statements: list[ast.stmt], profile: str, found: dict[str, Hyperpar
                 literal = ast.literal_eval(value)
             except ValueError:  # computed from others
                 continue
-            if isinstance(literal, int | float | str | tuple) and value.lineno == value.end_lineno:
+            if isinstance(literal, int | float | str) and value.lineno == value.end_lineno:
                 place = (value.lineno - 1, value.col_offset, value.end_col_offset)
                 found[node.targets[0].id] = Hyperparameter(literal, *place)
 
 
-def _counts(test: ast.expr, profile: str) -> bool:
-    """Whether a branch counts here. A condition that asks more than profile and devices is taken as false."""
-    code = compile(ast.Expression(test), str(EDITABLE), "eval")
+def _is_taken(test: ast.expr, profile: str) -> bool:
+    """Whether this machine takes a branch. A condition that asks more than profile and device is taken as false."""
+    code = compile(ast.Expression(test), EDITABLE, "eval")
     try:
         return bool(eval(code, {"PROFILE": profile}))
     except NameError:
         pass
     try:
-        import torch  # not above: it takes seconds, and few profiles need it
+        from harness import device  # not above: it imports torch, which takes seconds, and few profiles need it
 
-        return bool(eval(code, {"PROFILE": profile, "torch": torch}))
+        return bool(eval(code, vars(device) | {"PROFILE": profile}))
     except Exception:  # whatever an agent wrote there
         return False
 
 
-# Random search
+def with_values(source: str, hyperparameters: dict[str, Hyperparameter], values: dict[str, object]) -> str:
+    """The source with other values."""
+    lines = source.split("\n")
+    # From the last to the first: two may stand on one line.
+    for name in sorted(values, key=lambda name: hyperparameters[name].begin, reverse=True):
+        place = hyperparameters[name]
+        line = lines[place.line].encode()  # ast counts bytes
+        lines[place.line] = (line[: place.begin] + repr(values[name]).encode() + line[place.end :]).decode()
+    return "\n".join(lines)
 
 
-def mutate(name: str, value: object, rng: random.Random) -> object:
-    """Another value of the same type, not far away."""
+# ---------------------------------------------------------------------------------------------------------------------
+# The space, and what was tried of it
+
+
+def possible_values(name: str, value: object) -> tuple:
+    """All that may stand in place of a baseline's value, in order; () where nothing else may: other text, 0."""
+    if isinstance(value, bool):
+        return (False, True)
+    if isinstance(value, str) and value and set(value) <= set("SL"):
+        return tuple(dict.fromkeys((*PATTERNS, value)))
+    if isinstance(value, int) and value > LARGEST_COUNTED:
+        return tuple(int(value * factor) for factor in DOUBLINGS)
+    if isinstance(value, int) and value > 0:
+        return tuple(sorted({max(1, round(value * factor)) for factor in FACTORS}))
+    if isinstance(value, float) and name.endswith(("RATIO", "FRAC")) and 0 <= value <= 1:
+        return tuple(hundredths / 100 for hundredths in range(101))
+    if isinstance(value, float) and 0 < value < math.inf:
+        return tuple(float(f"{value * factor:.3g}") for factor in FACTORS)
+    return ()
+
+
+def nearest(values: tuple, value: object) -> int | None:
+    """The place among the possible values that is nearest to a value; None where it lies outside of them."""
+    if type(value) is not type(values[0]) or not min(values) <= value <= max(values):
+        return None
     if isinstance(value, str):
-        return rng.choice(PATTERNS) if set(value) <= set("SL") else value
-    if isinstance(value, tuple):
-        index = rng.randrange(len(value)) if value else 0
-        if not value or not isinstance(value[index], float):
-            return value
-        moved = round(value[index] + rng.choice(BETA_STEPS), 3)
-        moved = min(0.999, max(0.0, moved))
-        return (*value[:index], moved, *value[index + 1 :])
-    if isinstance(value, int):
-        if value > 16:
-            return rng.choice((value // 2, value * 2))
-        return max(1, value + rng.choice((-1, 1)))
-    if name.endswith(("RATIO", "FRAC")) and value <= 1:
-        moved = round(value + rng.choice(FRACTION_STEPS), 3)
-        return min(1.0, max(0.0, moved))
-    return float(f"{value * rng.choice(FACTORS):.3g}")
+        return values.index(value) if value in values else None
+    return min(range(len(values)), key=lambda place: abs(values[place] - value))
 
 
-class NothingToTurn(ValueError):
-    """The editable file has no hyperparameter that this agent knows how to change."""
+Space = dict[str, tuple]  # name -> possible values
+Draw = Callable[[Space], dict[str, int]]  # for some names the place of a value
 
 
-def propose(source: str, profile: str, seen: str, rng: random.Random) -> tuple[str, str]:
-    """The edited source and its description. Raises ValueError if every change at hand has been seen."""
-    hyperparameters = read_hyperparameters(source, profile)
-    is_any_turned = False
-    for _ in range(TRIES if hyperparameters else 0):
-        name = rng.choice(sorted(hyperparameters))
-        old = hyperparameters[name].value
-        new = mutate(name, old, rng)
-        description = f"{name} {old} -> {new}"
-        if new != old and not _was_seen(description, seen):
-            return with_values(source, hyperparameters, {name: new}), description
-        is_any_turned = is_any_turned or new != old
-    if is_any_turned:
-        raise ValueError("every change at hand has been tried: the hyperparameters are exhausted")
-    where = "lines NAME = value under a banner that says 'Knobs' or 'Hyperparameters'"
-    raise NothingToTurn(f"{EDITABLE} has no hyperparameter to turn ({where}): use an agent with a model")
+class Search:
+    """The space around a baseline's values, and what was tried of it so far."""
+
+    def __init__(self, baseline: bytes, profile: str):
+        self.profile = profile
+        self.trials: list[tuple[dict[str, int], str, float | None]] = []  # places of values, state, score
+        space = {name: possible_values(name, one.value) for name, one in self._read(baseline).items()}
+        self.space = {name: values for name, values in space.items() if values}
+        self._seen: set[str] = set()  # fingerprints of what was tried or proposed
+
+    def tell(self, source: bytes, state: str, score: float | None = None, mark: str = "") -> None:
+        """A run of this file: COMPLETE, FAIL or RUNNING. `mark`: its fingerprint, where that is known."""
+        found = self._read(source)
+        places = {name: nearest(values, found[name].value) for name, values in self.space.items() if name in found}
+        places = {name: place for name, place in places.items() if place is not None}
+        self.trials.append((places, state, score))
+        self._seen.add(mark or fingerprint(source))
+
+    def propose(self, source: bytes, draw: Draw) -> Iterator[tuple[bytes, str]]:
+        """Edits of this file that are new, with their descriptions, until none is found. May raise UserError."""
+        found = self._read(source)
+        space = {name: values for name, values in self.space.items() if name in found}
+        if not space:
+            where = "lines NAME = value, as the baseline has, under a banner that says 'Knobs' or 'Hyperparameters'"
+            problem = f"{EDITABLE} has no hyperparameter to turn ({where}): use an agent with a model"
+            raise UserError(problem, NOTHING_TO_TURN)
+        for _ in range(TRIES):
+            drawn = {name: space[name][place] for name, place in draw(space).items()}
+            changed = {name: value for name, value in drawn.items() if value != found[name].value}
+            if not changed:
+                continue
+            edited = with_values(source.decode(), found, changed).encode()
+            mark = fingerprint(edited)
+            if mark not in self._seen:
+                self._seen.add(mark)
+                yield edited, ", ".join(f"{name} {found[name].value} -> {value}" for name, value in changed.items())
+
+    def _read(self, source: bytes) -> dict[str, Hyperparameter]:
+        try:
+            return read_hyperparameters(source.decode(), self.profile)
+        except CANNOT_PARSE:
+            return {}
 
 
-def _was_seen(description: str, seen: str) -> bool:
-    """Whether a text names this change; `DEPTH 2 -> 1` is not in `DEPTH 2 -> 10`."""
-    return re.search(rf"(?<!\w){re.escape(description)}(?!\.?\w)", seen) is not None
+def random_draw(rng: random.Random) -> Draw:
+    """One hyperparameter at a time."""
+
+    def draw(space: Space) -> dict[str, int]:
+        # COMPILE, say, costs minutes: by chance alone a switch is turned only where there is nothing else.
+        names = [name for name, values in space.items() if values != (False, True)] or list(space)
+        name = rng.choice(names)
+        return {name: rng.randrange(len(space[name]))}
+
+    return draw
+
+
+def tpe_draw(search: Search, direction: str, seed: int | None = None) -> Draw:
+    """All at once, as Optuna's tree-structured Parzen estimator thinks best after what was tried."""
+    import optuna
+    from optuna.distributions import CategoricalDistribution, IntDistribution
+
+    def distributions(names: Iterable[str]) -> dict:
+        found = {}
+        for name in names:
+            values = search.space[name]
+            has_order = not isinstance(values[0], bool | str)
+            last = len(values) - 1
+            found[name] = IntDistribution(0, last) if has_order else CategoricalDistribution(range(last + 1))
+        return found
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(direction=direction, sampler=optuna.samplers.TPESampler(seed=seed))
+    for places, state, score in search.trials:
+        state = optuna.trial.TrialState[state]
+        options = {"params": places, "distributions": distributions(places)}
+        study.add_trial(optuna.create_trial(state=state, value=score, **options))
+    return lambda space: study.ask(distributions(space)).params
+
+
+def search_ledger(tag: Tag, profile: str) -> Search:
+    """The search after all that a tag's ledger holds."""
+    search = Search(tag.repository.read(tag.ledger.baseline, EDITABLE), profile)
+    decided = set()
+    for run in tag.ledger.runs:
+        decided.add(run.commit)
+        source = tag.repository.read(run.commit, EDITABLE)
+        if run.counts:
+            search.tell(source, "COMPLETE", run.score, run.fingerprint)
+        elif run.status == "crash":
+            search.tell(source, "FAIL", None, run.fingerprint)
+    # One that was cut off by a kill stays here: it costs a little of the space around its values.
+    for commit in set(tag.repository("for-each-ref", "--format=%(objectname)", tag.refs).split()) - decided:
+        search.tell(tag.repository.read(commit, EDITABLE), "RUNNING")
+    return search
+
+
+def suggest(tag: Tag, profile: str) -> list[str]:
+    """What TPE would change in the champion: `DEPTH 1 -> 2, MATRIX_LR 0.04 -> 0.031`. [] where it fails, and said."""
+    command = [sys.executable, "-P", __file__, "tpe", tag.name, tag.domain.direction, tag.champion]
+    options = {"capture_output": True, "text": True, "start_new_session": True}  # Ctrl-C is for the loop
+    options |= {"cwd": tag.checkout, "env": variables_for_agent(profile), "timeout": SUGGEST_SECONDS}
+    try:
+        return subprocess.run(command, check=True, **options).stdout.splitlines()
+    except subprocess.SubprocessError as error:
+        said = str(error.stderr or error)
+        say(f"note: TPE has no suggestions: {one_line(said[-200:])}")
+        return []
 
 
 def main() -> int:
-    ledger = Path("results.tsv")
-    seen = ledger.read_text() if ledger.exists() else ""
-    if not sys.stdin.isatty():
-        seen += sys.stdin.read()
-    head = subprocess.run(["git", "show", f"HEAD:{EDITABLE}"], stdout=subprocess.PIPE, text=True)
-    if head.returncode:
-        print(f"error: HEAD has no {EDITABLE}: run this in a checkout of the project", file=sys.stderr)
-        return NOTHING_TO_TURN
-    profile = os.environ.get("AUTORESEARCH_PROFILE", "climbmix")
+    agent, name, direction, *commits = sys.argv[1:]
     try:
-        source, description = propose(head.stdout, profile, seen, random.Random())
-    except (ValueError, SyntaxError) as error:
+        repository = Repository(Path.cwd(), EDITABLE, "program.md")
+        tag = Tag(repository, name, None)  # of the domain only the direction matters
+        search = search_ledger(tag, os.environ.get("AUTORESEARCH_PROFILE", "climbmix"))
+        draw = tpe_draw(search, direction) if agent == "tpe" else random_draw(random.Random())
+        source = repository.read(commits[0] if commits else repository.head(), EDITABLE)
+        edits = list(itertools.islice(search.propose(source, draw), SUGGESTIONS if commits else 1))
+        if not edits:
+            raise UserError("every change at hand has been tried: the hyperparameters are exhausted")
+    except (UserError, ImportError) as error:  # Optuna is missing where the environment was put back without the extra
         print(f"error: {error}", file=sys.stderr)
-        return NOTHING_TO_TURN if isinstance(error, NothingToTurn) else 1
-    EDITABLE.write_text(source)
-    Path("experiment.txt").write_text(description + "\n")
-    print(description)
+        return error.code if isinstance(error, UserError) else NOTHING_TO_TURN
+    print("\n".join(description for _, description in edits))
+    if not commits:
+        Path(EDITABLE).write_bytes(edits[0][0])
+        Path("experiment.txt").write_text(edits[0][1] + "\n")
     return 0
 
 

@@ -43,7 +43,7 @@ def run_child(
     log: Path,
     limit: float,
     stop: threading.Event,
-    stdin: Path | str = os.devnull,
+    stdin: Path | None = None,
     quiet_limit: float | None = None,
     watch: Callable[[], None] | None = None,
 ) -> Ending:
@@ -54,9 +54,11 @@ def run_child(
     process that the child started is left. Raises OSError if the command does not start.
     """
     begin = time.monotonic()
-    with open(stdin, "rb") if str(stdin) == os.devnull else open_regular(Path(stdin)) as source:
+    setpriv = shutil.which("setpriv")
+    dying = [setpriv, "--pdeathsig", "KILL", "--"] if setpriv else []  # with the thread that starts it
+    with open_regular(stdin) if stdin else open(os.devnull) as source:
         process = subprocess.Popen(
-            [*_die_with_parent(), *command],
+            [*dying, *command],
             cwd=cwd,
             env=env | {MARK: mark, "PWD": str(cwd)},  # opencode takes its folder from PWD
             stdin=source,
@@ -66,7 +68,7 @@ def run_child(
         )
     output = _Output(process.stdout, log)
     problem = ""
-    while not problem and not _has_ended(process):
+    while not problem and not _ends_within(process, POLL_SECONDS):
         if watch is not None:
             watch()
         now = time.monotonic()
@@ -82,9 +84,7 @@ def run_child(
     seconds = time.monotonic() - begin
     sweep(mark)
     output.close()
-    if not problem:
-        problem = _problem_of(process.returncode)
-    return Ending(problem, seconds)
+    return Ending(problem or _problem_of(process.returncode), seconds)
 
 
 def _problem_of(code: int) -> str:
@@ -95,15 +95,9 @@ def _problem_of(code: int) -> str:
     return f"exit code {code}" if code else ""
 
 
-def _die_with_parent() -> list[str]:
-    """The command before the command that lets it die with the thread which starts it."""
-    setpriv = shutil.which("setpriv")
-    return [setpriv, "--pdeathsig", "KILL", "--"] if setpriv else []
-
-
-def _has_ended(process: subprocess.Popen) -> bool:
+def _ends_within(process: subprocess.Popen, seconds: float) -> bool:
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(POLL_SECONDS)
+        process.wait(seconds)
         return True
     return False
 
@@ -113,8 +107,7 @@ def _end_group(process: subprocess.Popen) -> None:
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(KILL_GRACE)
+        _ends_within(process, KILL_GRACE)
 
 
 class _Output:
@@ -122,28 +115,24 @@ class _Output:
 
     def __init__(self, stream, log: Path):
         self.heard_at = 0.0  # time.monotonic() of the newest output
-        self._stream = stream
-        self._file = new_file(log, buffering=0)
-        self._thread = threading.Thread(target=self._copy, daemon=True)
+        self._thread = threading.Thread(target=self._copy, args=(stream, new_file(log, buffering=0)), daemon=True)
         self._thread.start()
 
-    def _copy(self) -> None:
+    def _copy(self, stream, file) -> None:
         written = 0
         rest = b""
-        rest_bytes = 0
-        with self._file:
-            while chunk := self._stream.read1(65536):
+        with file:
+            while chunk := stream.read1(65536):
                 self.heard_at = time.monotonic()
-                if written >= LOG_CAP:
-                    rest = (rest + chunk)[-TAIL_CAP:]
-                    rest_bytes += len(chunk)
-                    continue
                 with contextlib.suppress(OSError):  # not even a full disk may stop the child's pipe
-                    written += self._file.write(chunk)
+                    if written < LOG_CAP:
+                        written += file.write(chunk)
+                    else:
+                        rest = (rest + chunk)[-TAIL_CAP:]
             with contextlib.suppress(OSError):
-                if rest_bytes > len(rest):
-                    self._file.write(f"\n[... {rest_bytes - len(rest)} bytes cut ...]\n".encode())
-                self._file.write(rest)
+                if len(rest) == TAIL_CAP:
+                    file.write(b"\n[... cut ...]\n")
+                file.write(rest)
 
     def close(self) -> None:
         """Wait for the end of the output; a process that no sweep could end may hold it open."""

@@ -13,7 +13,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from harness import compare, isolation, machine, prompt, tpe
+from harness import compare, isolation, knob_search, machine, prompt
 from harness.agents import Agent, BackOff, Cost, NoProposal, Worktree
 from harness.console import Interrupts, StopNow, UserError, duration, is_terminal, say, show_live_line
 from harness.domain import Description
@@ -399,7 +399,7 @@ class Session:
     def _propose(self, agent: Agent, worktree: Worktree, crash: Run | None, refusal: str, cost: Cost):
         """An edit by the agent, or why there is none; and what its calls have cost since its last run."""
         self._set_doing("proposing")
-        suggestions = tpe.suggest(self.tag, self.facts.profile) if self.options.suggest else []
+        suggestions = knob_search.suggest(self.tag, self.facts.profile) if self.options.suggest else []
         with self.ratchet.lock:
             base = crash.base if crash else self.tag.champion
             start = self.tag.source(crash.commit if crash else base)

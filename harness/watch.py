@@ -1,20 +1,22 @@
 """Whether a session has done enough (--patience, --target), and what a person is told meanwhile (--notify).
 
-The command of --notify runs through the shell, gets the text on standard input, and has a minute. Its failures go to
-notify.log; it never blocks or ends the loop.
+The command of --notify runs through the shell, gets the text on standard input, and has a minute (where `timeout` is
+installed). What it prints, and its exit code if that is not 0, goes to notify.log; it never blocks or ends the loop.
 """
 
+import contextlib
+import shutil
 import socket
 import subprocess
-import threading
 import time
 
 from harness.console import duration, say
 from harness.ledger import Run
 from harness.tag import Tag
 
-TIME_LIMIT = 60  # seconds that a command may take
-LAST_WAIT = 5  # seconds that the end of a session waits for commands that still run
+TIME_LIMIT = "60"  # seconds that a command may take
+LAST_WAIT = 5  # seconds that the end of a session waits for the last command
+RUN = '"$@" || echo "$(date): exit code $?"'
 LONG_WAIT = 1800  # seconds of waiting after which a person is told
 
 
@@ -29,7 +31,6 @@ class Watch:
         self._command = command
         self._without_keep = 0
         self._has_told_wait = False
-        self._threads: list[threading.Thread] = []
 
     def see(self, run: Run) -> None:
         """A run was decided. A gain on a former champion runs again, and counts then."""
@@ -61,32 +62,23 @@ class Watch:
             self.enough = reason
             say(f"enough: {reason}; finishing what runs, then stopping")
 
-    def tell(self, news: str) -> None:
+    def tell(self, news: str) -> subprocess.Popen | None:
         """Begin to tell a person, and return at once."""
-        if self._command:
-            text = f"{socket.gethostname()}: {self._tag.branch}: {news}\n{self._tag.ledger.standing()}\n"
-            thread = threading.Thread(target=self._run_command, args=(text,), daemon=True)
-            thread.start()
-            self._threads.append(thread)
-
-    def _run_command(self, text: str) -> None:
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "start_new_session": True}
-        try:
-            done = subprocess.run(
-                self._command, shell=True, input=text.encode(errors="replace"), timeout=TIME_LIMIT, **options
-            )
-            problem = f"exit code {done.returncode}: {done.stdout[:1000].decode(errors='replace')}"
-            is_fine = done.returncode == 0
-        except (OSError, subprocess.SubprocessError) as error:
-            problem = str(error)
-            is_fine = False
-        if not is_fine:
-            with open(self._tag.home / "notify.log", "a") as file:
-                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(problem.split())}\n")
+        if not self._command:
+            return None
+        text = f"{socket.gethostname()}: {self._tag.branch}: {news}\n{self._tag.ledger.standing()}\n"
+        limit = ["timeout", TIME_LIMIT] if shutil.which("timeout") else []
+        with contextlib.suppress(OSError), open(self._tag.home / "notify.log", "a") as log:
+            options = {"stdin": subprocess.PIPE, "stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
+            child = subprocess.Popen(["sh", "-c", RUN, "sh", *limit, "sh", "-c", self._command], **options)
+            with child.stdin:
+                child.stdin.write(text.encode(errors="replace"))
+            return child
+        return None
 
     def close(self, reason: str) -> None:
-        """The session is over: tell it, and wait a few seconds for what still runs."""
-        self.tell(f"the loop ended: {reason}")
-        deadline = time.monotonic() + LAST_WAIT
-        for thread in self._threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
+        """The session is over: tell it, and wait a few seconds for the command."""
+        child = self.tell(f"the loop ended: {reason}")
+        if child is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(LAST_WAIT)

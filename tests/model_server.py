@@ -1,6 +1,7 @@
 """A scripted model server on loopback: what a coding agent's CLI talks to in a test, instead of a model.
 
-    with ModelServer(Run("sed -i s/8/10/ train.py"), Say("done")) as server:
+    with ModelServer() as server:
+        server.play(Run("sed -i s/8/10/ train.py"), Say("done"))
         subprocess.run(["claude", "-p"], env={"ANTHROPIC_BASE_URL": server.url, ...})
     assert "the prompt" in server.requests[0].user_text
 
@@ -11,7 +12,6 @@ turn answers for ever. Requests without tools (a CLI asks for a title, a count, 
 
 import json
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
@@ -35,9 +35,8 @@ class Say:  # answers with text, which ends the agent's work
 
 
 @dataclass(frozen=True)
-class Status:  # refuses with an HTTP status and, where given, a Retry-After
+class Status:  # refuses with an HTTP status
     code: int
-    retry_after_seconds: int | None = None
 
 
 class Hang:  # accepts the request and never answers
@@ -49,8 +48,6 @@ Turn = Run | Call | Say | Status | Hang
 
 @dataclass(frozen=True)
 class Request:
-    path: str
-    headers: dict[str, str]
     body: dict
 
     @property
@@ -65,11 +62,10 @@ class Request:
         said = []
         for message in self.body.get("messages") or self.body.get("input") or []:
             content = message.get("content") or []
-            if message.get("role") != "user":
-                continue
             if isinstance(content, str):
                 content = [{"text": content}]
-            said += [part["text"] for part in content if "text" in part]
+            if message.get("role") == "user":
+                said += [part["text"] for part in content if "text" in part]
         return "\n".join(said)
 
 
@@ -78,9 +74,8 @@ def tool_call(request: Request, turn: Run | Call) -> tuple[str, dict]:
     if isinstance(turn, Call):
         return turn.tool, turn.arguments
     name = next(name for name in SHELL_TOOLS if name in request.tools)
-    schema = request.tools[name]
-    values = {field: turn.command if field in ("command", "cmd") else "an edit" for field in schema["properties"]}
-    return name, {field: values[field] for field in schema.get("required", [])}
+    required = request.tools[name].get("required", [])
+    return name, {field: turn.command if field in ("command", "cmd") else "an edit" for field in required}
 
 
 SHELL_TOOLS = ("Bash", "bash", "exec_command", "run_shell_command", "Execute")  # of claude; others; codex; qwen; droid
@@ -150,26 +145,23 @@ class ModelServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, *script: Turn):
+    def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.requests: list[Request] = []  # those that took a turn, in order
+        self.requests: list[Request] = []  # those that took a turn of the present script, in order
         self.numbers = count()
         self.closing = threading.Event()  # lets go of the requests that hang
-        self.lock = threading.Lock()
-        self.play(*script)
 
     def play(self, *script: Turn) -> None:
-        """Puts another script in the place of the one that plays."""
-        with self.lock:
-            self.script = list(script)
+        """Begin a script."""
+        self.script = list(script)
+        self.requests = []
 
     def turn(self, request: Request) -> Turn:
         if not request.tools:
             return Say("a title")
-        with self.lock:
-            self.requests.append(request)
-            return self.script.pop(0) if len(self.script) > 1 else self.script[0]
+        self.requests.append(request)
+        return self.script.pop(0) if len(self.script) > 1 else self.script[0]
 
     def __enter__(self) -> Self:
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
@@ -187,44 +179,29 @@ class ModelServer(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     server: ModelServer
 
-    def do_GET(self):
-        self.send_error(404)
-
-    do_HEAD = do_GET
-
     def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
+        request = Request(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
         path = self.path.partition("?")[0]
         stream = next((STREAMS[end] for end in STREAMS if path.endswith(end)), None)
-        if stream is None:
-            self.send_error(404)
-            return
-        request = Request(path, dict(self.headers), json.loads(body))
-        match self.server.turn(request):
-            case Hang():
-                self.server.closing.wait()
-            case Status() as turn:
-                self.refuse(turn)
-            case turn:
-                self.answer(stream(request, next(self.server.numbers), turn))
+        turn = self.server.turn(request) if stream else Status(404)
+        if isinstance(turn, Hang):
+            self.server.closing.wait()
+        elif isinstance(turn, Status):
+            error = {"type": "error", "error": {"type": "scripted", "message": f"scripted {turn.code}"}}
+            self.send("application/json", json.dumps(error), turn.code)
+        else:
+            text = ""
+            for event, data in stream(request, next(self.server.numbers), turn):
+                line = data if isinstance(data, str) else json.dumps(data)
+                text += (f"event: {event}\n" if event else "") + f"data: {line}\n\n"
+            self.send("text/event-stream", text)
 
-    def answer(self, events: Iterator[tuple[str | None, dict | str]]) -> None:
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream")
+    def send(self, kind: str, text: str, code: int = 200) -> None:
+        self.send_response(code)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(text.encode())))
         self.end_headers()
-        for event, data in events:
-            line = data if isinstance(data, str) else json.dumps(data)
-            self.wfile.write((f"event: {event}\n" if event else "").encode() + f"data: {line}\n\n".encode())
-
-    def refuse(self, turn: Status) -> None:
-        body = json.dumps({"type": "error", "error": {"type": "scripted", "message": f"scripted {turn.code}"}}).encode()
-        self.send_response(turn.code)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        if turn.retry_after_seconds is not None:
-            self.send_header("Retry-After", str(turn.retry_after_seconds))
-        self.end_headers()
-        self.wfile.write(body)
+        self.wfile.write(text.encode())
 
     def log_message(self, *args) -> None:
         pass

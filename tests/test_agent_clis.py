@@ -9,7 +9,6 @@ A real CLI runs with a fresh HOME, a dummy key and no other environment; where i
 import json
 import os
 import shutil
-import threading
 from pathlib import Path
 
 import pytest
@@ -102,7 +101,6 @@ TELL_DOLLARS = ("claude", "vibe", "pi")  # of this model; opencode knows no pric
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in CONFIGURE if name not in ("claude", "codex")]
 
 every_cli = pytest.mark.parametrize("cli", ["claude", "codex", *SLOW], indirect=True)
-claude_alone = pytest.mark.parametrize("cli", ["claude"], indirect=True)
 
 
 class Cli:
@@ -115,7 +113,6 @@ class Cli:
 
     def propose(self, *script: Turn, limit: float = LIMIT, agent: Agent | None = None) -> Proposal | NoProposal:
         self.server.play(*script)
-        self.server.requests.clear()
         return self.lab.propose(agent or AGENTS[self.name], prompt=PROMPT, limit=limit)
 
 
@@ -157,39 +154,36 @@ def test_answer_without_an_edit_and_refusals_are_told_apart_in_the_clis_words(cl
     answer = cli.propose(Status(401))
     assert answer.kind == "refused", answer
     assert "401" in answer.reason or "Invalid API key" in answer.reason
-    assert isinstance(cli.propose(*EDIT), Proposal)
 
 
 @pytest.mark.parametrize("cli", ["claude", "codex", "copilot", "pi"], indirect=True)
 def test_server_errors_and_rate_limits_are_failures_and_an_edit_before_counts(cli):
     answer = cli.propose(Status(500))
     assert answer.kind == "failed" and len(answer.reason) > len("the agent ended with exit code 1: "), answer
-    answer = cli.propose(Status(429, retry_after_seconds=1))
-    assert answer.kind == "rate limit", answer
+    assert cli.propose(Status(429)).kind == "rate limit"
     assert cli.propose(EDIT[0], Status(500)).source == EDITED
 
 
 @every_cli
 def test_hang_is_ended_with_all_that_the_agent_started_and_an_edit_before_counts(cli, tmp_path):
     daemon = Run(f"setsid sleep 60 >/dev/null 2>&1 & echo $! > {tmp_path}/daemon")
-    proposals = []
     patience = 10 if cli.name in ("claude", "codex", "pi") else 30
-    thread = threading.Thread(target=lambda: proposals.append(cli.propose(daemon, EDIT[0], Hang(), limit=patience)))
-    thread.start()
-    thread.join(LIMIT)
-    assert proposals[0].source == EDITED
+    assert cli.propose(daemon, EDIT[0], Hang(), limit=patience).source == EDITED
     assert int((tmp_path / "daemon").read_text()) not in find_processes("cmdline", b"sleep")
 
 
-@claude_alone
-def test_claude_uses_its_own_tools_in_the_worktree_and_reads_runs_and_ledger_there(cli):
+@pytest.mark.parametrize("cli", ["claude"], indirect=True)
+def test_claude_uses_its_own_tools_in_the_worktree_without_a_persons_hooks_and_says_where_it_may_not(cli):
     cli.lab.add_run(log="the end of a log", status="discard", description="wider layers", score=1.6)
+    hook = {"matcher": "Edit|Bash", "hooks": [{"type": "command", "command": "echo '# formatted' >> train.py"}]}
+    write(Path(cli.lab.env["HOME"], ".claude/settings.json"), json.dumps({"hooks": {"PostToolUse": [hook]}}))
     train = {"file_path": str(cli.lab.file("train.py"))}
+    edit = Call("Edit", train | {"old_string": "DEPTH = 4", "new_string": "DEPTH = 8"})
     proposal = cli.propose(
         Call("Read", {"file_path": str(cli.lab.file("runs/0002/run.log"))}),
         Call("Read", {"file_path": str(cli.lab.file("results.tsv"))}),
         Call("Read", train),
-        Call("Edit", train | {"old_string": "DEPTH = 4", "new_string": "DEPTH = 8"}),
+        edit,
         Call("Write", {"file_path": str(cli.lab.file("experiment.txt")), "content": "by its own tools"}),
         Say("Done."),
     )
@@ -197,17 +191,8 @@ def test_claude_uses_its_own_tools_in_the_worktree_and_reads_runs_and_ledger_the
     assert (proposal.source, proposal.description) == (EDITED, "by its own tools")
     seen = json.dumps(cli.server.requests[-1].body)
     assert "the end of a log" in seen and "wider layers" in seen
-
-
-@claude_alone
-def test_claude_that_may_not_edit_says_so_and_a_persons_hooks_take_no_part(cli):
-    path = str(cli.lab.file("train.py"))
-    edit = Call("Edit", {"file_path": path, "old_string": "DEPTH = 4", "new_string": "DEPTH = 8"})
-    hook = {"matcher": "Edit|Bash", "hooks": [{"type": "command", "command": "echo '# formatted' >> train.py"}]}
-    write(Path(cli.lab.env["HOME"], ".claude/settings.json"), json.dumps({"hooks": {"PostToolUse": [hook]}}))
-    assert cli.propose(Call("Read", {"file_path": path}), edit, Say("Done.")).source == EDITED
     asks = Agent("claude -p --output-format stream-json --verbose --allowedTools Read")
-    answer = cli.propose(Call("Read", {"file_path": path}), edit, Say("I could not."), agent=asks)
+    answer = cli.propose(Call("Read", train), edit, Say("I could not."), agent=asks)
     assert answer.reason == "the agent failed: it was not allowed to use Edit: I could not."
 
 

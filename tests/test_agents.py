@@ -7,6 +7,7 @@ Every agent here is a real process in a real worktree.
 
 import json
 import os
+import re
 import sys
 import threading
 
@@ -45,7 +46,7 @@ def test_proposal_is_the_edited_file_with_its_description_and_other_changes_are_
     assert lab.propose(EDIT, start=crashed).source == EDITED + b"1 / 0\n"
 
 
-def test_agent_finds_ledger_and_newest_runs_inside_its_worktree(lab, monkeypatch):
+def test_agent_finds_ledger_newest_runs_and_its_own_venv_inside_its_worktree(lab, monkeypatch):
     monkeypatch.setattr(agents, "RUNS_COPIED", 3)
     lab.add_run(log="x" * 100_000 + "the end\n", status="discard", description="wider", score=1.6)
     look = """
@@ -53,15 +54,15 @@ def test_agent_finds_ledger_and_newest_runs_inside_its_worktree(lab, monkeypatch
         log = pathlib.Path("runs/0002/run.log").read_text()
         assert len(log) == 65536 and log.endswith("the end\\n")
         assert not [path for path in pathlib.Path(".").rglob("*") if path.is_symlink()]
-        import shutil; shutil.rmtree("runs/0001")
+        os.makedirs(".venv/bin")
         knob("DEPTH", len(os.listdir("runs")))
     """
-    assert b"DEPTH = 1" in lab.propose(look).source
+    assert b"DEPTH = 2" in lab.propose(look).source
     for number in range(3, 6):
         lab.add_run(log=f"log {number}")
     (lab.tag.folder(4) / "run.log").write_text("it went on")
     lab.propose(EDIT)
-    assert sorted(os.listdir(lab.file("runs"))) == ["0003", "0004", "0005"]
+    assert sorted(os.listdir(lab.file("runs"))) == ["0003", "0004", "0005"] and lab.file(".venv/bin").is_dir()
     assert lab.file("runs/0004/run.log").read_text() == "it went on"
 
 
@@ -102,18 +103,13 @@ HARM = {
     'shutil.rmtree(subprocess.getoutput("git rev-parse --absolute-git-dir"))',
     "commits": 'pathlib.Path("prepare.py").write_text("1"); git("commit -qam mine"); git("checkout -q -b mine$$")',
     "stages junk": 'pathlib.Path("junk").write_text("1"); git("add -A -f"); git("rm -q --cached prepare.py")',
-    "hides a change from git": 'pathlib.Path("prepare.py").write_text("1"); '
-    'git("update-index --skip-worktree prepare.py")',
+    "hides a change": 'pathlib.Path("prepare.py").write_text("1"); git("update-index --skip-worktree prepare.py")',
     "leaves a lock": 'pathlib.Path(subprocess.getoutput("git rev-parse --git-path index.lock")).touch()',
-    "checks out next to nothing": 'git("sparse-checkout set --no-cone nothing"); git("show HEAD:train.py > train.py")',
     "turns files into folders": 'os.remove("prepare.py"); os.makedirs("prepare.py/x"); os.makedirs("torch/y")',
     "puts pipes": 'os.remove("results.tsv"); [os.mkfifo(n) for n in ("results.tsv", ".train.py", "prompt.md")]',
     "replaces the runs": 'subprocess.run("rm -rf runs", shell=True); os.symlink(OUTSIDE, "runs")',
-    "leaves 40 MB": 'pathlib.Path("weights.bin").write_bytes(b"x" * 40_000_000)',
     "hides processes": "hide(False); hide(True)",
     "nests repositories": 'os.mkdir("nested"); git("init -q nested"); os.chmod("train.py", 0o755)',
-    "edits its instructions": 'pathlib.Path("program.md").write_text("Cheat.")',
-    "prints without end": 'for _ in range(300): print("x" * 100_000)',
 }  # fmt: skip
 LOOK = """
 import json
@@ -137,46 +133,34 @@ def test_whatever_an_agent_does_its_edit_counts_and_the_next_begins_clean(lab, m
         assert lab.persons_state() == before and find_marked(lab.tag.mark) == set(), name
         left, prepare = json.loads((lab.outside / "left").read_text())
         assert left == sorted(names) and prepare == FAKE_PREPARE, after
-        assert lab.worktree.log.stat().st_size < 10**7, name
         assert not list(lab.outside.glob("0*")), name  # no run was copied through a link
         after = name
 
 
-DAMAGE = {
-    'os.remove("train.py"); os.symlink("/etc/hostname", "train.py")': "train.py is not a regular file",
-    'os.remove("train.py")': "train.py is not a regular file",
-    'os.remove("train.py"); os.makedirs("train.py/deep")': "train.py is not a regular file",
-    'os.remove("train.py"); os.mkfifo("train.py")': "train.py is not a regular file",
-    'pathlib.Path("train.py").write_bytes(b"#" * 40_000_000)': "train.py is over 4 MiB",
-}
-
-
 def test_train_that_is_no_regular_file_or_too_large_is_a_refused_edit(lab):
-    for damage, reason in DAMAGE.items():
-        assert lab.propose(damage) == NoProposal(reason, "refused edit", agents.UNKNOWN)
-    assert lab.propose(EDIT).source == EDITED
+    gone = 'os.remove("train.py"); '
+    for damage in ('os.symlink("/etc/hostname", "train.py")', 'os.makedirs("train.py/deep")', 'os.mkfifo("train.py")'):
+        refused = NoProposal("train.py is not a regular file", "refused edit", agents.UNKNOWN)
+        assert lab.propose(gone + damage) == refused
+    huge = 'pathlib.Path("train.py").write_bytes(b"#" * 40_000_000)'
+    assert lab.propose(huge) == NoProposal("train.py is over 4 MiB", "refused edit", agents.UNKNOWN)
 
 
 # -----------------------------------------------------------------------------
 # Time
 
-SILENT = "print('thinking', flush=True); time.sleep(600)\n"
 
-
-def test_silent_agent_is_ended_and_an_edit_made_before_is_taken(lab, monkeypatch):
+def test_silent_slow_or_stopped_agent_is_ended_and_only_a_whole_edit_counts(lab, monkeypatch):
     monkeypatch.setattr(agents, "QUIET_LIMIT", 1)
-    assert lab.propose(lab.agent(EDIT + SILENT, streams=True)).source == EDITED
-    assert lab.propose(lab.agent(SILENT, streams=True)).reason == "the agent ended with no output for 1 s: thinking"
+    silent = "print('thinking', flush=True); time.sleep(600)\n"
+    assert lab.propose(lab.agent(EDIT + silent, streams=True)).source == EDITED
+    assert lab.propose(lab.agent(silent, streams=True)).reason == "the agent ended with no output for 1 s: thinking"
     lively = 'for _ in range(15):\n    print("x", flush=True); time.sleep(0.1)\n'
     assert lab.propose(lab.agent(lively + EDIT, streams=True)).source == EDITED
     assert lab.propose(lab.agent("time.sleep(1.2)\n" + EDIT)).source == EDITED  # a CLI that prints at its end
-
-
-def test_agent_over_its_time_fails_and_one_that_is_stopped_gives_no_half_an_edit(lab):
-    assert lab.propose(Agent("/nonexistent/agent")).kind == "failed"
     answer = lab.propose("time.sleep(600)", limit=0.5)
-    assert answer.kind == "failed" and answer.reason.startswith("the agent ended with timeout after")
-    assert not answer.reason.endswith(":")
+    assert answer.kind == "failed" and re.fullmatch("the agent ended with timeout after . s", answer.reason)
+    assert lab.propose(Agent("/nonexistent/agent")).kind == "failed"
     threading.Timer(1, lab.stop.set).start()
     assert isinstance(lab.propose(EDIT + "time.sleep(600)"), NoProposal)
 
@@ -226,8 +210,9 @@ def tools(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("IS_SANDBOX", "1")
 
-    def install(name: str, answer: str = "", code: int = 0) -> None:
-        (folder / name).write_text(f"#!{sys.executable}\nprint({answer!r})\nraise SystemExit({code})\n")
+    def install(name: str, answer: str = "", code: int = 0, seconds: int = 0) -> None:
+        body = f"import time\nprint({answer!r})\ntime.sleep({seconds})\nraise SystemExit({code})\n"
+        (folder / name).write_text(f"#!{sys.executable}\n{body}")
         (folder / name).chmod(0o755)
 
     return install
@@ -259,134 +244,129 @@ def test_agent_that_is_missing_unknown_or_not_logged_in_is_refused_with_the_reme
         assert choose_agent(name, None) is AGENTS[name]
 
 
-def test_claude_as_root_is_refused_with_what_to_do_and_a_check_that_hangs_or_is_unknown_refuses_nobody(
-    tools, monkeypatch
-):
-    tools("claude", "error: unknown command 'auth'", 1)
-    assert choose_agent("claude", None)
+def test_log_in_that_no_check_sees_passes_and_claude_as_root_does_not(tools, tmp_path, monkeypatch):
+    tools("codex", "Not logged in", 1)
+    (tmp_path / ".codex").mkdir()
+    (tmp_path / ".codex/config.toml").write_text('model_provider = "mine"')
+    assert choose_agent("codex", None)  # whose check knows no provider of a person's own
+    tools("claude", '{"loggedIn": false}', seconds=60)
+    monkeypatch.setattr(agents, "CHECK_SECONDS", 0.1)
+    assert choose_agent("claude", None)  # a check that hangs refuses nobody
     monkeypatch.delenv("IS_SANDBOX")
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert choose_agent("claude", None)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     assert "IS_SANDBOX=1" in refusal("claude")
-    monkeypatch.setattr(agents, "CHECK_SECONDS", 0.1)
-    monkeypatch.setitem(agents.AGENTS, "slow", Agent("/bin/sleep", check="60", refused="exit code"))
-    assert choose_agent("slow", None)
 
 
 # -----------------------------------------------------------------------------
-# Failures: outputs of the real CLIs, shortened by what is not read
+# What CLIs print in JSON, shortened by what is not read
 
-FAILURES = {  # name: (output, exit code, kind, what the reason ends with)
-    "claude 401": (
-        '{"type":"result","subtype":"success","is_error":true,"api_error_status":401,"result":"Failed to authenticate. '
-        'API Error: 401 scripted 401"}',
-        1, "refused", "exit code 1: Failed to authenticate. API Error: 401 scripted 401",
+
+def line(type: str | None, **event) -> str:
+    return json.dumps(event | {"type": type} if type else event)
+
+
+DENIED = [{"tool_name": "Edit"}, {"tool_name": "Write"}, {"tool_name": "Edit"}]
+LIMIT = "You've hit your usage limit. Upgrade to Pro, visit the settings to purchase more or try again at 9:43 PM."
+FORBIDDEN = {"name": "APIError", "data": {"message": "no", "statusCode": 403}}
+OVERCOME = line("error", message="Reconnecting... 429") + "\n" + line("item.completed", item={"text": "I would not."})
+FAILURES = [  # output, exit code, kind, what the reason ends with
+    (
+        line("result", is_error=True, api_error_status=401, result="No."),
+        1,
+        "refused",
+        "with exit code 1: 401: No.",
     ),
-    "claude's limit": (
-        '{"type":"result","subtype":"success","is_error":true,"result":"You\'ve hit your session limit · resets 3pm"}',
-        1, "rate limit", "You've hit your session limit · resets 3pm",
+    (line("result", is_error=True, result="your session limit"), 1, "rate limit", "exit code 1: your session limit"),
+    (
+        line("result", result="No.", permission_denials=DENIED),
+        0,
+        "failed",
+        "was not allowed to use Edit, Write: No.",
     ),
-    "claude denied": (
-        '{"type":"result","subtype":"success","is_error":false,"result":"I could not.","permission_denials":'
-        '[{"tool_name":"Edit"},{"tool_name":"Write"},{"tool_name":"Edit"}]}',
-        0, "failed", "the agent failed: it was not allowed to use Edit, Write: I could not.",
-    ),
-    "codex's limit": (
-        '{"type":"turn.failed","error":{"message":"You\'ve hit your usage limit. Upgrade to Pro, visit the settings to '
-        'purchase more credits or wait: try again at 9:43 PM."}}',
-        1, "rate limit", "try again at 9:43 PM.",
-    ),
-    "opencode 403": (
-        '{"type":"error","error":{"name":"APIError","data":{"message":"no","statusCode":403}}}', 0, "refused",
-        "the agent failed: 403: no",
-    ),
-    "an error that was overcome": (
-        '{"type":"error","message":"Reconnecting... 429"}\n{"type":"item.completed","item":{"text":"I would not."}}',
-        0, "unchanged", "the agent left train.py as it was",
-    ),
-    "plain words": ("Starting\nError: 429 Too many requests\n[object Object]\n}\n", 1, "rate limit",
-                    "Starting Error: 429 Too many requests"),
-    "nothing": ("", 7, "failed", "the agent ended with exit code 7"),
-}  # fmt: skip
+    (line("result", is_error=True, subtype="error_max_turns"), 1, "failed", "exit code 1: error_max_turns"),
+    (line("turn.failed", error={"message": LIMIT}), 1, "rate limit", LIMIT),
+    (line("error", error=FORBIDDEN), 0, "refused", "the agent failed: 403: no"),
+    (line("error", error="429 insufficient_quota"), 1, "refused", "exit code 1: 429 insufficient_quota"),
+    (line("error", error="no") + "\n" + line("message", role="user", content="Do it."), 1, "failed", "exit code 1: no"),
+    (OVERCOME, 0, "unchanged", "the agent left train.py as it was"),
+    (line("text", part={"text": "the API says 429"}), 1, "failed", "the API says 429"),  # a model's own words
+    ("Starting\nError: 429 Too many requests\n}\n", 1, "rate limit", "Starting Error: 429 Too many requests"),
+    ("", 7, "failed", "the agent ended with exit code 7"),
+]
 
 
 def test_failure_is_told_in_the_clis_own_words_and_sorted_and_an_edit_before_counts(lab):
-    for name, (output, code, kind, end) in FAILURES.items():
+    for output, code, kind, end in FAILURES:
         answer = lab.propose(f"print({output!r}); sys.exit({code})")
-        assert (answer.kind, answer.reason[-len(end) :]) == (kind, end), name
-        assert len(answer.reason) < 300 and "\n" not in answer.reason, name
+        assert (answer.kind, answer.reason[-len(end) :]) == (kind, end)
     assert lab.propose(f"print({output!r}); knob('DEPTH', 8); sys.exit({code})").source == EDITED
 
 
-def test_json_left_in_the_answer_folder_is_read_and_the_log_tells_it_in_plain_words(lab):
+def test_json_left_in_the_answer_folder_is_read_and_the_log_ends_with_the_last_words(lab):
     export = json.dumps({"error": {"message": "Invalid API key", "code": "x"}, "usage": {}, "cost_usd": None}, indent=1)
     agent = lab.agent(f'pathlib.Path(sys.argv[1], "export.json").write_text({export!r}); sys.exit(1)')
     answer = lab.propose(Agent(f"{agent.command} {{answer}}"))
     assert (answer.kind, answer.reason) == ("refused", "the agent ended with exit code 1: Invalid API key")
-    assert lab.worktree.log.read_text().endswith("(cost unknown, tokens unknown):\n\nInvalid API key\n")
+    assert lab.worktree.log.read_text().endswith("\n\nInvalid API key\n")
     assert lab.propose("pass").kind == "unchanged"  # the export of the call before is gone
 
 
 # -----------------------------------------------------------------------------
-# Costs: outputs of the real CLIs, shortened by what is not read
+# Costs
 
 CLAUDE = (
-    '{"type":"result","is_error":false,"result":"Done.","total_cost_usd":0.3125,"usage":{"input_tokens":2,'
-    '"output_tokens":2},"modelUsage":{"opus":{"inputTokens":20,"outputTokens":200,"cacheReadInputTokens":3000,'
-    '"cacheCreationInputTokens":40,"costUSD":0.3},"haiku":{"inputTokens":5,"outputTokens":6,"cacheReadInputTokens":0,'
-    '"cacheCreationInputTokens":0}}}'
+    '{"type":"assistant","message":{"role":"assistant","content":[],"usage":{"input_tokens":2,"output_tokens":1}}}\n'
+    '{"type":"result","result":"Done.","total_cost_usd":0.3125,"usage":{"input_tokens":2,"output_tokens":2},"modelUsage":'
+    '{"opus":{"inputTokens":20,"outputTokens":200,"cacheReadInputTokens":3000,"cacheCreationInputTokens":40},'
+    '"haiku":{"inputTokens":5,"outputTokens":6,"cacheReadInputTokens":0,"cacheCreationInputTokens":0}}}'
 )
 CODEX = '{"type":"turn.completed","usage":{"input_tokens":1200,"cached_input_tokens":800,"output_tokens":34}}'
-OPENCODE = """\
-{"type":"step_finish","part":{"tokens":{"total":14,"input":1,"output":2,"reasoning":4,"cache":{"write":3,"read":4}},\
-"cost":0.25}}
-{"type":"text","part":{"type":"text","text":"Done."}}
-{"type":"step_finish","part":{"tokens":{"input":1,"output":1,"reasoning":0,"cache":{"write":0,"read":0}},"cost":0.5}}"""
+TOKENS = '{"input":1,"output":2,"reasoning":4,"cache":{"write":3,"read":4}}'
+OPENCODE = f'{{"type":"step_finish","part":{{"tokens":{TOKENS},"cost":0.5}}}}'
 PI = (
-    '{"type":"message_end","message":{"role":"assistant","content":[{"type":"text","text":"Done."}],"usage":{"input":5,'
-    '"output":3,"cacheRead":7,"cacheWrite":2,"totalTokens":17,"cost":{"input":1,"total":0.125}}}}'
+    '{"type":"message_end","message":{"role":"assistant","usage":{"input":5,"output":3,"cacheRead":7,"cacheWrite":2,'
+    '"cost":{"input":1,"total":0.125}}}}'
 )
-DROID = (
-    '{"type":"completion","finalText":"Done.","usage":{"input_tokens":20,"output_tokens":3,"cache_read_input_tokens":8,'
-    '"cache_creation_input_tokens":1}}'
+DROID = '{"type":"completion","usage":{"input_tokens":20,"output_tokens":3,"cache_read_input_tokens":8}}'
+GEMINI = (
+    '{"type":"result","stats":{"total_tokens":24,"input_tokens":20,"output_tokens":3,"cached":8,"input":12,"models":'
+    '{"pro":{"total_tokens":24,"input_tokens":20,"output_tokens":3}}}}'
 )
-GEMINI = '{"type":"result","stats":{"total_tokens":24,"input_tokens":20,"output_tokens":3,"cached":8}}'
 VIBE = '{"error":null,"usage":{"input_tokens":9,"output_tokens":2,"total_tokens":11},"cost_usd":0.5}'
 COPILOT = (
     '{"type":"result","exitCode":0,"usage":{"premiumRequests":1}}\n{"modelMetrics":{"a":{"usage":{"inputTokens":9,'
     '"outputTokens":2,"cacheReadTokens":4,"cacheWriteTokens":0}},"b":{"usage":{"inputTokens":1,"outputTokens":1}}}}'
 )
 COSTS = {
-    "claude": (CLAUDE, Cost(1, 3065, 206, 0.3125)),
-    "claude without a price": (CLAUDE.replace("0.3125", "0"), Cost(1, 3065, 206, None)),
-    "codex": (CODEX, Cost(1, 1200, 34, None)),
-    "opencode": (OPENCODE, Cost(1, 9, 7, 0.75)),
-    "pi": (f"{PI}\n{PI}", Cost(1, 28, 6, 0.25)),
-    "droid": (DROID, Cost(1, 29, 3, None)),
-    "gemini, qwen": (GEMINI, Cost(1, 20, 3, None)),
-    "vibe": (VIBE, Cost(1, 9, 2, 0.5)),
-    "copilot": (COPILOT, Cost(1, 10, 3, None)),
-    "plain text": ("I raised DEPTH; it cost $3.\n", agents.UNKNOWN),
+    CLAUDE: Cost(1, 3065, 206, 0.3125),
+    CLAUDE.replace("0.3125", "0"): Cost(1, 3065, 206, None),  # a model without a price
+    CODEX: Cost(1, 1200, 34, None),
+    f"{OPENCODE}\n{OPENCODE}": Cost(1, 16, 12, 1.0),
+    f"{PI}\n{PI}": Cost(1, 28, 6, 0.25),
+    DROID: Cost(1, 28, 3, None),
+    DROID.replace("{", '{"total_tokens":23,'): Cost(1, 20, 3, None),  # qwen: the cache is counted already
+    GEMINI: Cost(1, 20, 3, None),
+    VIBE: Cost(1, 9, 2, 0.5),
+    COPILOT: Cost(1, 10, 3, None),
+    "I raised DEPTH; it cost $3.\n": agents.UNKNOWN,
 }
 RUBBISH = [
-    "", "{", "[]", "[1]", "null", "\x00\ufffd", "[" * 100_000, '{"type": []}', '{"type": "result"}', '{"error": [7]}',
-    '{"type":"result","total_cost_usd":"3","modelUsage":[],"result":7}', '{"message": {"content": [], "role": {}}}',
-    '{"type":"result","total_cost_usd":-1,"modelUsage":{"m":{"inputTokens":-1}}}', '{"permission_denials": [3]}',
-    '{"type":"result","total_cost_usd":NaN}', '{"type":"result","total_cost_usd":1' + "0" * 5000 + "}",
+    "", "{", "[1]", "null", "\x00\ufffd", "[" * 100_000, '{"type": []}', '{"type": "result"}', '{"error": [7]}',
+    '{"a":' * 900 + "1" + "}" * 900, '{"message": {"content": [], "role": {}}}', '{"permission_denials": [3]}',
+    '{"type":"result","total_cost_usd":-1,"modelUsage":{"m":{"inputTokens":-1}}}',
+    '{"type":"result","total_cost_usd":NaN,"usage":{"input_tokens":true,"output_tokens":"2"}}',
     '{"type":"turn.completed","usage":{"input_tokens":1e30,"output_tokens":99999999999999}}',
     '{"type":"step_finish","part":{"tokens":{"input":1.5,"output":"2","cache":4},"cost":"free"}}',
 ]  # fmt: skip
 
 
-def test_cost_is_read_from_what_a_cli_prints_and_what_cannot_be_is_unknown():
-    for name, (output, cost) in COSTS.items():
-        assert agents.read_answer(output).cost == cost, name
+def test_cost_is_read_from_what_a_cli_prints_adds_up_and_is_unknown_where_it_cannot_be():
+    for output, cost in COSTS.items():
+        assert agents.read_answer(output).cost == cost, output
     for output in RUBBISH:
         assert agents.read_answer(output).cost == agents.UNKNOWN, output[:80]
-
-
-def test_costs_add_up_and_one_that_is_unknown_leaves_the_sum_unknown():
     total = Cost(1, 10, 2, 0.5) + Cost(1, 5, 1, 0.25)
     assert total.as_dict() == {"calls": 2, "tokens_in": 15, "tokens_out": 3, "usd": 0.75}
     assert (total + Cost(1, 5, 1, None)).as_dict() == {"calls": 3, "tokens_in": 20, "tokens_out": 4, "usd": None}

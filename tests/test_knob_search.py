@@ -1,31 +1,35 @@
-"""harness/knob_search.py: the agent without a model, on the real train.py and in a scratch checkout.
+"""harness/knob_search.py: the agents `random` and `tpe` on the real train.py, with the real Optuna, and in whole loops.
 
 uv run pytest tests/test_knob_search.py
 """
 
-import os
+import importlib.util
+import itertools
 import random
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from agent_fixtures import Lab
+from conftest import ended, errors, hear, wait_for
 
+from harness import device
+from harness.agents import choose_agent
+from harness.console import UserError
 from harness.knob_search import (
     NEUTRAL,
-    NOTHING_TO_TURN,
-    NothingToTurn,
-    mutate,
-    propose,
+    Search,
+    possible_values,
+    random_draw,
     read_hyperparameters,
+    search_ledger,
+    tpe_draw,
     with_values,
 )
+from harness.machine import OF_EXTRAS, installed_packages
 
-ROOT = Path(__file__).resolve().parents[1]
-TRAIN = (ROOT / "train.py").read_text()
+TRAIN = (Path(__file__).resolve().parents[1] / "train.py").read_text()
 
 
 def values(source: str, profile: str) -> dict:
@@ -35,15 +39,18 @@ def values(source: str, profile: str) -> dict:
 def executed(source: str, profile: str) -> dict:
     """The hyperparameters as Python itself resolves them: what stands between their banner and the next is executed."""
     section = re.split(r"\n# ---+ (?:Knobs|Hyperparameters)", source, maxsplit=1)[1].split("\n# ---", 1)[0]
-    names = {"PROFILE": profile, "torch": torch, "has_bfloat16": lambda device: True}  # the search takes it for true
+    names = {"PROFILE": profile, "torch": torch, "has_bfloat16": device.has_bfloat16}
     exec(f"#{section}", names)
     skipped = ("PROFILE", *NEUTRAL)
-    return {k: v for k, v in names.items() if k.isupper() and k not in skipped and not isinstance(v, bool)}
+    return {k: v for k, v in names.items() if k.isupper() and k not in skipped and not isinstance(v, tuple)}
 
 
-@pytest.mark.parametrize("devices", [0, 1])
-def test_hyperparameters_found_are_those_that_count_under_the_profile(monkeypatch, devices):
+@pytest.mark.parametrize(("devices", "has_bfloat16"), [(0, False), (0, True), (1, True)])
+def test_hyperparameters_found_are_those_that_count_on_this_machine_under_the_profile(
+    monkeypatch, devices, has_bfloat16
+):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    monkeypatch.setattr(device, "has_bfloat16", lambda _: has_bfloat16)
     found = {profile: values(TRAIN, profile) for profile in ("climbmix", "code", "pocket", "smoke", "mine")}
     assert found == {profile: executed(TRAIN, profile) for profile in found}
     assert found["climbmix"] != found["pocket"]
@@ -56,8 +63,8 @@ import os
 # ---- Knobs ----
 DEPTH = 8  # layers, é
 WIDTH = 4 * DEPTH
-SHAPE = (1,
-    2)
+PATTERN = ("S"
+    "L")
 if PROFILE == "small":  # Knobs for small machines
     DEPTH = 2
 elif torch.cuda.device_count() > 99:
@@ -84,7 +91,7 @@ OTHER = 1
 """
 
 
-def test_hyperparameters_in_blocks_of_any_condition_are_found_where_they_count():
+def test_hyperparameters_in_blocks_of_any_condition_are_found_and_changed_where_they_count():
     assert values(BLOCKS, "small") == {"DEPTH": 2}
     assert values(BLOCKS, "large") == {"DEPTH": 5, "LR": 0.1}  # memory_gb is not known here
     assert values(ORIGINAL, "climbmix") == {"DEPTH": 8, "LR": 0.04}
@@ -93,71 +100,137 @@ def test_hyperparameters_in_blocks_of_any_condition_are_found_where_they_count()
     assert changed == BLOCKS.replace("DEPTH = 5; LR = 0.1", "DEPTH = 10; LR = 0.25")
 
 
+def test_possible_values_are_those_that_a_person_would_write_from_a_fourth_to_fourfold():
+    assert possible_values("DEPTH", 1) == (1, 2, 3, 4)
+    assert possible_values("HEADS", 8)[:5] == (2, 3, 4, 5, 6) and possible_values("HEADS", 8)[-1] == 32
+    assert possible_values("BATCH", 524288) == (131072, 262144, 524288, 1048576, 2097152)
+    rates = possible_values("MATRIX_LR", 0.04)
+    assert (rates[0], rates[16], rates[-1]) == (0.01, 0.04, 0.16) and 0.0183 in rates  # evenly by their logarithm
+    ratios = possible_values("WARMUP_RATIO", 0.0)
+    assert (ratios[0], ratios[5], ratios[-1]) == (0.0, 0.05, 1.0)
+    assert possible_values("COMPILE", True) == (False, True)
+    assert possible_values("WINDOW_PATTERN", "SLL") == ("L", "SL", "SSL", "SSSL", "SSSSL", "SLL")
+    for value in ("adam", "", 0.0, 0, -1.0, float("inf")):
+        assert possible_values("X", value) == (), value
+
+
 @pytest.mark.parametrize("profile", ["climbmix", "pocket"])
-def test_proposal_changes_exactly_the_described_hyperparameter_and_nothing_else(profile):
+@pytest.mark.parametrize("agent", ["random", "tpe"])
+def test_proposals_are_new_and_change_exactly_what_they_describe(agent, profile):
     before = executed(TRAIN, profile)
-    rng = random.Random(1)
-    for _ in range(40):
-        source, description = propose(TRAIN, profile, "", rng)
-        after = executed(source, profile)
-        ((name, old, new),) = [(name, before[name], after[name]) for name in before if before[name] != after[name]]
-        assert description == f"{name} {old} -> {new}"
-        assert type(old) is type(new)
-        pairs = zip(TRAIN.splitlines(), source.splitlines(), strict=True)
-        ((old_line, new_line),) = [pair for pair in pairs if pair[0] != pair[1]]
-        assert new_line.partition("  # ")[1:] == old_line.partition("  # ")[1:]
+    search = Search(TRAIN.encode(), profile)
+    assert {"DEPTH", "MATRIX_LR", "COMPILE", "WINDOW_PATTERN"} < set(search.space) and not {*NEUTRAL} & {*search.space}
+    draw = random_draw(random.Random(1)) if agent == "random" else tpe_draw(search, "minimize", seed=1)
+    edits = list(itertools.islice(search.propose(TRAIN.encode(), draw), 40))
+    assert len({source for source, _ in edits}) == 40
+    for source, description in edits:
+        after = executed(source.decode(), profile)
+        changed = {name: (old, after[name]) for name, old in before.items() if after[name] != old}
+        assert description == ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
+        assert all(type(old) is type(new) and new in search.space[name] for name, (old, new) in changed.items())
+        pairs = zip(TRAIN.splitlines(), source.decode().splitlines(), strict=True)
+        comments = [(old.partition("  # ")[2], new.partition("  # ")[2]) for old, new in pairs if old != new]
+        assert len(comments) == len(changed) and all(old == new for old, new in comments)
+        assert agent == "tpe" or (len(changed) == 1 and "COMPILE" not in changed)
 
 
-@pytest.mark.parametrize("value", [1, 8, 524288, 0.0, 0.5, 1.0, 0.004, "SSSL", (0.8, 0.95), (0.999, 0.999), (), "adam"])
-def test_mutation_keeps_type_and_bounds(value):
-    rng = random.Random(0)
-    for name in ("X", "WARMUP_RATIO") * 200:
-        new = mutate(name, value, rng)
-        assert type(new) is type(value)
-        if isinstance(value, int):
-            assert new >= 1
-        if isinstance(value, tuple):
-            assert len(new) == len(value) and all(0 <= x < 1 for x in new)
-        if isinstance(value, float) and name != "X":
-            assert 0 <= new <= 1
-        if value == "adam":
-            assert new == value
+def block(*lines: str) -> bytes:
+    return "\n".join(["# ---- Knobs ----", *lines, "# ---- Model ----", "OTHER = 1", ""]).encode()
 
 
-def test_no_proposal_is_made_twice_until_every_change_has_been_seen():
-    source = '# ---- Knobs ----\nDEPTH = 2  # layers\nPATTERN = "L"  # windows\n# ---- Model ----\nOTHER = 3\n'
-    seen = "DEPTH 2 -> 10"  # a change that is only the beginning of a seen one is another change
-    rng = random.Random(0)
-    with pytest.raises(ValueError, match="exhausted"):
-        for _ in range(99):
-            seen += "\n" + propose(source, "climbmix", seen, rng)[1]
-    patterns = {f"PATTERN L -> {pattern}" for pattern in ("SL", "SSL", "SSSL", "SSSSL")}
-    assert sorted(seen.split("\n")[1:]) == sorted({"DEPTH 2 -> 1", "DEPTH 2 -> 3"} | patterns)
-    with pytest.raises(NothingToTurn):
-        propose('# ---- Knobs ----\nOPTIMIZER = "adam"\nON = True\n', "climbmix", "", rng)
+def test_search_knows_runs_by_values_that_the_baseline_has_too_and_takes_no_comment_for_new():
+    search = Search(block("DEPTH = 4", "LR = 0.1", "GONE = 3", 'PATTERN = "L"', "ON = True"), "fake")
+    champion = block("NEW = 5", "LR = 0.2  # Muon", "DEPTH = 400", "PATTERN = 1", "ON = 1")
+    search.tell(champion, "COMPLETE", 1.0)
+    ((places, *told),) = search.trials  # GONE is not there, DEPTH out of its range, two are of another type
+    assert {name: search.space[name][place] for name, place in places.items()} == {"LR": 0.2}
+    assert told == ["COMPLETE", 1.0]
+    one = block("DEPTH = 1")
+    for draw in (random_draw(random.Random(0)), tpe_draw(Search(one, "fake"), "minimize")):
+        search = Search(one, "fake")
+        search.tell(block("DEPTH = 2  # tried"), "FAIL")
+        assert sorted(description for _, description in search.propose(one, draw)) == ["DEPTH 1 -> 3", "DEPTH 1 -> 4"]
+        with pytest.raises(UserError, match="has no hyperparameter to turn"):
+            next(search.propose(block("WIDTH = 1"), draw))
 
 
-def test_edit_by_hand_avoids_what_ledger_and_prompt_name_and_says_when_nothing_is_left(tmp_path):
-    lab = Lab(tmp_path, {})
-    train = lab.checkout / "train.py"
-    (lab.checkout / "results.tsv").write_text("a1b2c3d\t1.0\t1.0\tdiscard\tDEPTH 2 -> 1\n")
+# Whole loops: of the fake train.py only DEPTH can be turned, from 1 to 4; deeper is better, and 3 crashes.
 
-    def by_hand(source: str, prompt: str = "") -> tuple[int, str, str]:
-        train.write_text(source)
-        lab.git("commit", "-qam", "another train.py", "--allow-empty")
-        train.write_text("what an agent left here\n")
-        command = [sys.executable, "-P", str(ROOT / "harness/knob_search.py")]
-        env = {"PATH": os.environ["PATH"]}
-        done = subprocess.run(command, cwd=lab.checkout, env=env, input=prompt, capture_output=True, text=True)
-        assert "Traceback" not in done.stderr
-        return done.returncode, done.stdout, done.stderr
 
-    one = "# ---- Knobs ----\nDEPTH = 2\n# ---- Model ----\n"
-    assert by_hand(one) == (0, "DEPTH 2 -> 3\n", "")
-    assert (lab.checkout / "experiment.txt").read_text() == "DEPTH 2 -> 3\n"
-    assert train.read_text() == one.replace("2", "3")
-    exhausted = "error: every change at hand has been tried: the hyperparameters are exhausted\n"
-    assert by_hand(one, "Running now: DEPTH 2 -> 3\n") == (1, "", exhausted)
-    code, _, error = by_hand("x = 1\n")
-    assert code == NOTHING_TO_TURN and error.startswith("error: train.py has no hyperparameter to turn (lines NAME = ")
-    assert by_hand("def (:\n")[0] == 1
+@pytest.fixture
+def four(checkout):
+    checkout.set_knob(DEPTH=1, LR=0.0)
+    checkout.replace("train.py", "# ---- The rest ----", "# ---- The rest ----\nassert DEPTH != 3")
+    checkout.commit("DEPTH alone")
+    return checkout
+
+
+TPE = "--tag", "t", "--agent", "tpe"
+
+
+def depths(checkout) -> list[str]:
+    """The values that were tried after the baseline, by the runs' commits, whether they have a verdict or not."""
+    commits = checkout.git("for-each-ref", "--format=%(objectname)", "refs/autoresearch/t/").split()
+    sources = [checkout.git("show", f"{commit}:train.py") for commit in commits]
+    return sorted(source.split("DEPTH = ")[1][0] for source in sources)
+
+
+@pytest.mark.parametrize("agent", ["random", "tpe"])
+def test_search_goes_on_from_the_ledger_alone_improves_and_ends_where_nothing_is_left(four, tag, agent):
+    command = "--tag", "t", "--agent", agent
+    four.loop(*command, "--max-experiments", "2")
+    four.loop(*command, "--max-experiments", "1")
+    assert depths(four) == ["2", "3", "4"]
+    process = four.popen(*command)
+    assert "every change at hand has been tried: the hyperparameters are exhausted" in hear(process, "no proposal")
+    process.terminate()
+    assert process.wait(20) == 0
+    assert "DEPTH = 4" in (four.path / "train.py").read_text()
+    tag.load()
+    tag.commit(99, b"# ---- Knobs ----\nDEPTH = 2\n", "it trains", tag.champion)  # as of a run without a verdict
+    told = [(places["DEPTH"] + 1, state, score) for places, state, score in search_ledger(tag, "fake").trials]
+    assert {(1, "COMPLETE", 1.12), (4, "COMPLETE", 1.09), (2, "RUNNING", None), (3, "FAIL", None)} < set(told)
+    assert len(told) == 5 and not any(run.cost for run in four.runs())
+
+
+def test_workers_propose_what_no_other_trains_and_the_best_of_them_becomes_champion(four):
+    four.loop(*TPE, "--max-experiments", "0")
+    four.hold.touch()
+    process = four.popen(*TPE, "--workers", "3", "--max-experiments", "3")
+    wait_for(lambda: len(depths(four)) == 3, 60)
+    assert depths(four) == ["2", "3", "4"]  # all at once
+    four.hold.unlink()
+    ended(process, timeout=20)
+    # 2 and 4 gain on the baseline by the same line: the later one runs again on the other, with its own value.
+    assert "DEPTH = 4" in (four.path / "train.py").read_text()
+    assert sorted(run.description for run in four.runs() if run.again_of) in (["DEPTH 1 -> 2"], ["DEPTH 1 -> 4"])
+
+
+@pytest.mark.parametrize("agent", ["random", "tpe"])
+def test_fork_without_anything_to_turn_is_told_so_and_the_loop_ends(checkout, agent):
+    checkout.replace("train.py", "# ---- Knobs ----", "# ---- Values ----")
+    checkout.commit("a fork")
+    error = errors(checkout.loop("--tag", "t", "--agent", agent, code=1))[0]
+    assert "train.py has no hyperparameter to turn" in error and "use an agent with a model" in error
+
+
+def test_suggestions_are_in_the_prompt_of_a_model(four):
+    agent = four.agent('(OUTSIDE / "prompt").write_text(prompt); knob("DEPTH", 2)')
+    command = "--tag", "t", "--agent-cmd", agent, "--suggest", "tpe", "--max-experiments", "1"
+    four.loop(*command)
+    told = (four.outside / "prompt").read_text().partition("TPE, told all runs, would change train.py so")[2]
+    lines = told.split("\n\n")[1].split("\n")
+    assert sorted(lines) == ["- DEPTH 1 -> 2", "- DEPTH 1 -> 3", "- DEPTH 1 -> 4"]
+    error = errors(four.loop(*TPE, "--suggest", "tpe", code=2))[0]
+    assert error == "error: --suggest tpe: --agent tpe reads no prompt: choose an agent with a model"
+
+
+def test_missing_optuna_is_refused_with_the_command_and_one_that_comes_later_changes_no_tag(monkeypatch):
+    assert "optuna" in OF_EXTRAS and not OF_EXTRAS & installed_packages().keys()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["loop.py", "--agent", "claude", "--suggest", "tpe"])
+    with pytest.raises(UserError) as refused:
+        choose_agent("tpe", None)
+    command = "uv run --extra tpe loop.py --agent claude --suggest tpe"
+    assert str(refused.value).startswith(f"tpe is not installed: '{command}' (installed here: ")
+    assert refused.value.code == 2

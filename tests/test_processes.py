@@ -1,4 +1,7 @@
-"""Processes and files alone: real processes in sessions of their own, real signals."""
+"""Processes and files alone, and the command that tells a person: real processes, real signals.
+
+uv run pytest tests/test_processes.py
+"""
 
 import os
 import re
@@ -12,19 +15,17 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+from conftest import wait_for
 
-from harness import processes
+from harness import processes, watch
 from harness.files import open_regular, read_tail, read_text
 from harness.processes import Ending, find_processes, run_child, sweep
+from harness.watch import Watch
 
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
     monkeypatch.setattr(processes, "KILL_GRACE", 0.5)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Processes
 
 
 class Child:
@@ -36,8 +37,8 @@ class Child:
         self.mark = str(folder)
         self.stop = threading.Event()
 
-    def run(self, code: str, limit: float = 30.0, stdin: Path | str = os.devnull) -> Ending:
-        command = [sys.executable, "-c", "import os, signal, subprocess, sys, time\n" + code]
+    def run(self, code: str, limit: float = 30.0, stdin: Path | None = None) -> Ending:
+        command = [sys.executable, "-c", "import os, signal, sys, time\n" + code]
         options = {"env": dict(os.environ), "mark": self.mark, "log": self.log, "limit": limit, "stop": self.stop}
         ending = run_child(command, cwd=self.folder, stdin=stdin, **options)
         assert find_processes("environ", re.escape(self.mark).encode()) == set()  # nothing is left, ever
@@ -49,12 +50,12 @@ def child(tmp_path):
     return Child(tmp_path)
 
 
-def test_child_gets_its_prompt_and_tells_how_it_ended(child):
+def test_child_gets_its_prompt_or_nothing_to_read_and_tells_how_it_ended(child):
     (child.folder / "prompt").write_text("p" * 400_000)
     assert child.run("print(len(sys.stdin.read()), os.environ['PWD'])", stdin=child.folder / "prompt").problem == ""
     assert child.log.read_text() == f"400000 {child.folder}\n"
     for code, ended in {
-        "sys.exit(3)": "exit code 3",
+        "sys.exit(3 + len(sys.stdin.read()))": "exit code 3",
         "os.kill(os.getpid(), signal.SIGSEGV)": "killed by SIGSEGV",
         "for i in range(2): print(i, flush=True); print(i, file=sys.stderr, flush=True)": "",
     }.items():
@@ -95,26 +96,15 @@ def test_sweep_spares_processes_of_another_mark(child):
             process.wait()
 
 
-def test_endless_output_is_capped_and_counted_and_not_even_a_full_disk_stops_the_child(child):
-    megabytes = 50
-    code = f"""
-block = b"x" * 99 + b"\\n"
-sys.stdout.buffer.write(b"first line\\n")
-for _ in range({megabytes}):
-    sys.stdout.buffer.write(block * 10000)
-sys.stdout.buffer.write(b"last line\\n")
-"""
+def test_endless_output_is_capped_and_not_even_a_full_disk_stops_the_child(child):
+    code = "os.write(1, b'first\\n')\nfor _ in range(500): os.write(1, b'x' * 99_999 + b'\\n')\nprint('last')"
     tracemalloc.start()
     assert child.run(code, limit=300).problem == ""
-    _, peak = tracemalloc.get_traced_memory()
+    assert tracemalloc.get_traced_memory()[1] < 4 * 2**20
     tracemalloc.stop()
-    assert peak < 4 * 2**20
     text = child.log.read_bytes()
-    assert len(text) < processes.LOG_CAP + processes.TAIL_CAP + 65536 + 100
-    assert text.startswith(b"first line\n") and text.endswith(b"\nlast line\n")
-    cut = int(re.search(rb"\[\.\.\. (\d+) bytes cut \.\.\.\]", text)[1])
-    note = len(f"\n[... {cut} bytes cut ...]\n")
-    assert len(text) - note + cut == megabytes * 10**6 + len("first line\nlast line\n")
+    assert processes.LOG_CAP < len(text) < processes.LOG_CAP + processes.TAIL_CAP + 65536 + 100
+    assert text.startswith(b"first\n") and text.endswith(b"\nlast\n") and text.count(b"\n[... cut ...]\n") == 1
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # a limit on a file's size stands in for the disk
     try:
@@ -122,10 +112,6 @@ sys.stdout.buffer.write(b"last line\\n")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert (child.folder / "done").exists() and child.log.stat().st_size == 1000
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
 
 
 def test_reading_is_forgiving_and_never_hangs(tmp_path):
@@ -141,3 +127,16 @@ def test_reading_is_forgiving_and_never_hangs(tmp_path):
         assert read_tail(tmp_path / name, 2) == read_text(tmp_path / name) == ""
         with pytest.raises(OSError):
             open_regular(tmp_path / name)
+
+
+def test_command_that_tells_a_person_never_holds_the_loop_up_and_its_failure_is_logged(tag, monkeypatch):
+    monkeypatch.setattr(watch, "TIME_LIMIT", "1")
+    begin = time.monotonic()
+    for command in ("read line; echo $line; exit 7", "sleep 60", "exec <&-; nowhere"):
+        Watch(tag, 9, None, command).tell("kept")
+    assert time.monotonic() - begin < 1
+    log = tag.home / "notify.log"
+    wait_for(lambda: all(f"exit code {code}\n" in read_text(log) for code in (7, 124, 127)))
+    assert f": {tag.branch}: kept\n" in log.read_text()
+    Watch(tag, 9, None, f"cat > {tag.home}/heard").close("enough")
+    assert "the loop ended: enough\n" in (tag.home / "heard").read_text()  # waited for
