@@ -173,8 +173,14 @@ BUSY = (429, 500, 502, 503, 504)  # answers after which a request is repeated
 
 def _session():
     import requests
+    from requests.adapters import HTTPAdapter, Retry
 
+    # Answers that ask for patience are repeated, after the time that Retry-After names.
+    options = {"connect": 0, "read": 0, "other": 0, "status_forcelist": BUSY, "raise_on_status": False}
+    retry = Retry(ATTEMPTS - 1, backoff_factor=BACKOFF_SECONDS, **options)
     session = requests.Session()
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, HTTPAdapter(64, 64, max_retries=retry))
     session.headers["Accept-Encoding"] = "identity"  # lengths are the file's
     token = os.environ.get("HF_TOKEN")
     if token:
@@ -223,13 +229,10 @@ def _download(session, url, path, bar):
             if _size(part) > most_bytes:  # more than ever before: the line breaks, but it gets there
                 most_bytes = _size(part)
                 failures = 0
-            answer = getattr(error, "response", None)
-            refused = answer is not None and answer.status_code not in BUSY
+            refused = getattr(error, "response", None) is not None  # the session has repeated what may be repeated
             if refused or failures == ATTEMPTS:
                 raise
-            pause = BACKOFF_SECONDS * 2 ** max(failures - 1, 0)
-            asked = "" if answer is None else answer.headers.get("Retry-After", "")
-            time.sleep(int(asked) if asked.isdigit() else pause)
+            time.sleep(BACKOFF_SECONDS * 2 ** max(failures - 1, 0))
 
 
 def _fetch(session, url, part, bar):
@@ -671,9 +674,12 @@ def _manifest(may_change=()):
     path = CACHE / "manifest.json"
     try:
         manifest = json.loads(path.read_bytes())
+        constants = {"source": manifest["source"], **manifest["metric"]["constants"]}
     except FileNotFoundError:
         raise UserError(f"profile {PROFILE!r} is not prepared (no {path}): run 'uv run prepare.py'") from None
-    constants = {"source": manifest["source"], **manifest["metric"]["constants"]}
+    except (ValueError, LookupError, TypeError) as error:
+        problem = f"is damaged, or of another version of prepare.py ({error})"
+        raise UserError(f"{path} {problem}: delete it and run 'uv run prepare.py'") from error
     for name, value in CONSTANTS.items():
         if constants.get(name) != value and name not in may_change:
             change = f"{name} {constants.get(name)!r}, now it is {value!r}"
