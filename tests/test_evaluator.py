@@ -106,12 +106,6 @@ def test_rounding_that_moves_with_other_tokens_is_no_look_ahead(evaluator):
         assert evaluate(evaluator, Toy()) > 0
 
 
-def test_gain_counts_beyond_four_standard_errors(evaluator):
-    noise = np.array([0.05, -0.05] * 5000)  # the standard error of its mean is 0.0005
-    evaluator._check_gains(noise + 0.0029)
-    refused(evaluator, "the model looks ahead", evaluator._check_gains, noise + 0.0031)
-
-
 def learner(first_call):
     """A model that counts the tokens it sees, and shows what it learned from a call on; and the list of its calls."""
     calls = []
@@ -166,7 +160,7 @@ def test_tokens_that_never_occur_may_have_no_probability(evaluator):
 @pytest.mark.parametrize("leak", [None, "one token"])
 def test_model_returns_to_its_mode_and_random_state_is_untouched(evaluator, leak):
     """Scored or refused. It is scored in eval mode, without gradients, and gets nothing but idx."""
-    model = nn.Sequential(Toy(LEAKS.get(leak, lambda t, s: s <= t)), nn.Dropout(0.5)).train()
+    model = nn.Sequential(Toy(LEAKS[leak]) if leak else Toy(), nn.Dropout(0.5)).train()
     seen = set()
     model.register_forward_hook(lambda module, args, out: seen.add((module.training, out.requires_grad, len(args))))
     state = torch.manual_seed(3).get_state()
