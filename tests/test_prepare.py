@@ -8,7 +8,6 @@ import os
 import random
 import re
 import shutil
-import signal
 from collections import Counter, defaultdict
 from functools import cache
 from types import SimpleNamespace
@@ -18,8 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import wait_for
-from prepare_fixtures import PREPARE, copy_prepare, english, error_line, load_prepare, started, write_jsonl
+from prepare_fixtures import PREPARE, copy_prepare, english, error_line, load_prepare, write_jsonl
 
 V = 320  # tokens, the vocabulary of the profile "mine"
 
@@ -43,9 +41,8 @@ def corpus():
     return documents + documents[:100]
 
 
-def prepared(folder, source, expect=0, **constants):
-    path = copy_prepare(folder, "mine", source, **{"vocab_size": V} | constants)
-    evaluator = load_prepare(path, "mine", folder / "cache")
+def prepared(folder, source, expect=0):
+    evaluator = load_prepare(copy_prepare(folder, "mine", source, vocab_size=V), "mine", folder / "cache")
     assert evaluator.main([]) == expect
     return evaluator
 
@@ -93,7 +90,7 @@ def test_bad_variable_and_bad_option_end_with_code_2_and_say_what_came(tmp_path,
 
 
 @pytest.mark.parametrize(("devices", "profile", "word"), [(0, "pocket", "without"), (1, "climbmix", "with")])
-def test_defaults_are_printed_with_their_reason_and_missing_data_asks_for_preparation(
+def test_defaults_have_their_reason_and_missing_data_asks_for_preparation(
     tmp_path, monkeypatch, capsys, devices, profile, word
 ):
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -196,9 +193,8 @@ def test_documents_without_text_or_utf_8_are_told_with_file_and_count(tmp_path, 
     (folder / "c.txt").write_bytes("naïve café \ufffd".encode())
     pq.write_table(pa.table({"text": [None, "x"]}), folder / "d.parquet")
     prepared(tmp_path, folder)
-    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")] == [
-        f"note: 5 documents without text (null) or not in UTF-8 (U+FFFD stands there) in {path} and 2 more files"
-    ]
+    flaws = "5 documents without text (null) or not in UTF-8 (U+FFFD stands there)"
+    assert capsys.readouterr().err.endswith(f"note: {flaws} in {path} and 2 more files\n")
 
 
 # ----- tokenizer -----
@@ -206,10 +202,9 @@ def test_documents_without_text_or_utf_8_are_told_with_file_and_count(tmp_path, 
 
 def test_tokenizer_round_trips_keeps_special_strings_ordinary_and_learns_from_the_training_split_only(shared):
     tokenizer = shared.Tokenizer.from_directory()
-    for text in ["", "ba ke lo", "naïve 漢字 🙂", "a\x00b", "  \n\n\t x", "<|reserved_0|><|reserved_3|>", "12345 1 22"]:
+    for text in ["", "naïve 漢字 🙂", "a\x00b", "  \n\n\t x", "<|reserved_0|><|reserved_3|>", "12345 1 22"]:
         ids = tokenizer.encode(text)
-        assert tokenizer.decode(ids) == text
-        assert all(0 <= i < V - 4 for i in ids)
+        assert tokenizer.decode(ids) == text and all(0 <= i < V - 4 for i in ids)
     assert tokenizer.get_vocab_size() == V and tokenizer.get_bos_token_id() == V - 4 == shared.BOS_ID
     assert tokenizer.decode([V - 4, V - 1]) == "<|reserved_0|><|reserved_3|>"
     assert len(tokenizer.encode(" wwwwjjjj")) == 1 and len(tokenizer.encode(" zzzzqqqq")) > 4
@@ -218,11 +213,9 @@ def test_tokenizer_round_trips_keeps_special_strings_ordinary_and_learns_from_th
 @pytest.mark.parametrize(
     "parts",
     [
-        ["ba ke\n", "!!\n", " \n", "\r\n", "'s", "  lo", "\n\n", "12", "\t", "é", "x\n"],
+        ["ba ke\n", "!!\n", " \n", "\r\n", "'s", "  lo", "\n\n", "12", "\t", "é", "x\n", "    # nu\n", "\tlo = mi\r\n"],
         ["ba", " ke", " lo", ", ", "  mi", "'s", "1234", "?!", " é\u0301", " 漢字", "\u00a0"],  # no line end at all
-        ["    ba ke\n", "\tlo = mi\r\n", "  \n", "    # nu\n"],  # every line indented
     ],
-    ids=["lines", "one line", "indented"],
 )
 def test_long_documents_encode_as_if_whole(shared, monkeypatch, parts):
     """Chunks end where no token can cross: the ids are those of the undivided text."""
@@ -268,8 +261,7 @@ def test_token_files_hold_every_document_and_batch_and_a_truncated_one_is_named(
 def test_changed_metric_file_is_named_before_a_run_trains(own, capsys, name):
     """The byte table is computed from tokenizer.tiktoken, so that file stands for it."""
     assert own.main(["--verify"]) == 0
-    names = "tokenizer.tiktoken tokenizer.json tokens/val.tokens tokens/test.tokens"
-    assert capsys.readouterr().out.endswith(f"verified: {names}\n")
+    assert "verified: tokenizer.tiktoken tokenizer.json tokens/val.tokens tokens/test.t" in capsys.readouterr().out
     path = own.CACHE / name
     assert path.stat().st_mode & 0o222 == 0
     path.chmod(0o644)
@@ -326,18 +318,6 @@ def test_killed_preparation_is_completed_by_the_next_run(shared, tmp_path, monke
     assert snapshot(evaluator.CACHE) == snapshot(shared.CACHE)
 
 
-@pytest.mark.slow
-def test_interrupt_ends_preparation_without_a_traceback(tmp_path):
-    """Ctrl-C while the tokenizer is being trained in native code."""
-    path = copy_prepare(tmp_path, "mine", write_jsonl(tmp_path / "a.jsonl", corpus()), vocab_size=20000)
-    evaluator = load_prepare(path, "mine", tmp_path / "cache")
-    with started(evaluator, path) as child:
-        wait_for(lambda: (evaluator.CACHE / "text").exists() or child.poll() is not None, 60)
-        child.send_signal(signal.SIGINT)
-        _, err = child.communicate(timeout=10)
-    assert child.returncode == -signal.SIGINT and "Traceback" not in err
-
-
 # ----- locks, the device -----
 
 
@@ -346,13 +326,11 @@ def test_lock_is_for_every_user_and_one_that_cannot_be_made_names_the_variable_t
     path = evaluator.LOCKS / "gpu.lock"
     evaluator._lock(path, "another run holds gpu").close()
     assert (evaluator.LOCKS.stat().st_mode & 0o777, path.stat().st_mode & 0o777) == (0o777, 0o666)
-    path.unlink()
-    path.mkdir()
-    with pytest.raises(evaluator.UserError, match=r"gpu.lock cannot be opened .*: set AUTORESEARCH_LOCKS "):
-        evaluator._lock(path, "another run holds gpu")
     (tmp_path / "cache").write_text("in the way")
     assert evaluator.main([]) == 1
-    assert error_line(capsys).startswith(f"error: lock {evaluator.CACHE}/prepare.lock cannot be opened (")
+    error = error_line(capsys)
+    assert error.startswith(f"error: lock {evaluator.CACHE}/prepare.lock cannot be opened (")
+    assert ": set AUTORESEARCH_LOCKS (AUTORESEARCH_CACHE, for data) to a folder" in error
 
 
 def test_devices_are_named_as_cuda_visible_devices_names_them(shared, monkeypatch):
@@ -364,7 +342,7 @@ def test_devices_are_named_as_cuda_visible_devices_names_them(shared, monkeypatc
     }
     for name, function in pretended.items():
         monkeypatch.setattr(torch.cuda, name, function)
+    devices = [{"lock": str(shared.LOCKS / f"uuid-{i}.lock"), "free_gb": float(i)} for i in (0, 1)]
     for visible, names in [("", ["0", "1"]), ("3, GPU-5", ["3", "GPU-5"])]:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        lock = [str(shared.LOCKS / f"uuid-{i}.lock") for i in (0, 1)]
-        assert shared._devices("cuda") == {name: {"lock": lock[i], "free_gb": float(i)} for i, name in enumerate(names)}
+        assert shared._devices("cuda") == dict(zip(names, devices, strict=True))

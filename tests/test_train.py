@@ -14,6 +14,11 @@ from train import GPT, GPTConfig, MuonAdamW, UserError
 TINY = GPTConfig(sequence_len=12, vocab_size=37, n_layer=3, n_head=4, n_kv_head=2, n_embd=64, window_pattern="SL")
 
 
+def set_knobs(monkeypatch, **knobs):
+    for name, value in knobs.items():
+        monkeypatch.setattr(train, name, value)
+
+
 # ---- Model ----
 
 
@@ -228,8 +233,7 @@ def test_muon_equals_a_float64_reference_over_steps(monkeypatch, shape):
 
 
 def test_schedules_reach_every_group_and_follow_their_lines(monkeypatch):
-    for name, value in (("WARMUP_RATIO", 0.1), ("WARMDOWN_RATIO", 0.4), ("FINAL_LR_FRAC", 0.2)):
-        monkeypatch.setattr(train, name, value)
+    set_knobs(monkeypatch, WARMUP_RATIO=0.1, WARMDOWN_RATIO=0.4, FINAL_LR_FRAC=0.2)
     optimizer = build(TINY).setup_optimizer()
     for step, progress, factor, momentum in [
         (0, 0.05, 0.5, 0.85),
@@ -258,16 +262,14 @@ def test_schedules_reach_every_group_and_follow_their_lines(monkeypatch):
     ],
 )
 def test_bad_knob_is_refused_with_name_value_and_remedy(monkeypatch, name, value, message):
-    for knob, good in (("MAX_SEQ_LEN", 100), ("TOTAL_BATCH_SIZE", 2000), (name, value)):
-        monkeypatch.setattr(train, knob, good)
+    set_knobs(monkeypatch, **{"MAX_SEQ_LEN": 100, "TOTAL_BATCH_SIZE": 2000, name: value})
     with pytest.raises(UserError) as error:
         train.window_sizes(train.model_config(100))
     assert str(error.value) == message
 
 
 def test_width_is_rounded_up_to_whole_heads_and_patterns_take_either_case(monkeypatch):
-    for name, value in (("DEPTH", 3), ("ASPECT_RATIO", 50), ("HEAD_DIM", 64), ("WINDOW_PATTERN", "lS")):
-        monkeypatch.setattr(train, name, value)
+    set_knobs(monkeypatch, DEPTH=3, ASPECT_RATIO=50, HEAD_DIM=64, WINDOW_PATTERN="lS")
     config = train.model_config(100)
     assert (config.n_embd, config.n_head, config.n_kv_head, config.n_layer) == (192, 3, 3, 3)
     T = train.MAX_SEQ_LEN
