@@ -136,7 +136,6 @@ BAD_OUTPUTS = [  # what is made of a network's logits, and how it is refused
     (mix_last_position, "when only other rows changed"),
     (lambda logits, idx: F.dropout(logits, 0.1, training=True), DROPOUT),
     (lambda logits, idx: logits[:, -1:], r"gave torch.float32 \(16, 1, 300\), not logits of a float type"),
-    (lambda logits, idx: logits.long(), r"gave torch.int64 \(16, 32, 300\), not"),
     (lambda logits, idx: (logits, None), "gave tuple, not a plain"),
     (lambda logits, idx: nn.Parameter(logits), "gave Parameter, not a plain torch.Tensor"),
     (lambda logits, idx: logits * math.nan, "loss on batch 0 of split 'val' is not finite: a logit is NaN or inf"),
