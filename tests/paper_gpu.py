@@ -10,7 +10,7 @@ it, Inductor generates kernels for the architecture named, Triton compiles them 
 Every fake tensor's bytes are counted while it lives: that is the peak memory. What it does not count is what CUDA, the
 allocator's rounding and library workspaces take on a real device. The result is one line of JSON a run.
 
-Written for torch 2.11 and Triton 3.6, whose private names it replaces.
+Written for torch 2.11 and Triton 3.6, whose private names it replaces, for this process only.
 """
 
 import argparse
@@ -39,7 +39,6 @@ import torch._inductor.config
 import torch._inductor.runtime.triton_helpers
 import triton
 from torch._dynamo.utils import counters
-from torch._inductor.fx_passes.joint_graph import UniformValueConstantFolder
 from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -52,7 +51,6 @@ from harness import device
 # Shared memory that one block may take: CUDA C++ programming guide, table of technical specifications, less the KiB
 # that the system keeps.
 SHARED_MEMORY_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
-GIB = 2**30
 MIB = 2**20
 
 
@@ -69,7 +67,7 @@ class Memory:
         self.live = 0
         self.peak = 0
         self.notes = 0  # bytes that would not be on a GPU: the compiler keeps fake tensors as notes on its graphs
-        self._storages = {}  # by address; the weak reference tells when it dies
+        self._storages = {}  # a weak reference to each, by address: it tells when the storage dies
 
     def watch(self) -> None:
         create = FakeTensor.__new__
@@ -84,17 +82,16 @@ class Memory:
 
     def _count(self, storage) -> None:
         key = storage._cdata
-        if key in self._storages:  # another view of it
-            return
         size = storage.nbytes()
 
         def on_death(reference) -> None:
             del self._storages[key]
             self.live -= size
 
-        self._storages[key] = weakref.ref(storage, on_death)
-        self.live += size
-        self.peak = max(self.peak, self.live)
+        if key not in self._storages:  # else it is another view
+            self._storages[key] = weakref.ref(storage, on_death)
+            self.live += size
+            self.peak = max(self.peak, self.live)
 
     def reset_peak(self, *args) -> None:
         gc.collect()
@@ -104,22 +101,10 @@ class Memory:
         return self.peak - self.notes
 
 
-class Kernels:
-    """Name and shared memory of every kernel that was compiled."""
-
-    def __init__(self):
-        self.shared: dict[str, int] = {}
-
-    def note(self, autotuner: CachingAutotuner) -> None:
-        for result in autotuner.compile_results:
-            name = autotuner.fn.__name__
-            self.shared[name] = max(result.kernel.metadata.shared, self.shared.get(name, 0))
-
-
-def pretend_a_driver(capability: int, memory: Memory, gpu_gib: int) -> None:
+def pretend_a_driver(capability: int, memory: Memory) -> None:
     """torch.cuda's functions, and the copies that the compiler made of them when it was imported."""
     major, minor = divmod(capability, 10)
-    total = gpu_gib * GIB
+    total = 80 * 2**30
     properties = types.SimpleNamespace(
         name=f"paper GPU {major}.{minor}",
         uuid="paper",
@@ -134,24 +119,18 @@ def pretend_a_driver(capability: int, memory: Memory, gpu_gib: int) -> None:
         shared_memory_per_block_optin=SHARED_MEMORY_LIMIT[capability],
         L2_cache_size=50 * MIB,
     )
-    answers = {
+    actions = ["set_device", "set_rng_state", "manual_seed_all", "init", "_lazy_init", "synchronize", "empty_cache"]
+    answers = dict.fromkeys(actions) | {
         "is_available": True,
         "is_bf16_supported": True,
         "device_count": 1,
         "current_device": 0,
-        "set_device": None,
         "_exchange_device": 0,
         "_maybe_exchange_device": 0,
         "get_device_name": properties.name,
         "get_device_properties": properties,
         "get_device_capability": (major, minor),
         "get_rng_state": torch.zeros(16, dtype=torch.uint8),
-        "set_rng_state": None,
-        "manual_seed_all": None,
-        "init": None,
-        "_lazy_init": None,
-        "synchronize": None,
-        "empty_cache": None,
         "mem_get_info": (total, total),
     }
     answer(torch.cuda, **answers)
@@ -167,11 +146,7 @@ def pretend_a_driver(capability: int, memory: Memory, gpu_gib: int) -> None:
     compilers_view.get_raw_stream = staticmethod(lambda index: 0)
     torch._C._cuda_getCurrentRawStream = lambda index: 0
 
-    @contextlib.contextmanager
-    def guard(index):
-        yield
-
-    torch.cuda.device = torch.cuda._DeviceGuard = compilers_view.device = guard
+    torch.cuda.device = torch.cuda._DeviceGuard = compilers_view.device = contextlib.nullcontext
     torch.accelerator.is_available = lambda: False  # or the compiler records real streams
 
 
@@ -183,7 +158,7 @@ def pretend_tensors() -> None:
 
     @torch.no_grad()
     def apply_anew(module, function, recurse=True):
-        """Module.to and to_empty change parameters in place, which a fake one does not allow."""
+        """Module.to_empty changes parameters in place, which a fake one does not allow."""
         for part in module.modules():
             for name, parameter in part.named_parameters(recurse=False):
                 part._parameters[name] = torch.nn.Parameter(function(parameter))
@@ -195,10 +170,7 @@ def pretend_tensors() -> None:
 
     class Generator:
         def __init__(self, device=None):
-            pass
-
-        def manual_seed(self, seed):
-            return None  # as a generator: torch's own
+            self.manual_seed = lambda seed: None  # as a generator: torch's own
 
     torch.Generator = Generator
     zeros = torch.zeros
@@ -211,64 +183,57 @@ def pretend_a_context_for_autograd() -> None:
     at::AcceleratorHooksInterface declares, in this order: the destructor (two slots of the virtual table), isBuilt,
     isAvailable, hasPrimaryContext. The object gets a copy of its table, in which the last one says yes.
     """
-    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib/libtorch_cpu.so"))
-    get_hooks = library._ZN2at6detail12getCUDAHooksEv
-    get_hooks.restype = ctypes.c_void_p
-    hooks = ctypes.cast(get_hooks(), ctypes.POINTER(ctypes.c_void_p))  # its first word points to the table
+    get_hooks = ctypes.CDLL(str(Path(torch.__file__).parent / "lib/libtorch_cpu.so"))._ZN2at6detail12getCUDAHooksEv
+    get_hooks.restype = ctypes.POINTER(ctypes.c_void_p)
+    hooks = get_hooks()  # its first word points to the table
     real_table = hooks[0]
-    word = ctypes.sizeof(ctypes.c_void_p)
-    header_words = 2  # type information, in front of the table
+    header_bytes = 16  # type information, in front of the table
     table = (ctypes.c_void_p * 100)()
-    ctypes.memmove(table, real_table - header_words * word, ctypes.sizeof(table))
+    ctypes.memmove(table, real_table - header_bytes, ctypes.sizeof(table))
     yes = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_byte)(lambda hooks, index: True)
-    has_primary_context = 4
-    table[header_words + has_primary_context] = ctypes.cast(yes, ctypes.c_void_p).value
-    hooks[0] = ctypes.addressof(table) + header_words * word
-    pretend_a_context_for_autograd.kept = (table, yes)
+    table[2 + 4] = ctypes.cast(yes, ctypes.c_void_p).value  # two words of header, four slots
+    hooks[0] = ctypes.addressof(table) + header_bytes
+    atexit.register(lambda *kept: None, table, yes)  # they must live until the real table is back
     atexit.register(hooks.__setitem__, 0, real_table)
 
 
-def compile_for(capability: int, kernels: Kernels | None) -> None:
+def compile_for(capability: int, with_triton: bool) -> dict[str, int]:
     """Inductor and Triton generate and compile for that architecture; generated code allocates, and launches nothing.
 
-    Without `kernels` nothing is compiled by Triton: enough to weigh a run.
+    Returns a dict that will hold the shared memory of every kernel by its name. Without Triton there are no kernels:
+    enough to weigh a run.
     """
-    target = types.SimpleNamespace(
-        get_current_target=lambda: GPUTarget("cuda", capability, 32), get_current_device=lambda: 0
-    )
+    shared: dict[str, int] = {}
+
+    def note_kernels(autotuner: CachingAutotuner) -> None:
+        name = autotuner.fn.__name__
+        for result in autotuner.compile_results:
+            shared[name] = max(result.kernel.metadata.shared, shared.get(name, 0))
+
+    target = types.SimpleNamespace()
+    answer(target, get_current_target=GPUTarget("cuda", capability, 32), get_current_device=0)
     triton.runtime.driver.set_active(target)
     torch._inductor.runtime.triton_helpers.set_driver_to_gpu = lambda: triton.runtime.driver.set_active(target)
-    torch._inductor.config.compile_threads = 1  # what is replaced here is replaced in this process only
+    torch._inductor.config.compile_threads = 1  # in this process
     torch._inductor.config.use_static_cuda_launcher = False
     torch._inductor.config.shape_padding = False  # it is decided by timing
+    torch._inductor.config.joint_graph_constant_folding = False  # it computes an element of a constant on the device
 
-    CachingAutotuner.run = lambda self, *args, **options: None
-    CachingAutotuner._dynamic_scale_rblock = lambda self: None  # it asks a loaded kernel for its registers
-    if kernels is None:
-        CachingAutotuner.precompile = lambda self, *args, **options: None
+    answer(CachingAutotuner, run=None, _dynamic_scale_rblock=None)  # the second asks a loaded kernel for its registers
+    if with_triton:
+        CachingAutotuner._make_launchers = note_kernels
     else:
-        CachingAutotuner._make_launchers = lambda autotuner: kernels.note(autotuner)
+        answer(CachingAutotuner, precompile=None)
 
-    guards = torch._C._dynamo.guards
-    guards._empty_strided_cuda = lambda size, stride, dtype: torch.empty_strided(
-        size, stride, dtype=dtype, device="cuda"
-    )
-    guards._reinterpret_tensor = lambda tensor, size, stride, offset=0: tensor.as_strided(
-        size, stride, tensor.storage_offset() + offset
-    )
+    def empty_strided(size, stride, dtype):
+        return torch.empty_strided(size, stride, dtype=dtype, device="cuda")
 
-    # Constant folding computes one element of a constant on the device; here on the CPU.
-    deduce_value = UniformValueConstantFolder._deduce_value
+    def reinterpret(tensor, size, stride, offset=0):
+        return tensor.as_strided(size, stride, tensor.storage_offset() + offset)
 
-    def deduce_on_cpu(self, node):
-        options = node.kwargs
-        node.kwargs = {name: torch.device("cpu") if name == "device" else value for name, value in options.items()}
-        try:
-            return deduce_value(self, node)
-        finally:
-            node.kwargs = options
-
-    UniformValueConstantFolder._deduce_value = deduce_on_cpu
+    torch._C._dynamo.guards._empty_strided_cuda = empty_strided
+    torch._C._dynamo.guards._reinterpret_tensor = reinterpret
+    return shared
 
 
 class Evaluator:
@@ -277,11 +242,11 @@ class Evaluator:
     def __init__(self, memory: Memory):
         self.memory = memory
         self.real_warm_up = train.warm_up
-        self.EvaluationRefused = prepare.EvaluationRefused
         self.PROFILE_REASON = "paper"
         self.CACHE_ROOT = prepare.CACHE_ROOT
         self.Tokenizer = self
-        self.check_data = lambda: None
+        answer(self, check_data=None, default_device="cuda", from_directory=self, get_vocab_size=prepare.VOCAB_SIZE)
+        answer(self, encode=[1], decode="?", get_bos_token_id=0)  # FakeTensor.item says 0: the sample ends at once
         train.warm_up = self.warm_up
         train.prepare = self
         train.training_seconds = lambda: float(next(self.clock))
@@ -298,24 +263,6 @@ class Evaluator:
         self.graphs_warm = 0
         self.training_peak = 0
         self.evaluation_peak = 0
-
-    def default_device(self) -> str:
-        return prepare.default_device()
-
-    def from_directory(self) -> "Evaluator":
-        return self
-
-    def get_vocab_size(self) -> int:
-        return prepare.VOCAB_SIZE
-
-    def get_bos_token_id(self) -> int:
-        return 0  # what FakeTensor.item says: the sample ends at once
-
-    def encode(self, text: str) -> list[int]:
-        return [1] * len(text)
-
-    def decode(self, tokens: list[int]) -> str:
-        return "?" * len(tokens)
 
     def warm_up(self, model, *args) -> int:
         """The real one; whatever is compiled after it is an error."""
@@ -348,10 +295,6 @@ class Evaluator:
         return 1.0
 
 
-def refuse_flash_attention():
-    raise ValueError("not on paper")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--capability", type=int, default=90, choices=SHARED_MEMORY_LIMIT, help="90 is an H100")
@@ -363,14 +306,13 @@ def main() -> int:
 
     train.DEPTH = arguments.depth
     train.COMPILE = True
-    device.load_flash_attention = refuse_flash_attention
+    device.FLASH_CAPABILITIES = ()  # FlashAttention-3 is no Triton kernel
 
     memory = Memory()
-    kernels = Kernels()
-    pretend_a_driver(arguments.capability, memory, gpu_gib=80)
+    pretend_a_driver(arguments.capability, memory)
     pretend_tensors()
     pretend_a_context_for_autograd()
-    compile_for(arguments.capability, None if arguments.weigh else kernels)
+    shared = compile_for(arguments.capability, with_triton=not arguments.weigh)
     memory.watch()
     evaluator = Evaluator(memory)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -393,8 +335,8 @@ def main() -> int:
             "graph_breaks": dict(counters["graph_break"]),
             "training_mb": round(evaluator.training_peak / MIB),
             "evaluation_mb": round(evaluator.evaluation_peak / MIB),
-            "kernels": len(kernels.shared),
-            "largest_shared": max(kernels.shared.values(), default=0),
+            "kernels": len(shared),
+            "largest_shared": max(shared.values(), default=0),
             "shared_limit": SHARED_MEMORY_LIMIT[arguments.capability],
         }
         print(json.dumps(result), flush=True)

@@ -1,13 +1,11 @@
-"""What the tests of prepare.py share: the evaluator as a fresh module with rows of its own in PROFILES, a small corpus,
-processes beside the test. Run: uv run pytest tests/test_prepare*.py tests/test_loader.py tests/test_evaluator.py
+"""What the tests of prepare.py share: the evaluator as a fresh module with rows of its own in PROFILES, a small corpus.
+Run: uv run pytest tests/test_prepare*.py tests/test_loader.py tests/test_evaluator.py
 """
 
-import contextlib
 import importlib.util
 import json
 import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 from unittest.mock import patch
@@ -53,17 +51,6 @@ def environment(evaluator, **changes):
     """For a process that is to run with a loaded evaluator's profile, cache and locks."""
     own = {"PROFILE": evaluator.PROFILE, "CACHE": str(evaluator.CACHE_ROOT), "LOCKS": str(evaluator.LOCKS)}
     return os.environ | {f"AUTORESEARCH_{name}": value for name, value in own.items()} | changes
-
-
-@contextlib.contextmanager
-def started(evaluator, *command):
-    """A Python process beside the test, killed at the end if it still runs."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, *command], env=environment(evaluator), **pipes) as child:
-        try:
-            yield child
-        finally:
-            child.kill()
 
 
 def error_line(capsys):

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import os
-from pathlib import Path
+import re
 
 import pytest
 import torch
@@ -35,39 +35,31 @@ def run(tiny, tmp_path):
 
 
 def test_training_over_budget_is_refused_whatever_the_run_calls_its_budget(evaluator):
+    def slowly(logits, idx):
+        evaluator.now += 1
+        return logits
+
     start_clock(evaluator)
     evaluator.now += 10.26
     evaluator.TIME_BUDGET = 80
     reason = r"trained for 10.26 s by the evaluator's clock, 10.25 s is the most \(TIME_BUDGET is 10 s\): .*: warm up"
     refused(evaluator, reason, evaluate, evaluator, Toy())
     evaluator.now -= 0.02
-
-    def slowly(logits, idx):
-        evaluator.now += 1
-        return logits
-
     assert evaluate(evaluator, Wrapped(slowly)) > 0 and evaluator.now > 65  # what evaluation takes is no training
     assert evaluator.training_seconds() == pytest.approx(10.24)
 
 
-def test_clock_never_started_under_the_loop_is_refused(run, tmp_path):
-    refused(run, "the clock never started", evaluate, run, Toy())
-    assert not (tmp_path / "result.json").exists()
-
-
 def test_work_on_the_way_to_eval_mode_is_training_time(evaluator):
-    class Averaging(Toy):
-        """Works for seven seconds when it is put into eval mode, as a model that averages its weights there."""
+    """As of a model that averages its weights there."""
+    model = Toy()
 
-        def train(self, mode=True):
-            evaluator.now += 7 * (not mode)
-            return super().train(mode)
+    def eval_slowly(mode=True):
+        evaluator.now += 11
+        return Toy.train(model, mode)
 
+    model.train = eval_slowly
     start_clock(evaluator)
-    evaluator.now += 5.0
-    model = Averaging()
-    refused(evaluator, "trained for 12.00 s by the evaluator's clock", evaluate, evaluator, model)
-    assert model.training
+    refused(evaluator, "trained for 11.00 s by the evaluator's clock", evaluate, evaluator, model)
 
 
 # ----- a model that changes while it is scored -----
@@ -78,8 +70,6 @@ def test_model_that_changes_while_it_is_scored_is_refused_by_the_tensors_name(ru
     """Once, before its first logits: no later forward differs."""
     model = Toy()
     model.register_buffer("mean", torch.zeros((), dtype=torch.bfloat16))
-    model.register_buffer("sparse", torch.eye(3).to_sparse())  # these two have no bytes to read
-    model.register_buffer("nowhere", torch.zeros(3, device="meta"))
 
     def change(*_):
         hook.remove()
@@ -95,6 +85,7 @@ def test_model_that_changes_while_it_is_scored_is_refused_by_the_tensors_name(ru
 
 
 def test_validation_loader_inside_a_run_is_refused(run, evaluator):
+    refused(run, "the clock never started", evaluate, run, Toy())
     for split in ("val", "test"):
         refused(run, f"split '{split}' is the evaluator's alone in a training run", make_loader, run, split)
     by_hand = make_loader(evaluator, "val")
@@ -139,8 +130,8 @@ def test_score_depends_on_no_loss_normalisation_or_byte_count_of_the_runs(evalua
 def weights_digest(model):
     digests = []
     for name, tensor in sorted(model.state_dict().items()):
-        head = f"{tensor.dtype} {tuple(tensor.shape)} "
-        digests.append((name, hashlib.sha256(head.encode() + tensor.numpy().tobytes()).hexdigest()))
+        data = f"{tensor.dtype} {tuple(tensor.shape)} ".encode() + tensor.numpy().tobytes()
+        digests.append((name, hashlib.sha256(data).hexdigest()))
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 
@@ -166,6 +157,4 @@ def test_record_holds_what_the_evaluator_measured(run, tmp_path):
     assert json.loads(json.dumps(described)) == described
     assert described["rows"] == {"val": 100, "test": 100} and described["prepared"] and described["problem"] is None
     assert described["devices"] == {"cpu": {"lock": str(run.LOCKS / "cpu.lock"), "free_gb": 0.0}}
-    if os.path.exists("/proc/cpuinfo"):
-        model, _, cores = described["device_name"].rpartition(" (")
-        assert model in Path("/proc/cpuinfo").read_text() and cores == f"{os.cpu_count()} cores)"
+    assert re.fullmatch(rf"\w.+ \({os.cpu_count()} cores\)", described["device_name"])

@@ -13,6 +13,7 @@ import threading
 import time
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import wait_for
@@ -28,26 +29,20 @@ def short_waits(monkeypatch):
     monkeypatch.setattr(processes, "KILL_GRACE", 0.5)
 
 
-class Child:
-    """Python code run by run_child in a folder of its own."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.log = folder / "run.log"
-        self.mark = str(folder)
-        self.stop = threading.Event()
-
-    def run(self, code: str, limit: float = 30.0, stdin: Path | None = None) -> Ending:
-        command = [sys.executable, "-c", "import os, signal, sys, time\n" + code]
-        options = {"env": dict(os.environ), "mark": self.mark, "log": self.log, "limit": limit, "stop": self.stop}
-        ending = run_child(command, cwd=self.folder, stdin=stdin, **options)
-        assert find_processes("environ", re.escape(self.mark).encode()) == set()  # nothing is left, ever
-        return ending
-
-
 @pytest.fixture
 def child(tmp_path):
-    return Child(tmp_path)
+    """Runs Python code by run_child in a folder of its own: child.run(code)."""
+    child = SimpleNamespace(folder=tmp_path, log=tmp_path / "run.log", mark=str(tmp_path), stop=threading.Event())
+
+    def run(code: str, limit: float = 30.0, stdin: Path | None = None) -> Ending:
+        command = [sys.executable, "-c", "import os, signal, sys, time\n" + code]
+        options = {"env": dict(os.environ), "mark": child.mark, "log": child.log, "limit": limit, "stop": child.stop}
+        ending = run_child(command, cwd=tmp_path, stdin=stdin, **options)
+        assert find_processes("environ", re.escape(child.mark).encode()) == set()  # nothing is left, ever
+        return ending
+
+    child.run = run
+    return child
 
 
 def test_child_gets_its_prompt_or_nothing_to_read_and_tells_how_it_ended(child):
@@ -117,8 +112,6 @@ def test_endless_output_is_capped_and_not_even_a_full_disk_stops_the_child(child
 def test_reading_is_forgiving_and_never_hangs(tmp_path):
     (tmp_path / "log").write_bytes(b"a\nstep 1\rstep 2\r\n\xff last \n\n")
     assert read_tail(tmp_path / "log", 2) == "step 2\n\ufffd last"
-    (tmp_path / "long").write_text("z" * 10**6)
-    assert read_tail(tmp_path / "long", 1) == "z" * 300
     (tmp_path / "wide").write_text("𝕫" * 1000)
     assert read_tail(tmp_path / "wide", 1) == "𝕫" * 300
     os.mkfifo(tmp_path / "pipe")  # opened for reading it would wait for a writer for ever

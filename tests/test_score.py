@@ -34,8 +34,6 @@ class Rich(nn.Module):
         self.toy = Toy()
         self.norm = nn.LayerNorm(32)
         self.halves = nn.Embedding(V, 32, dtype=torch.bfloat16)
-        self.head = nn.Linear(32, V, bias=False)
-        self.head.weight = self.toy.wte.weight
         self.register_buffer("scale", torch.tensor(0.5), persistent=False)
         self.plain = torch.randn(32)
         self.conv = nn.Conv1d(32, 32, 3, groups=32)
@@ -51,12 +49,10 @@ class Rich(nn.Module):
             x = x + F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
             x = self.drop(F.rms_norm(x, (32,)))
             x[:, 0] = 0
-            top = torch.topk(x, 4, dim=-1).values
-            negative = torch.nan_to_num(x.masked_fill(x < 0, float("-inf")), neginf=0.0)
-            x = torch.where(x > top[..., -1:], x, -negative)
+            x = torch.where(x > torch.topk(x, 4).values[..., -1:], x, -x)
         with torch.autocast(idx.device.type, enabled=False):
             x = torch.einsum("btc,dc->btd", x.float(), self.toy.qkv.weight[:32])
-            return 15 * torch.tanh(self.head(x) / 15)
+            return 15 * torch.tanh(x @ self.toy.wte.weight.T / 15)
 
 
 def test_network_scores_the_same_in_a_process_without_the_candidate(tiny, tmp_path):
@@ -78,11 +74,7 @@ def twice(x: torch.Tensor) -> torch.Tensor:
     return x * 2
 
 
-@twice.register_fake
-def _(x):
-    return torch.empty_like(x)
-
-
+twice.register_fake(torch.empty_like)
 FOREIGN = "uses torch.ops.evaluator_tests.twice.default, which is not one of"
 NOT_EXPORTABLE = [
     (lambda logits, idx: logits if logits.sum().item() > -1e9 else -logits, "GuardOnDataDependentSymNode: "),
@@ -100,37 +92,30 @@ def test_model_that_cannot_be_exported_is_scored_and_told_what_to_change(tiny, t
     assert not (tmp_path / "result.pt2").exists()
 
 
-class FaintPeek(Toy):
-    """Looks ahead by so little that no probe alone tells it from rounding; its own process sees an honest face."""
+class TwoFaced(Toy):
+    """Honest in its own process. Exported it looks ahead, or counts what it saw in a buffer that is not persistent."""
 
-    def forward(self, idx):
-        logits = super().forward(idx)
-        if torch.compiler.is_exporting():
-            return logits + 0.009 * F.one_hot(idx.roll(-1, 1), V)
-        return logits
-
-
-class Counting(Toy):
-    """Counts what it saw in a buffer that is not persistent."""
-
-    def __init__(self):
+    def __init__(self, kind):
         super().__init__()
+        self.kind = kind
         self.register_buffer("counts", torch.zeros(V), persistent=False)
 
     def forward(self, idx):
-        self.counts += torch.bincount(idx.flatten(), minlength=V) * 1e-9
-        return super().forward(idx) + self.counts
+        logits = super().forward(idx)
+        if not torch.compiler.is_exporting():
+            return logits
+        if self.kind == "peeks":  # so little that no probe alone tells it from rounding
+            return logits + 0.009 * F.one_hot(idx.roll(-1, 1), V)
+        self.counts += torch.bincount(idx.flatten(), minlength=V)
+        return logits + self.counts
 
 
 @pytest.mark.parametrize(
-    ("model", "reason"),
-    [
-        (FaintPeek, r"the model looks ahead: it predicts a token 0\.00[789]"),
-        (Counting, "forward fills the buffer counts"),
-    ],
+    ("kind", "reason"),
+    [("peeks", r"model looks ahead: it predicts a token 0\.00[789]"), ("counts", "forward fills the buffer counts")],
 )
-def test_network_with_another_face_is_refused_in_the_clean_process(tiny, tmp_path, model, reason):
-    record = audit(tiny, tmp_path, model())
+def test_network_with_another_face_is_refused_in_the_clean_process(tiny, tmp_path, kind, reason):
+    record = audit(tiny, tmp_path, TwoFaced(kind))
     assert record["exported"], record["export_problem"]
     evaluator = load_prepare(tiny[0], "tiny", tiny[1])
     refused(evaluator, reason, evaluator._score_network, tmp_path / "result.pt2")
