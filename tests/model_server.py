@@ -12,30 +12,25 @@ turn answers for ever. Requests without tools (a CLI asks for a title, a count, 
 
 import json
 import threading
-from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
-from typing import Self
+from typing import NamedTuple, Self
 
 
-@dataclass(frozen=True)
-class Run:  # calls the CLI's own shell tool
+class Run(NamedTuple):  # calls the CLI's own shell tool
     command: str
 
 
-@dataclass(frozen=True)
-class Call:  # calls another of the CLI's own tools: claude's Edit, Write or Read
+class Call(NamedTuple):  # calls another of the CLI's own tools: claude's Edit, Write or Read
     tool: str
     arguments: dict
 
 
-@dataclass(frozen=True)
-class Say:  # answers with text, which ends the agent's work
+class Say(NamedTuple):  # answers with text, which ends the agent's work
     text: str
 
 
-@dataclass(frozen=True)
-class Status:  # refuses with an HTTP status
+class Status(NamedTuple):  # refuses with an HTTP status
     code: int
 
 
@@ -46,8 +41,7 @@ class Hang:  # accepts the request and never answers
 Turn = Run | Call | Say | Status | Hang
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     body: dict
 
     @property
@@ -80,7 +74,6 @@ def tool_call(request: Request, turn: Run | Call) -> tuple[str, dict]:
 
 SHELL_TOOLS = ("Bash", "bash", "exec_command", "run_shell_command", "Execute")  # of claude; others; codex; qwen; droid
 
-# -----------------------------------------------------------------------------
 # The three streams. Each takes the request, its number and a turn, and gives (event, data) pairs.
 
 

@@ -14,11 +14,10 @@ import pytest
 import torch
 from conftest import ended, errors, hear, wait_for
 
-from harness import device
+from harness import device, knob_search
 from harness.agents import choose_agent
 from harness.console import UserError
-from harness.knob_search import NEUTRAL, Search, possible_values, random_draw, tpe_draw
-from harness.knob_search import read_hyperparameters, search_ledger, with_values
+from harness.knob_search import Search, possible_values, random_draw, read_hyperparameters, tpe_draw
 from harness.machine import OF_EXTRAS, installed_packages
 
 TRAIN = (Path(__file__).resolve().parents[1] / "train.py").read_text()
@@ -33,7 +32,7 @@ def executed(source: str, profile: str) -> dict:
     section = re.split(r"\n# ---+ (?:Knobs|Hyperparameters)", source, maxsplit=1)[1].split("\n# ---", 1)[0]
     names = {"PROFILE": profile, "torch": torch, "has_bfloat16": device.has_bfloat16}
     exec(f"#{section}", names)
-    skipped = ("PROFILE", *NEUTRAL)
+    skipped = ("PROFILE", *knob_search.NEUTRAL)
     return {k: v for k, v in names.items() if k.isupper() and k not in skipped and not isinstance(v, tuple)}
 
 
@@ -85,7 +84,7 @@ def test_hyperparameters_in_blocks_of_any_condition_are_found_and_changed_where_
     assert values(BLOCKS, "large") == {"DEPTH": 5, "LR": 0.1}  # memory_gb is not known here
     assert values(ORIGINAL, "climbmix") == {"DEPTH": 8, "LR": 0.04}
     assert values("DEPTH = 8\n", "climbmix") == {}
-    changed = with_values(BLOCKS, read_hyperparameters(BLOCKS, "large"), {"DEPTH": 10, "LR": 0.25})
+    changed = knob_search.with_values(BLOCKS, read_hyperparameters(BLOCKS, "large"), {"DEPTH": 10, "LR": 0.25})
     assert changed == BLOCKS.replace("DEPTH = 5; LR = 0.1", "DEPTH = 10; LR = 0.25")
 
 
@@ -107,7 +106,8 @@ def test_possible_values_are_those_that_a_person_would_write_from_a_fourth_to_fo
 def test_proposals_are_new_and_change_exactly_what_they_describe(agent, profile):
     before = executed(TRAIN, profile)
     search = Search(TRAIN.encode(), profile)
-    assert {"DEPTH", "MATRIX_LR", "COMPILE", "WINDOW_PATTERN"} < set(search.space) and not {*NEUTRAL} & {*search.space}
+    assert {"DEPTH", "MATRIX_LR", "COMPILE", "WINDOW_PATTERN"} < set(search.space)
+    assert not {*knob_search.NEUTRAL} & {*search.space}
     draw = random_draw(random.Random(1)) if agent == "random" else tpe_draw(search, "minimize", seed=1)
     edits = list(itertools.islice(search.propose(TRAIN.encode(), draw), 40))
     assert len({source for source, _ in edits}) == 40
@@ -176,7 +176,8 @@ def test_search_goes_on_from_the_ledger_alone_improves_and_ends_where_nothing_is
     assert "DEPTH = 4" in (four.path / "train.py").read_text()
     tag.load()
     tag.commit(99, b"# ---- Knobs ----\nDEPTH = 2\n", "it trains", tag.champion)  # as of a run without a verdict
-    told = [(places["DEPTH"] + 1, state, score) for places, state, score in search_ledger(tag, "fake").trials]
+    trials = knob_search.search_ledger(tag, "fake").trials
+    told = [(places["DEPTH"] + 1, state, score) for places, state, score in trials]
     assert {(1, "COMPLETE", 1.12), (4, "COMPLETE", 1.09), (2, "RUNNING", None), (3, "FAIL", None)} < set(told)
     assert len(told) == 5 and not any(run.cost for run in four.runs())
 

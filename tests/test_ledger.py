@@ -130,7 +130,8 @@ def test_row_written_and_parsed_is_the_same_row_whatever_its_description(descrip
     assert text.count("\n") == 2
     parsed, bad = parse_tsv(text, DOMAIN, "")
     (row,) = parsed.rows
-    assert bad == 0 and (row.commit, row.score, row.status, row.memory_mb) == ("abcdef1", round(score, 6), status, 512.0)
+    assert bad == 0
+    assert (row.commit, row.score, row.status, row.memory_mb) == ("abcdef1", round(score, 6), status, 512.0)
 
 
 SOURCE = b'"""A file."""\nimport torch\nSEED = 1\ntorch.manual_seed(7)\n\ndef f(x):\n    return x + 1  # one\n'
