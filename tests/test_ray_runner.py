@@ -212,8 +212,7 @@ def test_ray_of_this_machine_is_the_loops_alone(field: Field):
     ours = [line.split()[3] for line in listening for pid in field.of_ray() if f"pid={pid}," in line]
     assert ours and all("127.0.0.1" in address for address in ours), ours
     assert b"RAY_AUTH" not in Path(f"/proc/{pids[0]}/environ").read_bytes()
-    commands = checkout.command_lines(field.entry)
-    (folder,) = {found[0] for command in commands if (found := re.search(r"/tmp/ar-\w+", command))}
+    (folder,) = {found[0] for command in checkout.orphans(field.entry) if (found := re.search(r"/tmp/ar-\w+", command))}
     loop.kill()
     out, err = loop.communicate()
     assert out == "" and not re.search("WARNING|ERROR|raylet", err)  # Ray is not heard
