@@ -69,6 +69,7 @@ prepare.finish(1.0 - DEPTH / 100)
 @pytest.fixture(autouse=True)
 def switched_on(monkeypatch):
     monkeypatch.delenv("AUTORESEARCH_ISOLATION")
+    isolation._why_it_fails.cache_clear()
     yield
     isolation._why_it_fails.cache_clear()
     isolation._given_up.clear()

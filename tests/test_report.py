@@ -17,6 +17,7 @@ NOISE = "from 2 repeats of commits here, pooled with 0.014 as measured before fo
 COST = "cost: 3 agent calls, at least 0.25 dollars (0.25 a kept change), at least 10,000 tokens (10,000 a kept change)"
 
 def test_report_of_a_small_night():
+    assert report_text(Ledger(DOMAIN)).startswith("no scored run yet")
     expected = f"""\
 6 runs: 4 keep (67%), 1 discard (17%), 1 crash (17%)
 best: val_bpb 1.680000 (run 0003, bbbbbbb), believed from 1 of its 2 runs: the first selected it; \
@@ -67,12 +68,6 @@ def test_better_score_than_the_best_is_explained():
         lucky = made(7, WARMER, 1.6, "discard", "lucky", base=WIDER, reason=reason)
         line = next(line for line in report_text(small_ledger(lucky)).splitlines() if "single run" in line)
         assert line.startswith("best score of a single run: 1.600000, run 0007, ") and said in line
-
-
-def test_report_before_there_is_a_baseline():
-    assert report_text(Ledger(DOMAIN)).startswith("no scored run yet")
-    only = made(1, BASELINE, 1.7, "discard", "an odd ledger", purpose="baseline")
-    assert "nothing was kept" in report_text(Ledger(DOMAIN, [only]))
 
 
 def worker(doing: str, seconds: float, run: int = 0, description: str = "") -> dict:
