@@ -31,10 +31,6 @@ def lab(tmp_path):
     assert find_marked(lab.tag.mark) == set()
 
 
-# -----------------------------------------------------------------------------
-# What an agent finds, and what it gives
-
-
 def test_proposal_is_the_edited_file_with_its_description_and_other_changes_are_told_and_gone(lab):
     other = lab.propose('pathlib.Path("prepare.py").write_text("1"); git("commit -qam mine")\n' + EDIT)
     assert other == Proposal(EDITED, "raise depth", agents.UNKNOWN, ("prepare.py",))
@@ -53,7 +49,6 @@ def test_agent_finds_ledger_newest_runs_and_its_own_venv_inside_its_worktree(lab
         assert "wider" in pathlib.Path("results.tsv").read_text()
         log = pathlib.Path("runs/0002/run.log").read_text()
         assert len(log) == 65536 and log.endswith("the end\\n")
-        assert not [path for path in pathlib.Path(".").rglob("*") if path.is_symlink()]
         os.makedirs(".venv/bin")
         knob("DEPTH", len(os.listdir("runs")))
     """
@@ -87,9 +82,6 @@ def test_description_is_one_clean_line_of_the_agents_or_the_changed_constants(la
     assert lab.propose(body).description == description
 
 
-# -----------------------------------------------------------------------------
-# Harm
-
 HARM = {
     "deletes everything": 'subprocess.run("rm -rf * .git .gitignore", shell=True); '
     f'pathlib.Path("train.py").write_text({TRAIN!r})',
@@ -98,7 +90,6 @@ HARM = {
     "commits": 'pathlib.Path("prepare.py").write_text("1"); git("commit -qam mine"); git("checkout -q -b mine$$")',
     "hides a change": 'pathlib.Path("prepare.py").write_text("1"); git("update-index --skip-worktree prepare.py")',
     "leaves a lock": 'pathlib.Path(subprocess.getoutput("git rev-parse --git-path index.lock")).touch()',
-    "turns files into folders": 'os.remove("prepare.py"); os.makedirs("prepare.py/x"); os.makedirs("torch/y")',
     "puts pipes": 'os.remove("results.tsv"); [os.mkfifo(n) for n in ("results.tsv", ".train.py", "prompt.md")]',
     "replaces the runs": 'subprocess.run("rm -rf runs", shell=True); os.symlink(OUTSIDE, "runs")',
     "hides processes": "hide(False); hide(True)",
@@ -139,17 +130,11 @@ def test_train_that_is_no_regular_file_or_too_large_is_a_refused_edit(lab):
         assert lab.propose(damage) == NoProposal(told, "refused edit", agents.UNKNOWN)
 
 
-# -----------------------------------------------------------------------------
-# Time
-
-
 def test_silent_slow_or_stopped_agent_is_ended_and_only_a_whole_edit_counts(lab, monkeypatch):
     monkeypatch.setattr(agents, "QUIET_LIMIT", 1)
     silent = "print('thinking', flush=True); time.sleep(600)\n"
     assert lab.propose(lab.agent(EDIT + silent, streams=True)).source == EDITED
     assert lab.propose(lab.agent(silent, streams=True)).reason == "the agent ended with no output for 1 s: thinking"
-    lively = 'for _ in range(15):\n    print("x", flush=True); time.sleep(0.1)\n'
-    assert lab.propose(lab.agent(lively + EDIT, streams=True)).source == EDITED
     assert lab.propose(lab.agent("time.sleep(1.2)\n" + EDIT)).source == EDITED  # a CLI that prints at its end
     answer = lab.propose("time.sleep(600)", limit=0.5)
     assert answer.kind == "failed" and re.fullmatch("the agent ended with timeout after . s", answer.reason)
@@ -165,10 +150,6 @@ def test_back_off_doubles_to_a_limit_is_longer_for_rate_limits_and_ends_with_a_s
     assert back_off.failures == 9
     back_off.succeeded()
     assert [back_off.after(limited) for _ in range(6)] == [60, 120, 240, 480, 960, 1800]
-
-
-# -----------------------------------------------------------------------------
-# Environment and choice
 
 
 def test_environment_hides_that_one_cli_starts_another_and_starts_clean_unless_a_person_says_otherwise():
@@ -247,7 +228,6 @@ def test_log_in_that_no_check_sees_passes_and_claude_as_root_does_not(tools, tmp
     assert "IS_SANDBOX=1" in refusal("claude")
 
 
-# -----------------------------------------------------------------------------
 # What CLIs print in JSON, shortened by what is not read
 
 
@@ -290,9 +270,6 @@ def test_json_left_in_the_answer_folder_is_read_and_the_log_ends_with_the_last_w
     assert lab.propose("pass").kind == "unchanged"  # the export of the call before is gone
 
 
-# -----------------------------------------------------------------------------
-# Costs
-
 CLAUDE = (
     '{"type":"assistant","message":{"role":"assistant","content":[],"usage":{"input_tokens":2,"output_tokens":1}}}\n'
     '{"type":"result","result":"Done.","total_cost_usd":0.3125,"usage":{"input_tokens":2,"output_tokens":2},"modelUsage":'
@@ -305,7 +282,6 @@ OPENCODE = f'{{"type":"step_finish","part":{{"tokens":{TOKENS},"cost":0.5}}}}'
 PI = '{"type":"message_end","message":{"role":"assistant","usage":{"input":5,"output":3,"cost":{"total":0.125}}}}'
 DROID = '{"type":"completion","usage":{"input_tokens":20,"output_tokens":3,"cache_read_input_tokens":8}}'
 GEMINI = '{"type":"result","stats":{"total_tokens":24,"input_tokens":20,"output_tokens":3,"cached":8,"input":12}}'
-VIBE = '{"error":null,"usage":{"input_tokens":9,"output_tokens":2,"total_tokens":11},"cost_usd":0.5}'
 COPILOT = '{"modelMetrics":{"a":{"usage":{"inputTokens":9,"outputTokens":2,"cacheReadTokens":4}}}}'
 COSTS = {
     CLAUDE: Cost(1, 3065, 206, 0.3125),
@@ -316,7 +292,6 @@ COSTS = {
     DROID: Cost(1, 28, 3, None),
     DROID.replace("{", '{"total_tokens":23,'): Cost(1, 20, 3, None),  # qwen: the cache is counted already
     GEMINI: Cost(1, 20, 3, None),
-    VIBE: Cost(1, 9, 2, 0.5),
     COPILOT: Cost(1, 9, 2, None),
     "I raised DEPTH; it cost $3.\n": agents.UNKNOWN,
 }

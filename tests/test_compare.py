@@ -67,8 +67,6 @@ def edit(status: str, score: float, description: str = "x", **changes):
     [
         (small_ledger()[3], "bbbbbbb ran 2 times: believed 1.680000, the mean of all but the first, which selected it"),
         (small_ledger()[3], f"0.050000 better ± 0.037868 (2 standard errors): more than the noise ({NOISE})"),
-        (small_ledger()[3], "speed +6.9%: more than the machine does by itself"),
-        (small_ledger()[5], "run 0005 crash: warm up longer\nNameError: name 'WARM' is not defined\n'tail -n 50 "),
         (small_ledger()[5], "'git apply -3 runs/0005/change.diff' brings the edit back, to mend it"),
         (made(7, SLOWER, 1.6, "discard", "x", base=BASELINE, is_stale=True, reason=STALE), f"{STALE}: run 0008"),
         (edit("pending", 1.6), "a gain that waits for approval"),

@@ -103,14 +103,6 @@ class Night:
         """A start that must end well."""
         self.checkout.loop(*self.options, "--max-experiments", str(experiments), **env)
 
-    def transitions(self) -> int:
-        """How many there are in a start with two experiments."""
-        log = self.checkout.outside / "transitions"
-        log.unlink(missing_ok=True)
-        self.start(2, KILL_LOG=str(log))
-        self.check()
-        return len(log.read_text().splitlines())
-
     def kill_in_hook(self, **env: str) -> None:
         """Kill where the hook is told to: right before a state transition."""
         process = self.checkout.popen(*self.options, "--max-experiments", "4", **env)
@@ -171,7 +163,7 @@ class Night:
         # a gain on a former champion was run again, or dropped by name
         again = {run.again_of for run in runs}
         assert all(run.number in again for run in runs if run.is_stale), how
-        # no process, no lock, nothing on the bench
+        # no process, no lock, no file left
         assert checkout.orphans() == [], how
         assert [path for path in (checkout.path / ".git").rglob("*.lock") if path.is_file()] == [], how
         assert not is_locked(checkout.home() / "lock"), how
@@ -188,7 +180,9 @@ def test_kill_at_every_step_loses_nothing(checkout, workers):
     seed = random.randrange(10**6)
     chance = random.Random(seed)
     night = Night(checkout, workers)
-    every = night.transitions()
+    log = checkout.outside / "transitions"
+    night.start(2, KILL_LOG=str(log))
+    every = len(log.read_text().splitlines())
     step = max(1, 2 * every // KILLS)
     places = itertools.cycle(range(1 + chance.randrange(step), every + 1, step))
     while night.kills < KILLS:

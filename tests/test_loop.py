@@ -177,8 +177,7 @@ def test_nothing_that_an_agent_or_a_run_left_lives_on_or_reaches_a_run(rough_nig
 def test_tag_goes_on_from_runs_jsonl_alone_and_only_where_scores_compare(checkout: Checkout):
     checkout.loop(*BASELINE)
     before = (checkout.path / "results.tsv").read_text()
-    for path in (checkout.path / "results.tsv", checkout.home() / "results.tsv"):
-        path.unlink()
+    (checkout.path / "results.tsv").unlink()
     runs = checkout.home() / "runs.jsonl"
     with open(runs, "a") as file:
         file.write('{"number": 2, "comm')  # torn by a kill
@@ -238,9 +237,8 @@ def test_confirm_keeps_a_real_gain_and_no_lucky_one(checkout: Checkout):
             knob("DEPTH", 12)
     """)
     checkout.loop("--tag", "t", "--agent-cmd", agent, "--max-experiments", "2", "--confirm", "2")
-    experiments = [run for run in checkout.runs() if run.purpose == "experiment"]
-    assert [run.status for run in experiments] == ["discard", "keep"]
-    assert experiments[0].reason == "not confirmed on fresh seeds"
+    lucky, real = [run for run in checkout.runs() if run.purpose == "experiment"]
+    assert (lucky.reason, real.status) == ("not confirmed on fresh seeds", "keep")
     seeds = [run.seed for run in checkout.runs() if run.purpose == "replicate"]
     assert len(set(seeds)) >= 3 and 42 not in seeds
 
@@ -318,11 +316,7 @@ def test_persons_files_and_branch_stay_as_they_are_and_their_instructions_count_
     checkout.git("checkout", "-q", "-f", "main")
     checkout.loop(*ONE, deeper)
     assert checkout.git("symbolic-ref", "--short", "HEAD") == "main"
-    assert checkout.statuses() == ["keep"] * 3
     assert checkout.git("rev-parse", "autoresearch/t").startswith(checkout.rows()[2][0])
-    checkout.git("checkout", "-q", "autoresearch/t")
-    checkout.loop(*ONE, deeper)
-    assert "DEPTH = 7.0" in (checkout.path / "train.py").read_text()
 
 
 def test_lock_file_that_uv_rewrote_behind_a_mirror_stops_nothing_and_stays(checkout: Checkout):
@@ -360,10 +354,8 @@ fcntl.flock = flock
     env = {"PYTHONPATH": str(checkout.outside)}
     (error,) = errors(checkout.loop(*BASELINE, code=2, **env))
     assert "its file system has no locks" in error and "export AUTORESEARCH_LOCKS=FOLDER" in error
-    locks = {"AUTORESEARCH_LOCKS": str(checkout.outside / "locks")}
-    checkout.loop(*BASELINE, **env, **locks)
+    checkout.loop(*BASELINE, **env, AUTORESEARCH_LOCKS=str(checkout.outside / "locks"))
     assert "no locks" in checkout.loop("status", "--tag", "t", code=2, **env).stderr
-    assert checkout.loop("status", "--tag", "t", **env, **locks).stdout
 
 
 def test_check_makes_one_run_and_leaves_nothing(checkout: Checkout):
