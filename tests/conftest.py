@@ -301,8 +301,7 @@ def ended(process: subprocess.Popen, code: int = 0, timeout: float = 30) -> subp
     with killed_after(process, timeout):
         out, err = process.communicate()
     err = process.heard + err
-    assert process.returncode == code, err
-    assert "Traceback" not in out + err, out + err
+    assert process.returncode == code and "Traceback" not in out + err, out + err
     return subprocess.CompletedProcess(process.args, code, out, err)
 
 

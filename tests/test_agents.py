@@ -310,4 +310,4 @@ def test_cost_is_read_from_what_a_cli_prints_adds_up_and_is_unknown_where_it_can
         assert agents.read_answer(output).cost == agents.UNKNOWN, output[:80]
     total = Cost(1, 10, 2, 0.5) + Cost(1, 5, 1, 0.25)
     assert total.as_dict() == {"calls": 2, "tokens_in": 15, "tokens_out": 3, "usd": 0.75}
-    assert (total + Cost(1, 5, 1, None)).as_dict() == {"calls": 3, "tokens_in": 20, "tokens_out": 4, "usd": None}
+    assert (total + Cost(1, 5, 1, None)).usd is None

@@ -153,9 +153,6 @@ def four(checkout):
     return checkout
 
 
-TPE = "--tag", "t", "--agent", "tpe"
-
-
 @pytest.mark.parametrize("agent", ["random", "tpe"])
 def test_search_goes_on_from_the_ledger_alone_improves_and_ends_where_nothing_is_left(four, tag, agent):
     command = "--tag", "t", "--agent", agent
@@ -178,7 +175,7 @@ def test_search_goes_on_from_the_ledger_alone_improves_and_ends_where_nothing_is
 def test_fork_without_anything_to_turn_is_told_so_and_the_loop_ends(checkout):
     checkout.replace("train.py", "# ---- Knobs ----", "# ---- Values ----")
     checkout.commit("a fork")
-    error = errors(checkout.loop(*TPE, code=1))[0]
+    error = errors(checkout.loop("--tag", "t", "--agent", "tpe", code=1))[0]
     assert "train.py has no hyperparameter to turn" in error and "use an agent with a model" in error
 
 
@@ -188,7 +185,7 @@ def test_suggestions_are_in_the_prompt_of_a_model(four):
     told = (four.outside / "prompt").read_text().partition("TPE, told all runs, would change train.py so")[2]
     lines = told.split("\n\n")[1].split("\n")
     assert sorted(lines) == ["- DEPTH 1 -> 2", "- DEPTH 1 -> 3", "- DEPTH 1 -> 4"]
-    error = errors(four.loop(*TPE, "--suggest", "tpe", code=2))[0]
+    (error,) = errors(four.loop("--agent", "tpe", "--suggest", "tpe", code=2))
     assert error == "error: --suggest tpe: --agent tpe reads no prompt: choose an agent with a model"
 
 
@@ -200,4 +197,3 @@ def test_missing_optuna_is_refused_with_the_command_and_one_that_comes_later_cha
         choose_agent("tpe", None)
     command = "uv run --extra tpe loop.py --agent claude --suggest tpe"
     assert str(refused.value).startswith(f"tpe is not installed: '{command}' (installed here: ")
-    assert refused.value.code == 2

@@ -141,18 +141,12 @@ def test_page_is_rewritten_by_a_child_of_the_lowest_priority_one_at_a_time(tag, 
     report = "echo $(nice) >> begun; while [ -e hold ]; do sleep 0.01; done; echo no disk >&2; exit 1"
     writer.command[3:] = ["sh", "-c", f"cd {tag.home}; {report}"]  # in place of `loop.py report`
     begun = tag.home / "begun"
-    begun.touch()
-
-    def add_run() -> None:
-        tag.append(made(len(tag.ledger.runs) + 1, SLOWER, 1.7, "discard", "more", base=WIDER))
-        writer.refresh()
-
-    writer.refresh()
-    assert begun.read_text() == ""  # no run came
     (tag.home / "hold").touch()
-    add_run()
-    wait_for(lambda: begun.read_text() == "19\n")
-    add_run()  # one is going on
+    tag.append(made(1, SLOWER, 1.7, "discard", "a run"))
+    writer.refresh()
+    wait_for(lambda: begun.exists() and begun.read_text() == "19\n")
+    tag.append(made(2, SLOWER, 1.7, "discard", "another while the first child writes"))
+    writer.refresh()
     (tag.home / "hold").unlink()
     wait_for(lambda: (tag.home / "page.log").read_text() == "no disk\n")
     assert begun.read_text() == "19\n"

@@ -125,8 +125,7 @@ def test_prompt_has_every_part_in_order_and_none_that_is_empty_and_stays_short_h
     places = [whole.find(part) for part in parts]
     assert -1 not in places and places == sorted(places)
     bare = Night().prompt()
-    words = ("verdict", "Running", "refused", "Kept", "Near", "Dead", "settled")
-    assert not [word for word in words if word in bare] and "\n\n\n" not in bare
+    assert not re.search("verdict|Running|refused|Kept|Near|Dead|settled|\n\n\n", bare)
     for n in range(3000):
         night.add(("discard", "crash", "keep")[n % 3], 2.0 - n / 1e5, "long " * 100, reason="why " * 200)
     assert len(night.prompt(running=["wide " * 100] * 3000, refusal="r" * 10**5)) < 60_000
