@@ -22,21 +22,17 @@ NIGHTS = 200
 REPLICATES = 3
 
 
-def pooled(groups: list[np.ndarray], assumed: float) -> float:
-    """sigma as Ledger.noise has it."""
-    squares = sum(((group - group.mean()) ** 2).sum() for group in groups) + ASSUMED_DEGREES * assumed**2
-    return math.sqrt(squares / (sum(len(group) - 1 for group in groups) + ASSUMED_DEGREES))
-
-
-def measure(rng, effects: np.ndarray, sigma: float, replicates: int = REPLICATES) -> tuple[np.ndarray, np.ndarray]:
+def measure(rng, effects: np.ndarray, sigma: float) -> tuple[np.ndarray, np.ndarray]:
     """Contribution and standard error of each change, as `ablate` finds them."""
     sides = ["champion", *(f"without {number}" for number in range(len(effects)))]
-    of_champion = order_runs(sides, replicates).count("champion")
+    of_champion = order_runs(sides, REPLICATES).count("champion")
     champion = rng.normal(0, sigma, of_champion)
-    without = [rng.normal(-effect, sigma, replicates) for effect in effects]
-    estimate = pooled([champion, *without], sigma)
+    without = [rng.normal(-effect, sigma, REPLICATES) for effect in effects]
+    groups = [champion, *without]
+    squares = sum(((group - group.mean()) ** 2).sum() for group in groups) + ASSUMED_DEGREES * sigma**2
+    estimate = math.sqrt(squares / (sum(len(group) - 1 for group in groups) + ASSUMED_DEGREES))  # as Ledger.noise
     gains = np.array([champion.mean() - runs.mean() for runs in without])
-    return gains, np.full(len(effects), estimate * math.sqrt(1 / replicates + 1 / of_champion))
+    return gains, np.full(len(effects), estimate * math.sqrt(1 / REPLICATES + 1 / of_champion))
 
 
 def print_error_rates() -> None:
@@ -49,9 +45,6 @@ def print_error_rates() -> None:
         carries = np.array([gains > 2 * errors for gains, errors in nights])
         null, real = carries[:, 4:], carries[:, :4]
         print(f"{size:>16.1f} sigma {null.mean():>21.1%} {real.mean():>17.1%} {null.any(axis=1).mean():>33.0%}")
-
-
-# Rules beside each other
 
 
 def night(rng, effects: np.ndarray, sigma: float, confirm: int) -> tuple[list[float], int]:
@@ -86,11 +79,8 @@ def print_rules(ledger) -> None:
     rng = np.random.default_rng(2)
     sigma = ledger.sigma
     domain = ledger.domain
-    gains = []
-    for run in ledger.rows:
-        if run.score is not None and run.base:
-            gains.append(domain.gain(ledger.believed(run.base), run.score))
-    gains = np.array(gains)
+    scored = [run for run in ledger.rows if run.score is not None and run.base]
+    gains = np.array([domain.gain(ledger.believed(run.base), run.score) for run in scored])
     print(f"{len(gains)} experiments, sigma {sigma:g} {domain.unit}; means of {NIGHTS} nights")
     print(f"rule                            kept   false keeps   runs   end, 0.0001 {domain.unit} better than plain")
     results: dict[str, list] = {"plain": [], "--confirm 4": [], "plain, then ablate --apply": []}

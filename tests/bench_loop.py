@@ -7,7 +7,6 @@ Both without and with workers more that propose ahead. CPU: seconds of loop, age
 beyond one are fake GPUs of Ray on this machine, whose processors all of them share.
 """
 
-import argparse
 import os
 import resource
 import sys
@@ -20,8 +19,7 @@ from conftest import Checkout
 
 
 def night(folder: Path, experiments: int, seconds: float, devices: int, ahead: int) -> tuple[float, float, float]:
-    """Wall seconds between the start of the first experiment and the end of the last, seconds of training in them, CPU
-    seconds."""
+    """Wall seconds from the first experiment's start to the last one's end, their training seconds, CPU seconds."""
     checkout = Checkout(folder)
     checkout.replace("train.py", "prepare.start_clock()", f"time.sleep({seconds})\nprepare.start_clock()")
     checkout.commit("a run takes its time")
@@ -43,16 +41,12 @@ def night(folder: Path, experiments: int, seconds: float, devices: int, ahead: i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiments", nargs="?", type=int, default=12)
-    parser.add_argument("seconds", nargs="?", type=float, default=5.0)
-    parser.add_argument("devices", nargs="?", type=int, default=1)
-    args = parser.parse_args()
-    experiments, devices = args.experiments, args.devices
-    print(f"{experiments} experiments of {args.seconds:g} s on {devices} devices, {os.cpu_count()} cores")
+    given = sys.argv[1:] + ["12", "5", "1"][len(sys.argv) - 1 :]
+    experiments, seconds, devices = int(given[0]), float(given[1]), int(given[2])
+    print(f"{experiments} experiments of {seconds:g} s on {devices} devices, {os.cpu_count()} cores")
     for ahead in (0, devices):
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            wall, trained, cpu = night(Path(folder), experiments, args.seconds, devices, ahead)
+            wall, trained, cpu = night(Path(folder), experiments, seconds, devices, ahead)
         overhead = (wall * devices - trained) / experiments
         words = f"overhead {overhead:.2f} s an experiment, devices busy {trained / wall / devices:.1%}"
         print(f"--ahead {ahead}: {words}, CPU of loop, agents and runs {cpu / experiments:.2f} s an experiment")

@@ -29,15 +29,12 @@ SHOWN = (10, 20, 40, 60)
 
 
 class Bowl:
-    """What a train.py would score, by its hyperparameters alone."""
-
     def __init__(self, space: dict[str, tuple], baseline: bytes, seed: int):
         rng = random.Random(seed)
         self.space = space
         self.weights = {name: rng.lognormvariate(0, 1.2) for name in space}
-        self.lowest = {}
-        for name, place in self.places(baseline).items():
-            self.lowest[name] = min(1.0, max(0.0, place + rng.uniform(-0.3, 0.3)))
+        moved = {name: place + rng.uniform(-0.3, 0.3) for name, place in self.places(baseline).items()}
+        self.lowest = {name: min(1.0, max(0.0, place)) for name, place in moved.items()}
         self.scale = 1.0
         self.scale = BOWL / self(baseline)
 

@@ -1,9 +1,5 @@
 """Shared by the loop's tests: `Checkout`, a scratch repository in which a run takes milliseconds instead of minutes.
 
-    def test_baseline_is_kept(checkout):
-        checkout.loop(*BASELINE)
-        assert checkout.statuses() == ["keep"]
-
 FAKE_PREPARE and FAKE_TRAIN stand in for the evaluator and for what it scores. loop.py and harness/ are the real ones;
 so are git, the processes and the signals.
 """
@@ -157,7 +153,7 @@ def template() -> Path:
 
 
 class Checkout:
-    """A scratch checkout with the real loop.py, and a person's hands: run it, kill it, look at what it left."""
+    """A scratch checkout with the real loop.py, to run, kill and look at."""
 
     def __init__(self, folder: Path):
         self.path = folder / "checkout"
@@ -209,7 +205,7 @@ class Checkout:
         self.agents = getattr(self, "agents", 0) + 1
         path = self.outside / f"agent{self.agents}.py"
         head = """
-            import os, pathlib, re, subprocess, sys, time
+            import contextlib, itertools, os, pathlib, re, subprocess, sys, time
             OUTSIDE = pathlib.Path(__file__).parent
             prompt = sys.stdin.read()
             def knob(name, value=None):
@@ -223,14 +219,10 @@ class Checkout:
                 words = f"git -c user.name=a -c user.email=a@a {command}"
                 subprocess.run(words, shell=True, check=True, capture_output=True)
             def count():  # two agents at the same time get two numbers
-                number = 1
-                while (OUTSIDE / f"call{number}").exists():
-                    number += 1
-                try:
-                    open(OUTSIDE / f"call{number}", "x").close()
-                    return number
-                except FileExistsError:
-                    return count()
+                for number in itertools.count(1):
+                    with contextlib.suppress(FileExistsError):
+                        open(OUTSIDE / f"call{number}", "x").close()
+                        return number
         """
         path.write_text(textwrap.dedent(head) + textwrap.dedent(body))
         return shlex.join([sys.executable, str(path)])
@@ -268,14 +260,10 @@ class Checkout:
         """Ids of the living processes in whose environment an entry begins so."""
         return sorted(find_processes("environ", rb"(^|\0)" + re.escape(entry.encode())))
 
-    def orphans(self) -> list[str]:
-        """Command lines of living processes that carry this checkout's mark."""
-        return self.command_lines(f"AUTORESEARCH_MARK={self.path}")
-
-    def command_lines(self, entry: str) -> list[str]:
-        """Those of `processes`, but for what has ended meanwhile."""
+    def orphans(self, entry: str = "") -> list[str]:
+        """Command lines of the living processes that carry this checkout's mark, or have this entry."""
         found = []
-        for pid in self.processes(entry):
+        for pid in self.processes(entry or f"AUTORESEARCH_MARK={self.path}"):
             with contextlib.suppress(OSError):
                 found.append(Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " "))
         return found
@@ -298,33 +286,34 @@ def wait_for(condition, seconds: float = 20.0):
     return value
 
 
+@contextlib.contextmanager
+def killed_after(process: subprocess.Popen, seconds: float):
+    alarm = threading.Timer(seconds, os.killpg, (process.pid, signal.SIGKILL))
+    alarm.start()
+    try:
+        yield
+    finally:
+        alarm.cancel()
+
+
 def ended(process: subprocess.Popen, code: int = 0, timeout: float = 30) -> subprocess.CompletedProcess:
     """Wait for a command's end: it must have this exit code, and a person never sees a traceback."""
-    try:
-        out, err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+    with killed_after(process, timeout):
         out, err = process.communicate()
-        raise AssertionError(f"{process.args} took over {timeout} s:\n{out}\n{process.heard}{err}") from None
     err = process.heard + err
-    assert process.returncode == code, err
-    assert "Traceback" not in out + err, out + err
+    assert process.returncode == code and "Traceback" not in out + err, out + err
     return subprocess.CompletedProcess(process.args, code, out, err)
 
 
 def hear(process: subprocess.Popen, words: str, seconds: float = 20.0) -> str:
     """Wait for the next line of stderr with these words."""
-    alarm = threading.Timer(seconds, os.killpg, (process.pid, signal.SIGKILL))
-    alarm.start()
-    try:
-        line = ""
+    line = ""
+    with killed_after(process, seconds):
         while words not in line:
             line = process.stderr.readline()
             assert line, f"it never said {words!r}:\n{process.heard}"
             process.heard += line
-        return line
-    finally:
-        alarm.cancel()
+    return line
 
 
 def errors(done: subprocess.CompletedProcess) -> list[str]:

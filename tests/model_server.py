@@ -12,30 +12,25 @@ turn answers for ever. Requests without tools (a CLI asks for a title, a count, 
 
 import json
 import threading
-from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
-from typing import Self
+from typing import NamedTuple, Self
 
 
-@dataclass(frozen=True)
-class Run:  # calls the CLI's own shell tool
+class Run(NamedTuple):  # calls the CLI's own shell tool
     command: str
 
 
-@dataclass(frozen=True)
-class Call:  # calls another of the CLI's own tools: claude's Edit, Write or Read
+class Call(NamedTuple):  # calls another of the CLI's own tools: claude's Edit, Write or Read
     tool: str
     arguments: dict
 
 
-@dataclass(frozen=True)
-class Say:  # answers with text, which ends the agent's work
+class Say(NamedTuple):  # answers with text, which ends the agent's work
     text: str
 
 
-@dataclass(frozen=True)
-class Status:  # refuses with an HTTP status
+class Status(NamedTuple):  # refuses with an HTTP status
     code: int
 
 
@@ -46,8 +41,7 @@ class Hang:  # accepts the request and never answers
 Turn = Run | Call | Say | Status | Hang
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     body: dict
 
     @property
@@ -80,8 +74,7 @@ def tool_call(request: Request, turn: Run | Call) -> tuple[str, dict]:
 
 SHELL_TOOLS = ("Bash", "bash", "exec_command", "run_shell_command", "Execute")  # of claude; others; codex; qwen; droid
 
-# -----------------------------------------------------------------------------
-# The three streams. Each takes the request, its number and a turn, and gives (event, data) pairs.
+# The three streams. Each takes the request, its number and a turn, and gives the data of its events.
 
 
 def anthropic_messages(request: Request, number: int, turn: Run | Call | Say):
@@ -95,15 +88,12 @@ def anthropic_messages(request: Request, number: int, turn: Run | Call | Say):
     message = {"id": f"msg_{number}", "type": "message", "role": "assistant", "model": request.body["model"]}
     usage = {"input_tokens": 1, "output_tokens": 1}
     message |= {"content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}
-    for data in (
-        {"type": "message_start", "message": message},
-        {"type": "content_block_start", "index": 0, "content_block": block},
-        {"type": "content_block_delta", "index": 0, "delta": delta},
-        {"type": "content_block_stop", "index": 0},
-        {"type": "message_delta", "delta": {"stop_reason": stop_reason}, "usage": usage},
-        {"type": "message_stop"},
-    ):
-        yield data["type"], data
+    yield {"type": "message_start", "message": message}
+    yield {"type": "content_block_start", "index": 0, "content_block": block}
+    yield {"type": "content_block_delta", "index": 0, "delta": delta}
+    yield {"type": "content_block_stop", "index": 0}
+    yield {"type": "message_delta", "delta": {"stop_reason": stop_reason}, "usage": usage}
+    yield {"type": "message_stop"}
 
 
 def openai_responses(request: Request, number: int, turn: Run | Call | Say):
@@ -114,12 +104,9 @@ def openai_responses(request: Request, number: int, turn: Run | Call | Say):
         item = {"type": "function_call", "call_id": f"call_{number}", "name": name, "arguments": json.dumps(arguments)}
     item["id"] = f"item_{number}"
     usage = {"input_tokens": 1, "output_tokens": 1, "total_tokens": 2}
-    for data in (
-        {"type": "response.created", "response": {"id": f"resp_{number}"}},
-        {"type": "response.output_item.done", "output_index": 0, "item": item},
-        {"type": "response.completed", "response": {"id": f"resp_{number}", "usage": usage}},
-    ):
-        yield data["type"], data
+    yield {"type": "response.created", "response": {"id": f"resp_{number}"}}
+    yield {"type": "response.output_item.done", "output_index": 0, "item": item}
+    yield {"type": "response.completed", "response": {"id": f"resp_{number}", "usage": usage}}
 
 
 def chat_completions(request: Request, number: int, turn: Run | Call | Say):
@@ -132,9 +119,8 @@ def chat_completions(request: Request, number: int, turn: Run | Call | Say):
         finish_reason, delta = "tool_calls", {"role": "assistant", "content": "", "tool_calls": [call]}
     chunk = {"id": f"chat_{number}", "object": "chat.completion.chunk", "created": 0, "model": request.body["model"]}
     usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
-    yield None, chunk | {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
-    yield None, chunk | {"choices": [{"index": 0, "delta": {}, "finish_reason": finish_reason}], "usage": usage}
-    yield None, "[DONE]"
+    yield chunk | {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
+    yield chunk | {"choices": [{"index": 0, "delta": {}, "finish_reason": finish_reason}], "usage": usage}
 
 
 STREAMS = {"/messages": anthropic_messages, "/responses": openai_responses, "/chat/completions": chat_completions}
@@ -191,9 +177,11 @@ class Handler(BaseHTTPRequestHandler):
             self.send("application/json", json.dumps(error), turn.code)
         else:
             text = ""
-            for event, data in stream(request, next(self.server.numbers), turn):
-                line = data if isinstance(data, str) else json.dumps(data)
-                text += (f"event: {event}\n" if event else "") + f"data: {line}\n\n"
+            for data in stream(request, next(self.server.numbers), turn):
+                event = f"event: {data['type']}\n" if "type" in data else ""
+                text += f"{event}data: {json.dumps(data)}\n\n"
+            if stream is chat_completions:
+                text += "data: [DONE]\n\n"
             self.send("text/event-stream", text)
 
     def send(self, kind: str, text: str, code: int = 200) -> None:

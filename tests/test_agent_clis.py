@@ -27,59 +27,46 @@ EDIT = (Run(f"{SED} && echo raise > experiment.txt"), Say("Done."))
 LIMIT = 120  # seconds, for one call
 
 
-# How each is pointed at the server and, where it can be, told not to try again by itself
-
-
-def configure_claude(home: Path, url: str) -> dict[str, str]:
-    env = {"ANTHROPIC_BASE_URL": url, "ANTHROPIC_API_KEY": "dummy", "CLAUDE_CODE_MAX_RETRIES": "0"}
-    return env | {"IS_SANDBOX": "1"}  # root is refused without it
-
-
-def configure_codex(home: Path, url: str) -> dict[str, str]:
-    provider = {"name": "lab", "base_url": f"{url}/v1", "wire_api": "responses", "env_key": "LAB_KEY"}
-    provider |= {"request_max_retries": 0, "stream_max_retries": 0}
-    lines = ['model = "lab"', 'model_provider = "lab"', "[model_providers.lab]"]
-    lines += [f"{key} = {json.dumps(value)}" for key, value in provider.items()]
-    write(home / ".codex/config.toml", "\n".join(lines))
-    return {"LAB_KEY": "dummy"}
-
-
-def configure_opencode(home: Path, url: str) -> dict[str, str]:
-    provider = {"npm": "@ai-sdk/openai-compatible", "options": {"baseURL": f"{url}/v1", "apiKey": "dummy"}}
-    provider["models"] = {"lab": {"tool_call": True}}
-    return {"OPENCODE_CONFIG_CONTENT": json.dumps({"model": "lab/lab", "provider": {"lab": provider}})}
-
-
-def configure_vibe(home: Path, url: str) -> dict[str, str]:
-    provider = f'[[providers]]\nname = "lab"\napi_base = "{url}/v1"\napi_key_env_var = "LAB_KEY"\n'
-    model = '[[models]]\nname = "lab"\nprovider = "lab"\nalias = "lab"\ninput_price = 1.0\noutput_price = 2.0\n'
-    write(home / ".vibe/config.toml", f'active_model = "lab"\n{provider}{model}')
-    return {"LAB_KEY": "dummy"}
-
-
-def configure_pi(home: Path, url: str) -> dict[str, str]:
-    model = {"id": "lab", "cost": {"input": 1, "output": 2, "cacheRead": 0, "cacheWrite": 0}}
-    lab = {"baseUrl": f"{url}/v1", "api": "openai-completions", "apiKey": "dummy", "models": [model]}
-    write(home / ".pi/agent/models.json", json.dumps({"providers": {"lab": lab}}))
-    write(home / ".pi/agent/settings.json", json.dumps({"defaultProvider": "lab", "defaultModel": "lab"}))
-    return {}
-
-
-def configure_qwen(home: Path, url: str) -> dict[str, str]:
-    return {"OPENAI_API_KEY": "dummy", "OPENAI_BASE_URL": f"{url}/v1", "OPENAI_MODEL": "lab"}
-
-
-def configure_copilot(home: Path, url: str) -> dict[str, str]:
-    env = {"COPILOT_PROVIDER_BASE_URL": f"{url}/v1", "COPILOT_PROVIDER_API_KEY": "dummy"}
-    return env | {"COPILOT_MODEL": "lab", "COPILOT_OFFLINE": "true"}
-
-
-def configure_droid(home: Path, url: str) -> dict[str, str]:
-    model = {"model": "lab", "displayName": "lab", "baseUrl": f"{url}/v1", "apiKey": "dummy", "maxOutputTokens": 1000}
-    model["provider"] = "generic-chat-completion-api"
-    settings = {"customModels": [model], "sessionDefaultSettings": {"model": "custom:lab-0"}, "model": "custom:lab-0"}
-    write(home / ".factory/settings.json", json.dumps(settings))
-    return {"FACTORY_API_KEY": "fk-dummy"}
+def configure(name: str, home: Path, url: str) -> dict[str, str]:
+    """Point a CLI at the server and, where it can be, tell it not to try again by itself; the environment for that."""
+    match name:
+        case "claude":
+            env = {"ANTHROPIC_BASE_URL": url, "ANTHROPIC_API_KEY": "dummy", "CLAUDE_CODE_MAX_RETRIES": "0"}
+            return env | {"IS_SANDBOX": "1"}  # root is refused without it
+        case "codex":
+            provider = {"name": "lab", "base_url": f"{url}/v1", "wire_api": "responses", "env_key": "LAB_KEY"}
+            provider |= {"request_max_retries": 0, "stream_max_retries": 0}
+            lines = ['model = "lab"', 'model_provider = "lab"', "[model_providers.lab]"]
+            lines += [f"{key} = {json.dumps(value)}" for key, value in provider.items()]
+            write(home / ".codex/config.toml", "\n".join(lines))
+            return {"LAB_KEY": "dummy"}
+        case "opencode":
+            provider = {"npm": "@ai-sdk/openai-compatible", "options": {"baseURL": f"{url}/v1", "apiKey": "dummy"}}
+            provider["models"] = {"lab": {"tool_call": True}}
+            return {"OPENCODE_CONFIG_CONTENT": json.dumps({"model": "lab/lab", "provider": {"lab": provider}})}
+        case "vibe":
+            provider = f'[[providers]]\nname = "lab"\napi_base = "{url}/v1"\napi_key_env_var = "LAB_KEY"\n'
+            model = '[[models]]\nname = "lab"\nprovider = "lab"\nalias = "lab"\ninput_price = 1.0\noutput_price = 2.0\n'
+            write(home / ".vibe/config.toml", f'active_model = "lab"\n{provider}{model}')
+            return {"LAB_KEY": "dummy"}
+        case "pi":
+            model = {"id": "lab", "cost": {"input": 1, "output": 2, "cacheRead": 0, "cacheWrite": 0}}
+            lab = {"baseUrl": f"{url}/v1", "api": "openai-completions", "apiKey": "dummy", "models": [model]}
+            write(home / ".pi/agent/models.json", json.dumps({"providers": {"lab": lab}}))
+            write(home / ".pi/agent/settings.json", '{"defaultProvider": "lab", "defaultModel": "lab"}')
+            return {}
+        case "qwen":
+            return {"OPENAI_API_KEY": "dummy", "OPENAI_BASE_URL": f"{url}/v1", "OPENAI_MODEL": "lab"}
+        case "copilot":
+            env = {"COPILOT_PROVIDER_BASE_URL": f"{url}/v1", "COPILOT_PROVIDER_API_KEY": "dummy"}
+            return env | {"COPILOT_MODEL": "lab", "COPILOT_OFFLINE": "true"}
+        case "droid":
+            model = {"model": "lab", "displayName": "lab", "baseUrl": f"{url}/v1", "apiKey": "dummy"}
+            model |= {"maxOutputTokens": 1000, "provider": "generic-chat-completion-api"}
+            chosen = {"model": "custom:lab-0"}
+            settings = {"customModels": [model], "sessionDefaultSettings": chosen} | chosen
+            write(home / ".factory/settings.json", json.dumps(settings))
+            return {"FACTORY_API_KEY": "fk-dummy"}
 
 
 def write(path: Path, text: str) -> None:
@@ -87,19 +74,9 @@ def write(path: Path, text: str) -> None:
     path.write_text(text)
 
 
-CONFIGURE = {
-    "claude": configure_claude,
-    "codex": configure_codex,
-    "opencode": configure_opencode,
-    "vibe": configure_vibe,
-    "pi": configure_pi,
-    "qwen": configure_qwen,
-    "copilot": configure_copilot,
-    "droid": configure_droid,
-}
 TELL_DOLLARS = ("claude", "vibe", "pi")  # of this model; opencode knows no price of it
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in CONFIGURE if name not in ("claude", "codex")]
-
+OTHERS = "opencode", "vibe", "pi", "qwen", "copilot", "droid"
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in OTHERS]
 every_cli = pytest.mark.parametrize("cli", ["claude", "codex", *SLOW], indirect=True)
 
 
@@ -130,7 +107,7 @@ def cli(request, tmp_path):
         env = {"PATH": PATH, "HOME": str(home), "TMPDIR": str(home / "tmp"), "TERM": "dumb"}
         env["PWD"] = str(home)  # wrong on purpose: opencode would work there
         env |= {"CLAUDECODE": "1", "CLAUDE_CODE_ENTRYPOINT": "cli"}  # as if another agent had started the loop
-        lab = Lab(tmp_path, env | CONFIGURE[request.param](home, server.url))
+        lab = Lab(tmp_path, env | configure(request.param, home, server.url))
         yield Cli(request.param, lab, server)
     assert find_marked(lab.tag.mark) == set()
 
@@ -179,9 +156,9 @@ def test_claude_uses_its_own_tools_in_the_worktree_without_a_persons_hooks_and_s
     write(Path(cli.lab.env["HOME"], ".claude/settings.json"), json.dumps({"hooks": {"PostToolUse": [hook]}}))
     train = {"file_path": str(cli.lab.file("train.py"))}
     edit = Call("Edit", train | {"old_string": "DEPTH = 4", "new_string": "DEPTH = 8"})
+    looks = [Call("Read", {"file_path": str(cli.lab.file(name))}) for name in ("runs/0002/run.log", "results.tsv")]
     proposal = cli.propose(
-        Call("Read", {"file_path": str(cli.lab.file("runs/0002/run.log"))}),
-        Call("Read", {"file_path": str(cli.lab.file("results.tsv"))}),
+        *looks,
         Call("Read", train),
         edit,
         Call("Write", {"file_path": str(cli.lab.file("experiment.txt")), "content": "by its own tools"}),

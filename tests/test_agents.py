@@ -31,10 +31,6 @@ def lab(tmp_path):
     assert find_marked(lab.tag.mark) == set()
 
 
-# -----------------------------------------------------------------------------
-# What an agent finds, and what it gives
-
-
 def test_proposal_is_the_edited_file_with_its_description_and_other_changes_are_told_and_gone(lab):
     other = lab.propose('pathlib.Path("prepare.py").write_text("1"); git("commit -qam mine")\n' + EDIT)
     assert other == Proposal(EDITED, "raise depth", agents.UNKNOWN, ("prepare.py",))
@@ -53,7 +49,6 @@ def test_agent_finds_ledger_newest_runs_and_its_own_venv_inside_its_worktree(lab
         assert "wider" in pathlib.Path("results.tsv").read_text()
         log = pathlib.Path("runs/0002/run.log").read_text()
         assert len(log) == 65536 and log.endswith("the end\\n")
-        assert not [path for path in pathlib.Path(".").rglob("*") if path.is_symlink()]
         os.makedirs(".venv/bin")
         knob("DEPTH", len(os.listdir("runs")))
     """
@@ -66,35 +61,26 @@ def test_agent_finds_ledger_newest_runs_and_its_own_venv_inside_its_worktree(lab
     assert lab.file("runs/0004/run.log").read_text() == "it went on"
 
 
-PROMPT = 'Quote "it", $HOME, `ls`, \\n and ü.\n' * 3000  # 100 kB
-
-
 def test_prompt_comes_on_standard_input_or_as_a_file_inside_the_worktree(lab):
+    whole = 'Quote "it", $HOME, `ls`, \\n and ü.\n' * 3000  # 100 kB
     agent = lab.agent('(OUTSIDE / "seen").write_text("".join(map(str, sys.argv[1:])) + prompt)\n' + EDIT)
-    lab.propose(agent, prompt=PROMPT)
-    assert (lab.outside / "seen").read_text() == PROMPT
-    lab.propose(Agent(f"{agent.command} 'Read {{prompt_file}}.'"), prompt=PROMPT)
+    lab.propose(agent, prompt=whole)
+    assert (lab.outside / "seen").read_text() == whole
+    lab.propose(Agent(f"{agent.command} 'Read {{prompt_file}}.'"), prompt=whole)
     path = lab.file("prompt.md")
-    assert (lab.outside / "seen").read_text() == f"Read {path}." and path.read_text() == PROMPT
+    assert (lab.outside / "seen").read_text() == f"Read {path}." and path.read_text() == whole
     lab.propose(agent)
     assert not path.exists()
 
 
-DESCRIPTIONS = [
+@pytest.mark.parametrize(("body", "description"), [
     ('knob("DEPTH", 8); say("a\\tline\\nor two \\u202e" + "x" * 300)', "a line or two " + "x" * 186),
-    ('knob("DEPTH", 8); pathlib.Path("experiment.txt").write_bytes(b"caf\\xff\\x00")', "caf\ufffd"),
     ('knob("DEPTH", 8); os.mkfifo("experiment.txt")', "DEPTH 4 -> 8"),
     ('open("train.py", "a").write("1\\n"); os.symlink("/etc/hostname", "experiment.txt")', "edit of train.py"),
-]
+])  # fmt: skip
+def test_description_is_one_clean_line_of_the_agents_or_the_changed_constants(lab, body, description):
+    assert lab.propose(body).description == description
 
-
-def test_description_is_one_clean_line_of_the_agents_or_the_changed_constants(lab):
-    for body, description in DESCRIPTIONS:
-        assert lab.propose(body).description == description
-
-
-# -----------------------------------------------------------------------------
-# Harm
 
 HARM = {
     "deletes everything": 'subprocess.run("rm -rf * .git .gitignore", shell=True); '
@@ -102,15 +88,13 @@ HARM = {
     "removes git's entry of the worktree": 'import shutil; '
     'shutil.rmtree(subprocess.getoutput("git rev-parse --absolute-git-dir"))',
     "commits": 'pathlib.Path("prepare.py").write_text("1"); git("commit -qam mine"); git("checkout -q -b mine$$")',
-    "stages junk": 'pathlib.Path("junk").write_text("1"); git("add -A -f"); git("rm -q --cached prepare.py")',
     "hides a change": 'pathlib.Path("prepare.py").write_text("1"); git("update-index --skip-worktree prepare.py")',
     "leaves a lock": 'pathlib.Path(subprocess.getoutput("git rev-parse --git-path index.lock")).touch()',
-    "turns files into folders": 'os.remove("prepare.py"); os.makedirs("prepare.py/x"); os.makedirs("torch/y")',
     "puts pipes": 'os.remove("results.tsv"); [os.mkfifo(n) for n in ("results.tsv", ".train.py", "prompt.md")]',
     "replaces the runs": 'subprocess.run("rm -rf runs", shell=True); os.symlink(OUTSIDE, "runs")',
     "hides processes": "hide(False); hide(True)",
     "nests repositories": 'os.mkdir("nested"); git("init -q nested"); os.chmod("train.py", 0o755)',
-}  # fmt: skip
+}
 LOOK = """
 import json
 def hide(session):
@@ -138,16 +122,12 @@ def test_whatever_an_agent_does_its_edit_counts_and_the_next_begins_clean(lab, m
 
 
 def test_train_that_is_no_regular_file_or_too_large_is_a_refused_edit(lab):
-    gone = 'os.remove("train.py"); '
-    for damage in ('os.symlink("/etc/hostname", "train.py")', 'os.makedirs("train.py/deep")', 'os.mkfifo("train.py")'):
-        refused = NoProposal("train.py is not a regular file", "refused edit", agents.UNKNOWN)
-        assert lab.propose(gone + damage) == refused
-    huge = 'pathlib.Path("train.py").write_bytes(b"#" * 40_000_000)'
-    assert lab.propose(huge) == NoProposal("train.py is over 4 MiB", "refused edit", agents.UNKNOWN)
-
-
-# -----------------------------------------------------------------------------
-# Time
+    for damage, told in (
+        ('os.remove("train.py"); os.symlink("/etc/hostname", "train.py")', "train.py is not a regular file"),
+        ('os.remove("train.py"); os.makedirs("train.py/deep")', "train.py is not a regular file"),
+        ('pathlib.Path("train.py").write_bytes(b"#" * 40_000_000)', "train.py is over 4 MiB"),
+    ):
+        assert lab.propose(damage) == NoProposal(told, "refused edit", agents.UNKNOWN)
 
 
 def test_silent_slow_or_stopped_agent_is_ended_and_only_a_whole_edit_counts(lab, monkeypatch):
@@ -155,8 +135,6 @@ def test_silent_slow_or_stopped_agent_is_ended_and_only_a_whole_edit_counts(lab,
     silent = "print('thinking', flush=True); time.sleep(600)\n"
     assert lab.propose(lab.agent(EDIT + silent, streams=True)).source == EDITED
     assert lab.propose(lab.agent(silent, streams=True)).reason == "the agent ended with no output for 1 s: thinking"
-    lively = 'for _ in range(15):\n    print("x", flush=True); time.sleep(0.1)\n'
-    assert lab.propose(lab.agent(lively + EDIT, streams=True)).source == EDITED
     assert lab.propose(lab.agent("time.sleep(1.2)\n" + EDIT)).source == EDITED  # a CLI that prints at its end
     answer = lab.propose("time.sleep(600)", limit=0.5)
     assert answer.kind == "failed" and re.fullmatch("the agent ended with timeout after . s", answer.reason)
@@ -174,10 +152,6 @@ def test_back_off_doubles_to_a_limit_is_longer_for_rate_limits_and_ends_with_a_s
     assert [back_off.after(limited) for _ in range(6)] == [60, 120, 240, 480, 960, 1800]
 
 
-# -----------------------------------------------------------------------------
-# Environment and choice
-
-
 def test_environment_hides_that_one_cli_starts_another_and_starts_clean_unless_a_person_says_otherwise():
     env = agent_environment({"CLAUDECODE": "1", "CLAUDE_CODE_SESSION_ID": "x", "ANTHROPIC_API_KEY": "k"})
     assert {"CLAUDECODE", "CLAUDE_CODE_SESSION_ID"}.isdisjoint(env)
@@ -191,10 +165,7 @@ def test_environment_hides_that_one_cli_starts_another_and_starts_clean_unless_a
 CHECKS = {  # name: what its check says (answer, exit code) to who is logged out, and in; measured
     "claude": (('{"loggedIn": false}', 1), ('{"loggedIn": true, "authMethod": "api_key"}', 0)),
     "codex": (("Not logged in", 1), ("Logged in using ChatGPT", 0)),
-    "vibe": (
-        ("Error: Missing MISTRAL_API_KEY environment variable for mistral provider", 1),
-        ("Error: Session not found: no-such-session", 1),
-    ),
+    "vibe": (("Error: Missing MISTRAL_API_KEY environment variable", 1), ("Error: Session not found", 1)),
     "gemini": (("Please set an Auth method in your ~/.gemini/settings.json", 41), ("No previous sessions found.", 0)),
 }
 
@@ -253,13 +224,10 @@ def test_log_in_that_no_check_sees_passes_and_claude_as_root_does_not(tools, tmp
     monkeypatch.setattr(agents, "CHECK_SECONDS", 0.1)
     assert choose_agent("claude", None)  # a check that hangs refuses nobody
     monkeypatch.delenv("IS_SANDBOX")
-    monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    assert choose_agent("claude", None)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     assert "IS_SANDBOX=1" in refusal("claude")
 
 
-# -----------------------------------------------------------------------------
 # What CLIs print in JSON, shortened by what is not read
 
 
@@ -267,29 +235,18 @@ def line(type: str | None, **event) -> str:
     return json.dumps(event | {"type": type} if type else event)
 
 
-DENIED = [{"tool_name": "Edit"}, {"tool_name": "Write"}, {"tool_name": "Edit"}]
-LIMIT = "You've hit your usage limit. Upgrade to Pro, visit the settings to purchase more or try again at 9:43 PM."
+DENIED = {"result": "No.", "permission_denials": [{"tool_name": "Edit"}, {"tool_name": "Write"}]}
+UNAUTHORIZED = {"is_error": True, "api_error_status": 401, "result": "No."}
+LIMIT = "You've hit your usage limit. Upgrade to Pro or try again at 9:43 PM."
 FORBIDDEN = {"name": "APIError", "data": {"message": "no", "statusCode": 403}}
 OVERCOME = line("error", message="Reconnecting... 429") + "\n" + line("item.completed", item={"text": "I would not."})
 FAILURES = [  # output, exit code, kind, what the reason ends with
-    (
-        line("result", is_error=True, api_error_status=401, result="No."),
-        1,
-        "refused",
-        "with exit code 1: 401: No.",
-    ),
-    (line("result", is_error=True, result="your session limit"), 1, "rate limit", "exit code 1: your session limit"),
-    (
-        line("result", result="No.", permission_denials=DENIED),
-        0,
-        "failed",
-        "was not allowed to use Edit, Write: No.",
-    ),
+    (line("result", **UNAUTHORIZED), 1, "refused", "with exit code 1: 401: No."),
+    (line("result", **DENIED), 0, "failed", "was not allowed to use Edit, Write: No."),
     (line("result", is_error=True, subtype="error_max_turns"), 1, "failed", "exit code 1: error_max_turns"),
     (line("turn.failed", error={"message": LIMIT}), 1, "rate limit", LIMIT),
     (line("error", error=FORBIDDEN), 0, "refused", "the agent failed: 403: no"),
     (line("error", error="429 insufficient_quota"), 1, "refused", "exit code 1: 429 insufficient_quota"),
-    (line("error", error="no") + "\n" + line("message", role="user", content="Do it."), 1, "failed", "exit code 1: no"),
     (OVERCOME, 0, "unchanged", "the agent left train.py as it was"),
     (line("text", part={"text": "the API says 429"}), 1, "failed", "the API says 429"),  # a model's own words
     ("Starting\nError: 429 Too many requests\n}\n", 1, "rate limit", "Starting Error: 429 Too many requests"),
@@ -313,9 +270,6 @@ def test_json_left_in_the_answer_folder_is_read_and_the_log_ends_with_the_last_w
     assert lab.propose("pass").kind == "unchanged"  # the export of the call before is gone
 
 
-# -----------------------------------------------------------------------------
-# Costs
-
 CLAUDE = (
     '{"type":"assistant","message":{"role":"assistant","content":[],"usage":{"input_tokens":2,"output_tokens":1}}}\n'
     '{"type":"result","result":"Done.","total_cost_usd":0.3125,"usage":{"input_tokens":2,"output_tokens":2},"modelUsage":'
@@ -325,39 +279,26 @@ CLAUDE = (
 CODEX = '{"type":"turn.completed","usage":{"input_tokens":1200,"cached_input_tokens":800,"output_tokens":34}}'
 TOKENS = '{"input":1,"output":2,"reasoning":4,"cache":{"write":3,"read":4}}'
 OPENCODE = f'{{"type":"step_finish","part":{{"tokens":{TOKENS},"cost":0.5}}}}'
-PI = (
-    '{"type":"message_end","message":{"role":"assistant","usage":{"input":5,"output":3,"cacheRead":7,"cacheWrite":2,'
-    '"cost":{"input":1,"total":0.125}}}}'
-)
+PI = '{"type":"message_end","message":{"role":"assistant","usage":{"input":5,"output":3,"cost":{"total":0.125}}}}'
 DROID = '{"type":"completion","usage":{"input_tokens":20,"output_tokens":3,"cache_read_input_tokens":8}}'
-GEMINI = (
-    '{"type":"result","stats":{"total_tokens":24,"input_tokens":20,"output_tokens":3,"cached":8,"input":12,"models":'
-    '{"pro":{"total_tokens":24,"input_tokens":20,"output_tokens":3}}}}'
-)
-VIBE = '{"error":null,"usage":{"input_tokens":9,"output_tokens":2,"total_tokens":11},"cost_usd":0.5}'
-COPILOT = (
-    '{"type":"result","exitCode":0,"usage":{"premiumRequests":1}}\n{"modelMetrics":{"a":{"usage":{"inputTokens":9,'
-    '"outputTokens":2,"cacheReadTokens":4,"cacheWriteTokens":0}},"b":{"usage":{"inputTokens":1,"outputTokens":1}}}}'
-)
+GEMINI = '{"type":"result","stats":{"total_tokens":24,"input_tokens":20,"output_tokens":3,"cached":8,"input":12}}'
+COPILOT = '{"modelMetrics":{"a":{"usage":{"inputTokens":9,"outputTokens":2,"cacheReadTokens":4}}}}'
 COSTS = {
     CLAUDE: Cost(1, 3065, 206, 0.3125),
     CLAUDE.replace("0.3125", "0"): Cost(1, 3065, 206, None),  # a model without a price
     CODEX: Cost(1, 1200, 34, None),
     f"{OPENCODE}\n{OPENCODE}": Cost(1, 16, 12, 1.0),
-    f"{PI}\n{PI}": Cost(1, 28, 6, 0.25),
+    f"{PI}\n{PI}": Cost(1, 10, 6, 0.25),
     DROID: Cost(1, 28, 3, None),
     DROID.replace("{", '{"total_tokens":23,'): Cost(1, 20, 3, None),  # qwen: the cache is counted already
     GEMINI: Cost(1, 20, 3, None),
-    VIBE: Cost(1, 9, 2, 0.5),
-    COPILOT: Cost(1, 10, 3, None),
+    COPILOT: Cost(1, 9, 2, None),
     "I raised DEPTH; it cost $3.\n": agents.UNKNOWN,
 }
 RUBBISH = [
-    "", "{", "[1]", "null", "\x00\ufffd", "[" * 100_000, '{"type": []}', '{"type": "result"}', '{"error": [7]}',
-    '{"a":' * 900 + "1" + "}" * 900, '{"message": {"content": [], "role": {}}}', '{"permission_denials": [3]}',
-    '{"type":"result","total_cost_usd":-1,"modelUsage":{"m":{"inputTokens":-1}}}',
-    '{"type":"result","total_cost_usd":NaN,"usage":{"input_tokens":true,"output_tokens":"2"}}',
-    '{"type":"turn.completed","usage":{"input_tokens":1e30,"output_tokens":99999999999999}}',
+    "", "{", "null", "\x00\ufffd", "[" * 100_000, '{"a":' * 900 + "1" + "}" * 900, '{"type": []}', '{"error": [7]}',
+    '{"message": {"content": [], "role": {}}}', '{"permission_denials": [3]}',
+    '{"type":"result","total_cost_usd":NaN,"usage":{"input_tokens":-1,"output_tokens":1e30}}',
     '{"type":"step_finish","part":{"tokens":{"input":1.5,"output":"2","cache":4},"cost":"free"}}',
 ]  # fmt: skip
 
@@ -369,4 +310,4 @@ def test_cost_is_read_from_what_a_cli_prints_adds_up_and_is_unknown_where_it_can
         assert agents.read_answer(output).cost == agents.UNKNOWN, output[:80]
     total = Cost(1, 10, 2, 0.5) + Cost(1, 5, 1, 0.25)
     assert total.as_dict() == {"calls": 2, "tokens_in": 15, "tokens_out": 3, "usd": 0.75}
-    assert (total + Cost(1, 5, 1, None)).as_dict() == {"calls": 3, "tokens_in": 20, "tokens_out": 4, "usd": None}
+    assert (total + Cost(1, 5, 1, None)).usd is None

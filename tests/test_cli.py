@@ -43,8 +43,9 @@ def refused(command):
 
     def call(*args: str, code: int, **env: str) -> str:
         done = command(*args, code=code, **env)
-        assert len(errors(done)) == 1 and done.stdout == "", done.stderr
-        return errors(done)[0]
+        (error,) = errors(done)
+        assert done.stdout == ""
+        return error
 
     return call
 
@@ -62,16 +63,11 @@ def test_python_without_the_packages_and_a_machine_without_git_are_an_error(chec
     process = subprocess.run(command, env=checkout.env, capture_output=True, text=True)
     expected = f"error: {sys.executable} has no package 'git': start this with 'uv run' in place of python\n"
     assert (process.returncode, process.stderr) == (1, expected)
-    (error,) = errors(checkout.loop("--agent-cmd", sys.executable, code=1, PATH=str(checkout.outside)))
-    assert "git is not installed" in error
+    done = checkout.loop("--agent-cmd", sys.executable, code=1, PATH=str(checkout.outside))
+    assert "git is not installed" in done.stderr
 
 
 def test_folder_that_is_no_repository_with_a_commit_of_its_own_is_an_error(checkout, refused):
-    inner = checkout.path / "inner"
-    shutil.copytree(checkout.path, inner, ignore=shutil.ignore_patterns(".git", "inner"))
-    outer, checkout.path = checkout.path, inner
-    assert "is not the top level of a git repository" in refused("status", code=1)
-    checkout.path = outer
     shutil.rmtree(checkout.path / ".git")
     assert "is not the top level of a git repository" in refused("--agent-cmd", "true", code=1)
     checkout.git("init", "-q")
@@ -79,9 +75,8 @@ def test_folder_that_is_no_repository_with_a_commit_of_its_own_is_an_error(check
 
 
 def test_tag_is_a_branch_name_and_defaults_to_the_current_branchs_else_to_today(checkout, command, refused):
-    for tag in ("a b", "..", "a/b", "x.lock", "a~1", "a:b", "é\x07", "@{", 101 * "x"):
+    for tag in ("a b", "..", "a/b", "x.lock", "é\x07", 101 * "x"):
         assert "is not a valid branch name" in refused("status", f"--tag={tag}", code=2)
-    assert "is not a valid branch name" in refused("--agent-cmd", "true", "--tag=..", code=2)
     assert re.match(r"autoresearch/[a-z]{3}\d\d: ", command("status", code=0).stdout)
     checkout.git("checkout", "-q", "-b", "autoresearch/mine")
     assert command("status", code=0).stdout.startswith("autoresearch/mine: ")
@@ -91,13 +86,10 @@ RUN = ["--agent-cmd", "true"]
 NO_SENSE = [
     (["--max-experiments", "many"], "argument --max-experiments: invalid int value: 'many'"),
     (["--workers", "0", *RUN], "--workers 0: give 1 or more"),
-    (["--ahead", "-1", *RUN], "--ahead -1: give 0 or more"),
     (["try"], "one of the arguments description --again --base is required"),
     (["try", "an idea", "--base"], "argument --base: not allowed with argument description"),
     (["--max-usd", "5", "--agent", "codex"], "codex reports no dollars: claude, vibe, opencode, kilo, pi do"),
-    (["--patience", "0", *RUN], "--patience 0: give 1 or more"),
     (["--target", "nan", *RUN], "--target nan: give a val_bpb from 0.01 to 100"),
-    (["--confirm", "-1", *RUN], "--confirm -1: give 0 or more"),
     (["frobnicate"], "no command 'frobnicate': use one of run, try, status, report, audit, ablate, check"),
     (["status", "--agent", "x"], "unrecognized arguments: --agent x"),
 ]
@@ -114,10 +106,9 @@ def test_terminal_that_is_not_utf_8_and_a_reader_that_has_read_enough_are_no_err
     tag.append(Run(1, "1234567", purpose="baseline", status="keep", score=1.0, description="gr\u00f6\u00dfer"))
     nowhere = dict.fromkeys(("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"), "/nonexistent")  # as in a git hook
     assert "gr??er" in checkout.loop("status", "--tag", "t", PYTHONIOENCODING="ascii", **nowhere).stdout
-    for unbuffered in ("", "1"):  # written at the exit, or at once
-        process = checkout.popen("status", "--tag", "t", PYTHONUNBUFFERED=unbuffered)
-        process.stdout.close()
-        assert (process.wait(20), process.stderr.read()) == (0, "")
+    process = checkout.popen("status", "--tag", "t", PYTHONUNBUFFERED="1")
+    process.stdout.close()
+    assert (process.wait(20), process.stderr.read()) == (0, "")
 
 
 def test_places_that_cannot_be_written_are_an_error_or_a_warning_for_a_mere_copy(checkout, refused):
@@ -126,10 +117,8 @@ def test_places_that_cannot_be_written_are_an_error_or_a_warning_for_a_mere_copy
     refused("--agent-cmd", "true", "--tag", "t", code=1)
     home.unlink()
     (checkout.path / "results.tsv").mkdir()
-    (checkout.path / "results.tsv" / "mine.txt").write_text("a person's")
-    done = checkout.loop("run", *BASELINE)
-    assert "or its copy could not be written" in done.stderr
-    assert checkout.statuses() == ["keep"] and (checkout.path / "results.tsv" / "mine.txt").exists()
+    assert "or its copy could not be written" in checkout.loop("run", *BASELINE).stderr
+    assert checkout.statuses() == ["keep"]
 
 
 def test_preparation_that_fails_is_an_error_with_its_problem(checkout):

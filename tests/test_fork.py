@@ -13,7 +13,7 @@ BANNER = "# What a fork for another domain changes"
 BLOCK_OF_LOOP = re.compile(rf"({BANNER}.*?\n\n).*?^DOMAIN = Domain\(\n.*?^\)\n", re.DOTALL | re.MULTILINE)
 
 
-def make_fork(checkout: Checkout) -> None:
+def test_fork_checks_keeps_discards_crashes_reports_and_audits(checkout: Checkout):
     checkout.git("rm", "-q", "train.py", "prepare.py")
     for name in ("evaluate.py", "solve.py", "program.md"):
         checkout.write(name, BLOCKS[name])
@@ -21,15 +21,9 @@ def make_fork(checkout: Checkout) -> None:
     assert count == 1
     checkout.write("loop.py", source)
     checkout.commit("another problem")
-
-
-def test_fork_checks_keeps_discards_crashes_reports_and_audits(checkout: Checkout):
-    assert len(BLOCKS["evaluate.py"].splitlines()) < 45
-    make_fork(checkout)
     assert "run: distance 0.2500" in checkout.loop("check").stdout
 
-    agent = checkout.agent(
-        """
+    agent = checkout.agent("""
         BORDER = '''
         def solve(n, seed):
             along = [4 * i / n for i in range(n)]
@@ -41,13 +35,9 @@ def test_fork_checks_keeps_discards_crashes_reports_and_audits(checkout: Checkou
         columns = {2: 3, 3: 4, 4: 2, 5: 1}.get(n)  # a gain, another, worse, division by zero
         path.write_text(re.sub(r"COLUMNS = \\d+", f"COLUMNS = {columns}", path.read_text()) if columns else BORDER)
         say(f"{columns} columns" if columns else "on the border")
-        """
-    )
+    """)
     approve = """grep -q '"description": "4 columns"' && test -s "$AUTORESEARCH_DIFF" """
-    asked = ["--agent-cmd", agent, "--tag", "t", "--max-experiments", "5", "--approve", approve]
-    done = checkout.loop(*asked)
-    assert "Best distance 0.3333" in done.stderr
-
+    checkout.loop("--agent-cmd", agent, "--tag", "t", "--max-experiments", "5", "--approve", approve)
     lines = (checkout.path / "results.tsv").read_text().splitlines()
     assert lines[0] == "commit\tdistance\tmemory_gb\tstatus\tdescription"
     cells = [line.split("\t") for line in lines[1:]]
@@ -68,7 +58,6 @@ def test_fork_checks_keeps_discards_crashes_reports_and_audits(checkout: Checkou
     report = checkout.loop("report").stdout
     assert "baseline 0.2500, 0.0833 side lengths (33.32%) better" in report
     assert re.search(r"0\.3333 +0\.0833 +0\.0000 +significant +4 columns", report)
-    assert (checkout.path / "progress.png").read_bytes().startswith(b"\x89PNG")
 
     # The evaluator of the clean process sees the points and not solve.py: the two scores agree.
     audit = checkout.loop("audit", "--replicates", "1").stdout.splitlines()

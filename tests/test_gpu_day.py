@@ -20,29 +20,25 @@ from prepare_fixtures import copy_prepare, english, write_jsonl
 
 from harness.processes import find_processes
 
-STAND_INS = {
-    "crashes": Stage(30, "speed", "echo speed 1.5; echo '``` what went wrong'; exit 3; echo speed 2"),
-    "hangs": Stage(0.5, "speed", "setsid sleep 60 & wait"),
-    "works": Stage(30, "speed", 'echo speed 3; test -d "$SCRATCH"; echo quiet'),
-}
-
 
 def test_day_goes_on_after_failures_and_reports_every_figure(tmp_path, monkeypatch, capsys):
-    """In another process's signals: the day's own would stay in this one."""
-    monkeypatch.setattr(gpu_day, "STAGES", STAND_INS)
-    monkeypatch.setattr(gpu_day.signal, "signal", lambda *_: None)
+    stand_ins = {
+        "crashes": Stage(30, "speed", "echo speed 1.5; echo '``` what went wrong'; exit 3; echo speed 2"),
+        "hangs": Stage(0.5, "speed", "setsid sleep 60 & wait"),
+        "works": Stage(30, "speed", 'echo speed 3; test -d "$SCRATCH"; echo quiet'),
+    }
+    monkeypatch.setattr(gpu_day, "STAGES", stand_ins)
+    monkeypatch.setattr(gpu_day.signal, "signal", lambda *_: None)  # they would stay in this process
     monkeypatch.setattr(gpu_day.tempfile, "tempdir", str(tmp_path))
     assert gpu_day.main([str(tmp_path / "out"), "--minutes", "1"]) == 1
     assert not find_processes("environ", re.escape(f"SCRATCH={tmp_path}").encode())
     assert [path.name for path in tmp_path.iterdir()] == ["out"]  # the scratch folder is gone
 
-    report = (tmp_path / "out" / "report.md").read_text()
-    assert capsys.readouterr().out.strip() == report.strip()
+    report = capsys.readouterr().out
     for row in (r"crashes \| \d.\d \| exit code 3", r"hangs \| \d.\d \| timeout after 1 s", r"works \| \d.\d \| ok"):
         assert re.search(rf"^\| {row} \|$", report, re.MULTILINE), report
     assert "    speed 1.5\n" in report and "    ``` what went wrong\n" in report and "speed 2\n" not in report
-    assert report.endswith("## works: ok\n\n    speed 3\n")
-    assert "quiet" in (tmp_path / "out" / "works.log").read_text()
+    assert report.endswith("## works: ok\n\n    speed 3\n\n")
 
     assert gpu_day.main([str(tmp_path / "out"), "--minutes", "0", "--only", "works"]) == 1
     assert "| works | 0.0 | skipped: no time is left |" in capsys.readouterr().out
@@ -50,28 +46,6 @@ def test_day_goes_on_after_failures_and_reports_every_figure(tmp_path, monkeypat
     stop.set()
     assert not gpu_day.run_stages(["works"], tmp_path / "out", 1, {"SCRATCH": str(tmp_path)}, stop)
     assert "stopped by a signal" in (tmp_path / "out" / "report.md").read_text()
-
-
-FIGURES = {  # what a stage prints that its report must show
-    "machine": ["PyTorch version: 2.11.0+cu130", "GPU models and configuration: GPU 0: NVIDIA H200", "CPU(s): 16"],
-    "tests": ["SKIPPED [1] tests/test_train_gpu.py:50: no FlashAttention-3 here", "1 failed, 14 passed in 3.39s"],
-    "budget": [
-        "attention: no flash-attention-3: ModuleNotFoundError",
-        "val_bpb:          0.9979",
-        "attention:        flex",
-    ],
-    "startup": ["start-up took 51.2 s"],
-    "attention": ["flash-attention-3       1024        0.50           1.25"],
-    "loader": ["make_dataloader on cpu, nothing else to do: 3.82 ms a batch, 69 M tokens/s"],
-    "loop": ["0123abc\t0.997913\t21.3\tkeep\tbaseline", "4 runs, 10.1 runs an hour"],
-}
-
-
-@pytest.mark.parametrize("name", FIGURES)
-def test_report_shows_the_figures_and_not_the_log(name):
-    for line in FIGURES[name]:
-        assert re.match(f"({gpu_day.STAGES[name].figures})", line), line
-    assert name == "attention" or not re.match(f"({gpu_day.STAGES[name].figures})", "step 00001 | 0.3% | loss 9.01")
 
 
 @pytest.mark.slow
@@ -88,27 +62,24 @@ def test_day_on_text_of_ones_own_goes_from_nothing_to_an_audited_ledger(tmp_path
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(gpu_day, "ROOT", tree)
     env = os.environ | {"PY": sys.executable, "SCRATCH": str(tmp_path)}
-    assert gpu_day.run_stages(["loop", "startup"], tmp_path, 9, env, threading.Event()), (
-        tmp_path / "loop.log"
-    ).read_text()
+    all_well = gpu_day.run_stages(["loop", "startup"], tmp_path, 9, env, threading.Event())
     report = (tmp_path / "report.md").read_text()
+    assert all_well, report
     assert re.search(r"^    start-up took \d+\.\d s$", report, re.MULTILINE) and "runs an hour" in report
     assert "has no data yet: preparing it" in (tmp_path / "loop.log").read_text()
 
     clone = tmp_path / "repository"
-    header, *rows = (clone / "results.tsv").read_text().splitlines()
-    assert header == "commit\tval_bpb\tmemory_gb\tstatus\tdescription"
+    _, *rows = (clone / "results.tsv").read_text().splitlines()
     row = r"[0-9a-f]{7}\t\d\.\d{6}\t\d\.\d\t"
     assert re.fullmatch(row + "keep\tbaseline", rows[0])
     assert re.fullmatch(row + "(keep|discard|crash)\t.*[A-Z_]+ .* -> .*", rows[2])  # 1 is a second baseline
-    assert (clone / "runs" / "0003" / "change.diff").read_text().startswith("diff --git a/train.py b/train.py")
     assert "depth:            1\n" in (clone / "runs" / "0001" / "run.log").read_text()  # hyperparameters for a CPU
     assert (clone / "progress.png").stat().st_size > 10_000
 
     command = [sys.executable, "loop.py", "audit", "--replicates", "1"]
     audit = subprocess.run(command, cwd=clone, capture_output=True, text=True, timeout=200)
-    assert "Traceback" not in audit.stderr  # 1 where a busy machine moved two seconds of training far: that is doubted
-    assert audit.returncode in (0, 1), audit.stderr
+    # 1 where a busy machine moved two seconds of training far: that is doubted.
+    assert audit.returncode in (0, 1) and "Traceback" not in audit.stderr, audit.stderr
     lines = (clone / ".git" / "autoresearch" / "gpu-day" / "runs.jsonl").read_text().splitlines()
     audited = [run for run in map(json.loads, lines) if run["purpose"] == "audit"]
     assert audited

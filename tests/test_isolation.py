@@ -111,12 +111,9 @@ def seen(checkout, number: int) -> dict:
 
 
 def test_isolated_run_leaves_nothing_and_sees_no_keys_network_or_process(isolated):
-    agent = isolated.agent("""
-        if count() < 2:
-            knob("DEPTH", 5)
-        else:
-            pathlib.Path("train.py").write_text("import os\\nos.kill(os.getpid(), 11)\\n")
-    """)
+    crash = "import os; os.kill(os.getpid(), 11)"
+    edits = ['knob("DEPTH", 5)', f'open("train.py", "w").write({crash!r})']
+    agent = isolated.agent(f"exec({edits}[count() - 1])")
     isolated.loop("--tag", "t", "--agent-cmd", agent, "--max-experiments", "2")
     assert isolated.statuses() == ["keep", "keep", "crash"]
     assert isolated.rows()[2][4] == "killed by SIGSEGV: edit of train.py"
@@ -131,18 +128,15 @@ def test_isolated_run_leaves_nothing_and_sees_no_keys_network_or_process(isolate
     assert not list(isolated.cache.glob("weights*")) + list(Path(isolated.env["HOME"]).glob("**/weights*"))
 
 
-@pytest.mark.parametrize("is_isolated", [False, True])
-def test_processors_that_a_run_uses_are_not_said_to_be_used_by_others(is_isolated, tmp_path):
+def test_processors_that_a_run_uses_are_not_said_to_be_used_by_others(tmp_path):
+    if why := isolation.why_not():
+        pytest.skip(why)
     command = [sys.executable, "-c", "import time\nwhile time.process_time() < 2: pass"]
-    if is_isolated:
-        if why := isolation.why_not():
-            pytest.skip(why)
-        command = isolation.wrap(command, tmp_path)
+    command = isolation.wrap(command, tmp_path)
     meter = OthersMeter(str(tmp_path))
     options = {"mark": f"{tmp_path}:run", "log": tmp_path / "log", "limit": 60, "stop": threading.Event()}
     run_child(command, cwd=tmp_path, env=dict(os.environ), watch=meter.look, **options)
     assert 1 < meter.own_seconds < 3
-    assert 0 <= meter.fraction() <= 1
 
 
 def test_environment_and_data_behind_links_are_found_inside():
@@ -150,10 +144,10 @@ def test_environment_and_data_behind_links_are_found_inside():
         pytest.skip(why)
     for place in ("/tmp", "/var/tmp"):  # the first is empty inside
         with tempfile.TemporaryDirectory(dir=place) as name:
-            folder, link = Path(name, "real"), Path(name, "link")
-            folder.mkdir()
-            (folder / "data").write_text("found")
-            link.symlink_to(folder)
+            Path(name, "real").mkdir()
+            Path(name, "real", "data").write_text("found")
+            link = Path(name, "link")
+            link.symlink_to("real")
             command = isolation.wrap(["cat", str(link / "data")], Path.cwd(), readable=[link])
             assert subprocess.run(command, capture_output=True, text=True).stdout == "found"
 
@@ -187,22 +181,17 @@ def test_machine_whose_gpu_is_out_of_sight_inside_runs_without_isolation(isolate
     isolated.replace("prepare.py", 'text("kind", "cpu")', f'"cuda" if pathlib.Path("{outside}").exists() else "cpu"')
     isolated.commit("a GPU")
     outside.touch()
-    try:
-        loop = isolated.loop(*BASELINE)
-    finally:
-        outside.unlink()
+    loop = isolated.loop(*BASELINE)
+    outside.unlink()
     assert "note: runs are not isolated (inside bubblewrap it finds cpu, outside cpu)" in loop.stderr
     assert not isolated.runs()[0].is_isolated
 
 
 def test_reason_why_nothing_is_isolated_names_the_remedy(monkeypatch, tmp_path):
-    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setenv("PATH", str(tmp_path))
     assert isolation.why_not() == "bubblewrap is not installed: 'apt install bubblewrap' or your system's package of it"
     isolation._why_it_fails.cache_clear()
     broken = tmp_path / "bwrap"
     broken.write_text("#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2\nexit 1\n")
     broken.chmod(0o755)
-    monkeypatch.undo()
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    monkeypatch.delenv("AUTORESEARCH_ISOLATION", raising=False)
     assert isolation.why_not() == "bubblewrap does not work here: bwrap: No permissions to create new namespace"

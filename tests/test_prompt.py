@@ -9,17 +9,7 @@ import re
 from agent_fixtures import DOMAIN
 
 from harness.ledger import Ledger, Run
-from harness.prompt import (
-    DEAD_ENDS,
-    KEPT,
-    PLATEAU,
-    SECOND_LOOK_EVERY,
-    TASK_CHARS,
-    UNSETTLED,
-    write_prompt,
-)
-
-HIGHER = dataclasses.replace(DOMAIN, lower_is_better=False)
+from harness.prompt import DEAD_ENDS, KEPT, PLATEAU, SECOND_LOOK_EVERY, TASK_CHARS, UNSETTLED, write_prompt
 
 
 class Night:
@@ -67,7 +57,8 @@ def test_memory_counts_an_experiment_once_and_calls_no_crash_or_busy_discard_a_d
 
 
 def test_dead_end_names_the_champion_of_its_time_and_none_is_told_while_the_noise_is_unknown():
-    for domain, profile, count in ((DOMAIN, "pocket", 1), (HIGHER, "pocket", 1), (DOMAIN, "of their own", 0)):
+    higher = dataclasses.replace(DOMAIN, lower_is_better=False)
+    for domain, profile, count in ((DOMAIN, "pocket", 1), (higher, "pocket", 1), (DOMAIN, "of their own", 0)):
         sign = 1 if domain.lower_is_better else -1
         night = Night(domain, profile)
         for n in range(10):
@@ -121,26 +112,20 @@ def test_nearest_discards_in_lines_that_the_champion_left_alone_are_told_after_a
     assert looks(7, "discard", 1.5, "the 20th") == worth
 
 
-def test_prompt_has_every_part_in_order_and_none_that_is_empty():
+def test_prompt_has_every_part_in_order_and_none_that_is_empty_and_stays_short_however_long_the_night():
     night = Night()
     for n in range(30):
         night.add("discard", 1.5 + n, f"idea {n}")
     told = {"verdicts": ["first table", "second table"], "suggestions": ["LR 0.1 -> 0.2"]}
-    whole = night.prompt(running=["idea\none"], refusal="it\nrepeats", crash_log="boom", **told)
+    whole = night.prompt(running=["idea\none"], refusal="it\nrepeats", crash_log="x" * 10**6 + "boom", **told)
+    assert len(whole) < TASK_CHARS + 20_000
     parts = ["Do it.\n\n---", "Best val_bpb 1.0", "commit\tval_bpb\tmemory_gb", "idea 10\n", "idea 29\n", "Near misses"]
     parts += ["Dead ends", "Nothing was kept", "\n- LR 0.1 -> 0.2\n", "first table\n\nsecond table", "\n- idea one\n"]
     parts += ["The last proposal was refused: it repeats", "crashed: mend it", "boom", "Now: edit train.py once"]
     places = [whole.find(part) for part in parts]
     assert -1 not in places and places == sorted(places)
     bare = Night().prompt()
-    words = ("verdict", "Running", "refused", "Kept", "Near", "Dead", "settled")
-    assert not [word for word in words if word in bare] and "\n\n\n" not in bare
-
-
-def test_prompt_stays_short_however_long_night_descriptions_and_logs_are():
-    night = Night()
+    assert not re.search("verdict|Running|refused|Kept|Near|Dead|settled|\n\n\n", bare)
     for n in range(3000):
         night.add(("discard", "crash", "keep")[n % 3], 2.0 - n / 1e5, "long " * 100, reason="why " * 200)
-    log = "x" * 10**6 + "the error"
-    text = night.prompt(running=["wide " * 100] * 3000, refusal="r" * 10**5, crash_log=log)
-    assert len(text) < TASK_CHARS + 60_000 and "xthe error\n" in text
+    assert len(night.prompt(running=["wide " * 100] * 3000, refusal="r" * 10**5)) < 60_000

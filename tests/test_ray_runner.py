@@ -72,10 +72,6 @@ class Field:
         """Ids of whatever runs with this field's caches: Ray's processes and the loop."""
         return self.checkout.processes(self.entry)
 
-    def actor(self) -> int:
-        (pid,) = find_processes("cmdline", rb"^ray::Actor") & set(self.of_ray())
-        return pid
-
     def end(self) -> None:
         if self.cluster:
             self.cluster.shutdown()
@@ -93,12 +89,11 @@ def field(checkout, monkeypatch):
 def test_missing_extra_is_refused_with_the_command(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(sys, "argv", ["loop.py", "--agent", "random", "--workers", "4"])
-    for address, flag in (("", "--workers 4"), ("here:6379", "--ray here:6379")):
-        with pytest.raises(UserError) as refused:
-            check_ray(4, address)
-        command = "uv run --extra ray loop.py --agent random --workers 4"
-        assert str(refused.value) == f"{flag} needs Ray, which is not installed: '{command}'"
-        assert refused.value.code == 2
+    with pytest.raises(UserError) as refused:
+        check_ray(4, "")
+    command = "uv run --extra ray loop.py --agent random --workers 4"
+    assert str(refused.value) == f"--workers 4 needs Ray, which is not installed: '{command}'"
+    assert refused.value.code == 2
 
 
 def test_node_whose_scores_would_not_compare_is_told_why_and_what_to_do(field: Field, monkeypatch):
@@ -118,7 +113,6 @@ def test_node_whose_scores_would_not_compare_is_told_why_and_what_to_do(field: F
 
 
 def test_installed_packages_are_the_same_before_and_after_ray_is_imported():
-    """Else a tag that was begun on Ray cannot go on, and one that was begun without it refuses every edit on Ray."""
     code = "from harness import machine; before = machine.installed_packages()\n"
     code += "import ray; assert machine.installed_packages() == before"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
@@ -149,7 +143,7 @@ def test_loop_on_a_cluster_outlives_what_it_loses(field: Field, monkeypatch):
     (pid,) = wait_for(lambda: daemon not in field.training() and field.training(), LONG)
 
     # Its actor sees the node's variables, and the training none of them.
-    actor = field.actor()
+    (actor,) = find_processes("cmdline", rb"^ray::Actor") & set(field.of_ray())
     assert b"withheld" in Path(f"/proc/{actor}/environ").read_bytes()
     environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     withheld = (b"RAY_", b"PYTHONPATH", b"OMP_")
@@ -163,8 +157,8 @@ def test_loop_on_a_cluster_outlives_what_it_loses(field: Field, monkeypatch):
     # A lost node's run is made again on one that joins late, once that has the data: it is told and asked again.
     late_cache = checkout.cache.parent / "late cache"
     late_cache.mkdir()
-    for name in ("hold", "kind"):
-        (late_cache / name).write_text("cuda")
+    (late_cache / "hold").touch()
+    (late_cache / "kind").write_text("cuda")
     late = field.node(1, AUTORESEARCH_CACHE=str(late_cache))
     refusal = f"no data in {late_cache} (no manifest): run 'AUTORESEARCH_PROFILE=fake uv run prepare.py' there"
     said = hear(loop, refusal, LONG)
@@ -176,8 +170,7 @@ def test_loop_on_a_cluster_outlives_what_it_loses(field: Field, monkeypatch):
     wait_for(lambda: len(checkout.runs()) >= 2, LONG)
     for run in checkout.runs():
         assert run.node.endswith(f", {late.node_id[:6]})") and run.score < 1.1
-        files = {path.name for path in (checkout.home() / "runs" / f"{run.number:04d}").iterdir()}
-        assert {"run.log", "result.json"} <= files
+        assert (checkout.home() / "runs" / f"{run.number:04d}" / "run.log").exists()
 
     # SIGTERM, which Ray has not taken from the loop, ends it and its runs.
     (late_cache / "hold").touch()
@@ -212,8 +205,7 @@ def test_ray_of_this_machine_is_the_loops_alone(field: Field):
     ours = [line.split()[3] for line in listening for pid in field.of_ray() if f"pid={pid}," in line]
     assert ours and all("127.0.0.1" in address for address in ours), ours
     assert b"RAY_AUTH" not in Path(f"/proc/{pids[0]}/environ").read_bytes()
-    commands = checkout.command_lines(field.entry)
-    (folder,) = {found[0] for command in commands if (found := re.search(r"/tmp/ar-\w+", command))}
+    (folder,) = {found[0] for command in checkout.orphans(field.entry) if (found := re.search(r"/tmp/ar-\w+", command))}
     loop.kill()
     out, err = loop.communicate()
     assert out == "" and not re.search("WARNING|ERROR|raylet", err)  # Ray is not heard

@@ -11,9 +11,7 @@ def test_gains_that_meet_are_not_added_and_edits_that_conflict_or_repeat_are_dro
     checkout.replace("train.py", "finish(1.0", "finish(1.5 - 0.1 * (A + B) + 0.5 * A * B")
     checkout.commit("gains that do not go together")
     checkout.loop(*BASELINE)
-    edits = [("A", 1), ("B", 1)]
-    edits += [("LR", 0.4), ("LR", 0.3), ("DEPTH", 5)]
-    edits += [("DEPTH", 6), ("DEPTH", 6)]
+    edits = [("A", 1), ("B", 1), ("LR", 0.4), ("LR", 0.3), ("DEPTH", 5), ("DEPTH", 6), ("DEPTH", 6)]
     agent = checkout.agent(f"""
         n = count()
         (OUTSIDE / f"prompt{{n}}").write_text(prompt)
@@ -36,12 +34,10 @@ def test_gains_that_meet_are_not_added_and_edits_that_conflict_or_repeat_are_dro
     assert runs[3].again_of == stale.number and runs[3].status == "discard" and runs[3].base == runs[1].commit
     assert any(run.reason == "gained on a former champion, and does not go with the present one" for run in runs)
     assert "conflict" in (checkout.outside / "prompt5").read_text()
-    champion = ""
-    for run in runs:  # every keep was measured on the champion that it replaced
-        if run.status == "keep":
-            assert run.base == champion
-            champion = run.commit
-    assert checkout.git("rev-parse", "autoresearch/t") == champion
+    kept = [run for run in runs if run.status == "keep"]
+    champions = [run.commit for run in kept]
+    assert [run.base for run in kept] == ["", *champions[:-1]]  # each was measured on the one that it replaced
+    assert checkout.git("rev-parse", "autoresearch/t") == champions[-1]
 
 
 def test_four_workers_fill_four_devices_and_stop_as_one(checkout: Checkout):
