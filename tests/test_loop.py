@@ -5,6 +5,7 @@ Two nights are scripted, step by step, and the first tests look at what they lef
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -191,6 +192,9 @@ def test_tag_goes_on_from_runs_jsonl_alone_and_only_where_scores_compare(checkou
         (checkout.cache / name).unlink()
     (error,) = errors(checkout.loop(*BASELINE, code=2, AUTORESEARCH_PROFILE="other"))
     assert "begun with profile 'fake', this is 'other'" in error
+    shutil.rmtree(checkout.home() / "runs")  # somebody needed room: no number is used twice all the same
+    checkout.loop(*ONE, checkout.agent(DEEPER))
+    assert [run.number for run in checkout.runs()] == [1, 2]
     runs.write_text("no run\n" + runs.read_text())
     (error,) = errors(checkout.loop(*BASELINE, code=1))
     assert "runs.jsonl:1 is not a run" in error and "mend or delete that line" in error
@@ -227,20 +231,35 @@ def test_approval_decides_whether_a_gain_stands(checkout: Checkout):
     assert checkout.statuses() == ["keep", "keep", "discard", "discard"]
 
 
-def test_confirm_keeps_a_real_gain_and_no_lucky_one(checkout: Checkout):
-    """The lucky edit looks good on the first seed alone."""
+def test_confirm_keeps_a_real_gain_and_no_lucky_or_tiny_one_and_a_waiter_hears_of_that_run(checkout: Checkout):
+    """The lucky edit looks good on the first seed alone; sigma is larger than the tiny gain."""
     agent = checkout.agent("""
         path = pathlib.Path("train.py")
-        if count() == 1:
+        n = count()
+        if n == 1:
             path.write_text(path.read_text().replace("(seed - 42))", "(seed - 42) - 0.05 * (seed == 42))"))
         else:
-            knob("DEPTH", 12)
+            knob("DEPTH", 4.02 if n == 2 else 12)
     """)
-    checkout.loop("--tag", "t", "--agent-cmd", agent, "--max-experiments", "2", "--confirm", "2")
-    lucky, real = [run for run in checkout.runs() if run.purpose == "experiment"]
-    assert (lucky.reason, real.status) == ("not confirmed on fresh seeds", "keep")
-    seeds = [run.seed for run in checkout.runs() if run.purpose == "replicate"]
-    assert len(set(seeds)) >= 3 and 42 not in seeds
+    command = "--tag", "t", "--agent-cmd", agent, "--confirm", "2", "--max-experiments"
+    checkout.loop(*command, "2")
+    checkout.hold.touch()
+    loop = checkout.popen(*command, "1")
+    hear(loop, "run 0011")
+    waiter = checkout.popen("status", "--wait", "--tag", "t")
+    with pytest.raises(subprocess.TimeoutExpired):
+        waiter.wait(2)
+    checkout.hold.unlink()
+    ended(loop)
+    lucky, tiny, real = [run for run in checkout.runs() if run.purpose == "experiment"]
+    assert [run.reason for run in (lucky, tiny)] == ["not confirmed on fresh seeds"] * 2 and real.status == "keep"
+    pairs = []
+    for experiment in (lucky, tiny, real):
+        fresh = [run for run in checkout.runs() if run.group == f"confirm {experiment.number}"]
+        pairs.append(len(fresh) // 2)
+        assert all(run.seed != 42 for run in fresh)
+    assert pairs == [1, 2, 2]  # no gain on the first seed ends it
+    assert f"run {real.number:04d} keep" in ended(waiter).stdout
 
 
 def test_person_stops_a_night_once_at_once_and_by_closing_the_terminal(checkout: Checkout):
