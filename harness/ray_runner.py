@@ -73,7 +73,7 @@ def check_ray(workers: int, address: str) -> None:
 
 
 @dataclass(frozen=True)
-class Session:
+class Terms:
     """What an actor must know of the loop."""
 
     facts: Description  # what the evaluator said on the loop's machine
@@ -86,7 +86,7 @@ class Session:
 
 
 @dataclass(frozen=True)
-class Answer:
+class NodeAnswer:
     """What an actor says of its node."""
 
     node_id: str
@@ -101,7 +101,7 @@ class Actor:
     def __init__(self):
         self.facts: Description | None = None  # of this node, once it is fit
 
-    def look(self, session: Session, archive: bytes) -> Answer:
+    def look(self, terms: Terms, archive: bytes) -> NodeAnswer:
         """Ask the node's evaluator, which is the same in every commit of the tag; once if the node is fit."""
         import ray
 
@@ -110,34 +110,34 @@ class Actor:
         refusal = ""
         if self.facts is None:
             try:
-                self._set_up(session, node_id)
+                self._set_up(terms, node_id)
                 facts = self._describe(archive)
-                refusal = _misfit(session, facts) or machine.busy_device(facts, self._device(facts))
+                refusal = _misfit(terms, facts) or machine.busy_device(facts, self._device(facts))
                 if not refusal:
                     self.facts = facts
             except (UserError, OSError) as error:
                 refusal = one_line(str(error), 500)
-        return Answer(node_id, name, refusal)
+        return NodeAnswer(node_id, name, refusal)
 
-    def _set_up(self, session: Session, node_id: str) -> None:
+    def _set_up(self, terms: Terms, node_id: str) -> None:
         import ray
 
-        self.session = session
+        self.terms = terms
         self.gpus = ray.get_gpu_ids()
         # The next run on this device of this node ends what an earlier one hid: nobody else could tell whose it is.
-        self.mark = session.mark if session.compile_cache else f"{session.mark}:{node_id}"
+        self.mark = terms.mark if terms.compile_cache else f"{terms.mark}:{node_id}"
         os.environ.pop("OMP_NUM_THREADS", None)
-        if session.threads is not None:
-            os.environ["OMP_NUM_THREADS"] = session.threads
+        if terms.threads is not None:
+            os.environ["OMP_NUM_THREADS"] = terms.threads
         commands = {}
         for name in ("describe_command", "train_command", "score_command"):
-            words = getattr(session.domain, name)
-            commands[name] = tuple(sys.executable if word == session.python else word for word in words)
-        self.domain = replace(session.domain, **commands)
+            words = getattr(terms.domain, name)
+            commands[name] = tuple(sys.executable if word == terms.python else word for word in words)
+        self.domain = replace(terms.domain, **commands)
 
     def _describe(self, archive: bytes) -> Description:
-        variables = machine.variables_for_training(self.session.facts.profile)
-        if self.session.facts.device == "cuda":
+        variables = machine.variables_for_training(self.terms.facts.profile)
+        if self.terms.facts.device == "cuda":
             variables["CUDA_VISIBLE_DEVICES"] = str(self.gpus[0])
         if problem := machine.lacking_disk(_own_folder()):
             raise UserError(problem)
@@ -151,11 +151,11 @@ class Actor:
     def _device(self, facts: Description) -> str:
         return str(self.gpus[0]) if facts.device == "cuda" else next(iter(facts.devices))
 
-    def measure(self, job: Job, session: Session) -> tuple[Run | MachineFault, dict[str, bytes]]:
+    def measure(self, job: Job, terms: Terms) -> tuple[Run | MachineFault, dict[str, bytes]]:
         """The run or the MachineFault, and the files of its folder."""
         import ray
 
-        if refusal := self.look(session, job.archive).refusal:  # asks where this actor was started again
+        if refusal := self.look(terms, job.archive).refusal:  # asks where this actor was started again
             return MachineFault(refusal), {}
         cancellation = SimpleNamespace(is_set=ray.get_runtime_context().is_canceled)  # in place of an event
         with tempfile.TemporaryDirectory(dir=_own_folder(), ignore_cleanup_errors=True) as name:
@@ -163,7 +163,7 @@ class Actor:
             place = Place(
                 output=folder,
                 scratch=folder / "scratch",
-                compile_cache=self.session.compile_cache or _own_folder() / "compile_cache",
+                compile_cache=self.terms.compile_cache or _own_folder() / "compile_cache",
                 mark=self.mark,
                 device=self._device(self.facts),
             )
@@ -179,9 +179,9 @@ class Actor:
             return outcome, _read_files(folder)
 
 
-def _misfit(session: Session, facts: Description) -> str:
+def _misfit(terms: Terms, facts: Description) -> str:
     """Why scores of a node would not compare with the baseline's, "" if they would."""
-    baseline = session.facts
+    baseline = terms.facts
     if not facts.prepared:
         remedy = f"run 'AUTORESEARCH_PROFILE={baseline.profile} uv run prepare.py' there"
         return f"no data in {facts.cache} ({facts.problem}): {remedy}"
@@ -192,9 +192,9 @@ def _misfit(session: Session, facts: Description) -> str:
         remedy = f"copy {baseline.cache} of the loop's machine there, or prepare it there from the same data"
         return f"other data in {facts.cache}: {digests}: {remedy}"
     own = installed_versions()
-    names = [name for name, version in session.versions.items() if own.get(name) != version]
+    names = [name for name, version in terms.versions.items() if own.get(name) != version]
     if names:
-        listed = ", ".join(f"{name} {own.get(name)} (the loop has {session.versions[name]})" for name in names[:3])
+        listed = ", ".join(f"{name} {own.get(name)} (the loop has {terms.versions[name]})" for name in names[:3])
         return f"other packages: {listed}: run 'uv sync --extra ray' of the same commit there"
     return ""
 
@@ -231,7 +231,7 @@ class Seat:
     number: int
     actor: object = None  # Ray's handle; None: to be made
     asked_at: float = 0.0  # time.monotonic()
-    answer: Answer | None = None  # the last one
+    answer: NodeAnswer | None = None  # the last one
     port: tuple[str, int] = ("", 0)  # at which the node's Ray answers
 
 
@@ -256,7 +256,7 @@ class RayRunner(Runner):
         self._asked: dict = {}  # Ray's reference of an answer -> seat
         self._left_out: dict[str, tuple[str, float]] = {}  # node's id -> why, until when (time.monotonic())
         self._archive = tag.repository.archive(tag.champion)
-        self._session = Session(
+        self._terms = Terms(
             facts=facts,
             domain=tag.domain,
             mark=tag.mark,
@@ -321,7 +321,7 @@ class RayRunner(Runner):
         """Make the run on whichever actor is free. (A device is only the right to run: actors come and go.)"""
         seat = self._next_seat()
         try:
-            outcome, files = self._wait_for(seat, seat.actor.measure.remote(job, self._session))
+            outcome, files = self._wait_for(seat, seat.actor.measure.remote(job, self._terms))
         except self._ray.exceptions.RayError as error:
             self._check_cluster()
             self._unseated.put((seat, ""))
@@ -360,7 +360,7 @@ class RayRunner(Runner):
                 raise self._gone()
             if self.stop.is_set():
                 self._ray.cancel(reference)
-                answer = seat.actor.look.remote(self._session, self._archive)  # it comes when the run has ended
+                answer = seat.actor.look.remote(self._terms, self._archive)  # it comes when the run has ended
                 self._ray.wait([answer], timeout=STOP_SECONDS)
                 raise Stopped
         return self._ray.get(reference)
@@ -408,7 +408,7 @@ class RayRunner(Runner):
             options = {"label_selector": {"ray.io/node-id": f"!in({','.join(left_out)})"}} if left_out else {}
             seat.actor = self._actor.options(**options).remote()
         seat.asked_at = now
-        self._asked[seat.actor.look.remote(self._session, self._archive)] = seat
+        self._asked[seat.actor.look.remote(self._terms, self._archive)] = seat
 
     def _take_answers(self) -> None:
         answered, waiting = self._ray.wait(list(self._asked), num_returns=len(self._asked), timeout=0)
@@ -427,7 +427,7 @@ class RayRunner(Runner):
                     self._drop_actor(seat)
                 self._unseated.put((seat, ""))
 
-    def _take_answer(self, seat: Seat, answer: Answer) -> None:
+    def _take_answer(self, seat: Seat, answer: NodeAnswer) -> None:
         seat.answer = answer
         seat.port = _port_of(self._alive_nodes(), answer.node_id)
         if answer.refusal:

@@ -528,7 +528,8 @@ class LocalRunner(Runner):
         for device in list(facts.devices)[:workers]:
             self.add_device(device)
         if len(self.devices) < workers:
-            say(f"note: {workers} workers, {len(self.devices)} device here: {len(self.devices)} run at a time")
+            found = len(self.devices)
+            say(f"note: {workers} workers, {found} device{'s' * (found > 1)} here: as many runs at a time")
 
     def attempt(self, job: Job, device: str) -> Run:
         tag = self._tag

@@ -100,12 +100,12 @@ def test_node_whose_scores_would_not_compare_is_told_why_and_what_to_do(field: F
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(field.checkout.cache))
     facts = machine.describe(DOMAIN, field.checkout.path, machine.variables_for_training("fake"))
     versions = ray_runner.installed_versions()
-    session = ray_runner.Session(facts, DOMAIN, "mark", sys.executable, versions, None, None)
-    older = replace(session, versions=versions | {"pytest": "1.0"})
+    terms = ray_runner.Terms(facts, DOMAIN, "mark", sys.executable, versions, None, None)
+    older = replace(terms, versions=versions | {"pytest": "1.0"})
     for asking, changes, told in (
-        (session, {}, ""),
-        (session, {"device_name": "A100"}, "its device is A100, the baseline's cpu: leave it out of this cluster"),
-        (session, {"digest": "e" * 64}, f"other data in {facts.cache}: digest eeeeeeeeeeee, the loop's is dddd"),
+        (terms, {}, ""),
+        (terms, {"device_name": "A100"}, "its device is A100, the baseline's cpu: leave it out of this cluster"),
+        (terms, {"digest": "e" * 64}, f"other data in {facts.cache}: digest eeeeeeeeeeee, the loop's is dddd"),
         (older, {}, f"other packages: pytest {versions['pytest']} (the loop has 1.0): run 'uv sync "),
     ):
         refusal = ray_runner._misfit(asking, replace(facts, **changes))
