@@ -316,6 +316,8 @@ def audit_text(ledger: Ledger, group: str) -> tuple[str, list[str]]:
         doubts += _doubts_of_gains(gains, error or 0.0, domain)
     else:
         notes.append("no change is in the branch: the baseline is the champion")
+    if busy := sum(is_busy(run) for runs in by_role.values() for run in runs):
+        notes.append(f"others used over {BUSY:.0%} of the machine during {busy} of these runs: their scores are weak")
     if not is_clean:
         notes.append("not every run was scored in a clean process: the gain is of the runs' own scores")
     return "\n".join(align(rows, right=(1, 2, 3, 4)) + notes), doubts

@@ -16,6 +16,7 @@ from harness.report import audit_text, report_text, status_text
 NOISE = "from 2 repeats of commits here, pooled with 0.014 as measured before for pocket"
 COST = "cost: 3 agent calls, at least 0.25 dollars (0.25 a kept change), at least 10,000 tokens (10,000 a kept change)"
 
+
 def test_report_of_a_small_night():
     assert report_text(Ledger(DOMAIN)).startswith("no scored run yet")
     expected = f"""\
@@ -156,9 +157,10 @@ def test_audit_doubts_in_one_line_each(runs, said):
 
 
 def test_audit_without_a_kept_change_or_a_held_out_split():
-    baseline_only = [run for run in audited() if run.commit == BASELINE]
+    baseline_only = [dataclasses.replace(run, busy_others=0.5) for run in audited() if run.commit == BASELINE]
     text, doubts = audit_text(small_ledger(*baseline_only), "audit 1")
-    assert text.endswith("no change is in the branch: the baseline is the champion") and not doubts
+    assert "no change is in the branch: the baseline is the champion" in text and not doubts
+    assert text.endswith("others used over 10% of the machine during 2 of these runs: their scores are weak")
     domain = dataclasses.replace(DOMAIN, test_metric="")
     runs = [dataclasses.replace(run, test_score=None, clean_test_score=None) for run in audited()]
     text, doubts = audit_text(Ledger(domain, [*small_ledger().runs, *runs]), "audit 1")
