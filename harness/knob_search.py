@@ -47,6 +47,7 @@ DOUBLINGS = (0.25, 0.5, 1, 2, 4)  # of a large whole number: kernels want powers
 LARGEST_COUNTED = 16  # whole numbers up to here are no large ones
 TRIES = 200  # draws before the hyperparameters count as exhausted
 NOTHING_TO_TURN = 3  # exit code: no later call will find anything either
+STARTUP = 10  # scored runs before Optuna draws, which else draws these from all values: far too large networks
 SUGGESTIONS = 3  # in a language model's prompt
 SUGGEST_SECONDS = 120  # that they may take
 
@@ -209,7 +210,8 @@ def random_draw(rng: random.Random) -> Draw:
 
 
 def tpe_draw(search: Search, direction: str, seed: int | None = None) -> Draw:
-    """All at once, as Optuna's tree-structured Parzen estimator thinks best after what was tried."""
+    """All at once, as Optuna's tree-structured Parzen estimator thinks best after what was tried; before STARTUP runs
+    have scores, one at a time by chance."""
     import optuna
     from optuna.distributions import CategoricalDistribution, IntDistribution
 
@@ -222,6 +224,8 @@ def tpe_draw(search: Search, direction: str, seed: int | None = None) -> Draw:
             found[name] = IntDistribution(0, last) if has_order else CategoricalDistribution(range(last + 1))
         return found
 
+    if sum(state == "COMPLETE" for _, state, _ in search.trials) < STARTUP:
+        return random_draw(random.Random(seed))
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(direction=direction, sampler=optuna.samplers.TPESampler(seed=seed))
     for places, state, score in search.trials:

@@ -108,6 +108,10 @@ def test_proposals_are_new_and_change_exactly_what_they_describe(agent, profile)
     search = Search(TRAIN.encode(), profile)
     assert {"DEPTH", "MATRIX_LR", "COMPILE", "WINDOW_PATTERN"} < set(search.space)
     assert not {*knob_search.NEUTRAL} & {*search.space}
+    for number in range(knob_search.STARTUP):
+        few = next(search.propose(TRAIN.encode(), tpe_draw(search, "minimize", seed=number)))[1]
+        assert ", " not in few  # one at a time, before there is something to learn from
+        search.tell(TRAIN.encode(), "COMPLETE", 1.0 + number / 100)
     draw = random_draw(random.Random(1)) if agent == "random" else tpe_draw(search, "minimize", seed=1)
     edits = list(itertools.islice(search.propose(TRAIN.encode(), draw), 40))
     assert len({source for source, _ in edits}) == 40
