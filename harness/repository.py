@@ -204,6 +204,13 @@ class Repository:
             self("worktree", "remove", "--force", "--force", str(place), default="")
         remove_folder(place)
 
+    def remove_half_made_worktrees(self) -> None:
+        """Entries that a git which was killed left half written: they would stop every later `git worktree`."""
+        for entry in (self.common / "worktrees").glob("*"):
+            files = [entry / name for name in ("gitdir", "commondir", "HEAD")]
+            if not all(file.exists() and file.stat().st_size for file in files):
+                remove_folder(entry)
+
     def check_clean(self, commit: str) -> None:
         """Raises UserError where a person has uncommitted changes."""
         if changed := self.changed_files(self.checkout, commit):

@@ -494,5 +494,6 @@ class Session:
 
 def clean_worktrees(tag: Tag) -> None:
     """Remove agents' worktrees of a loop that was killed."""
+    tag.repository.remove_half_made_worktrees()
     for place in tag.worktrees.glob("*"):
         tag.repository.remove_worktree(place)

@@ -59,6 +59,14 @@ def test_merge_joins_edits_apart_and_refuses_edits_of_one_line(git):
     assert git.merge(ours, base, other, theirs_win=True) == other
 
 
+def test_worktree_that_a_killed_git_left_half_made_stops_no_later_one(checkout, git):
+    commit = checkout.git("rev-parse", "HEAD")
+    git.add_worktree(checkout.path / ".autoresearch" / "t" / "2", commit)
+    (checkout.path / ".git/worktrees/2/commondir").write_text("")
+    git.remove_half_made_worktrees()
+    git.add_worktree(checkout.path / ".autoresearch" / "t" / "1", commit)
+
+
 def test_worktree_is_made_anew_after_a_crash_in_the_middle(checkout, git):
     place = checkout.path / ".autoresearch" / "t" / "1"
     admin = checkout.path / ".git/worktrees/1"
