@@ -287,7 +287,7 @@ def audit_text(ledger: Ledger, group: str) -> tuple[str, list[str]]:
     """Baseline and champion on fresh seeds, in the run's own process and in a clean one; and what is to be doubted,
     a line each."""
     domain = ledger.domain
-    sigma = _sigma_before(ledger, group)
+    before = _ledger_before(ledger, group)
     by_role: dict[str, list[Run]] = {}
     for run in ledger.runs:
         name, _, role = run.group.partition("/")
@@ -302,14 +302,12 @@ def audit_text(ledger: Ledger, group: str) -> tuple[str, list[str]]:
         notes += _record_lines(domain, role, runs)
         for run in runs:
             doubts += _doubts_of_run(domain, run, role)
-        doubts += _doubts_of_belief(ledger, runs, role, sigma)
+        doubts += _doubts_of_belief(ledger, runs, role, before)
     is_clean = all(run.clean_score is not None for runs in by_role.values() for run in runs)
     if set(by_role) == {"baseline", "champion"}:
         names = ("clean_score", "clean_test_score") if is_clean else ("score", "test_score")
         gains = [_gain(by_role, name, domain) for name in names]
-        error = None
-        if sigma is not None:
-            error = sigma * math.sqrt(sum(1 / len(runs) for runs in by_role.values()))
+        error = before.error_of_means(*(len(runs) for runs in by_role.values()))
         error_text = "" if error is None else f" ± {domain.score_text(2 * error)}"
         texts = ["" if gain is None else f"{domain.score_text(gain)}{error_text}" for gain in gains]
         rows.append(["gain ± 2 standard errors", *texts, "", ""])
@@ -323,11 +321,11 @@ def audit_text(ledger: Ledger, group: str) -> tuple[str, list[str]]:
     return "\n".join(align(rows, right=(1, 2, 3, 4)) + notes), doubts
 
 
-def _sigma_before(ledger: Ledger, group: str) -> float | None:
-    """Without this audit's own runs, as far as that is known: a belief that was far off would hide in them."""
+def _ledger_before(ledger: Ledger, group: str) -> Ledger:
+    """Without this audit's own runs, where sigma is known without them: a belief that was far off would hide in it."""
     earlier = [run for run in ledger.runs if run.group.partition("/")[0] != group]
-    sigma = Ledger(ledger.domain, earlier, ledger.profile).sigma
-    return ledger.sigma if sigma is None else sigma
+    before = Ledger(ledger.domain, earlier, ledger.profile)
+    return ledger if before.sigma is None else before
 
 
 def _rows_of_role(ledger: Ledger, role: str, runs: list[Run]) -> list[list[str]]:
@@ -400,14 +398,14 @@ def _doubts_of_run(domain: Domain, run: Run, role: str) -> list[str]:
     return doubts
 
 
-def _doubts_of_belief(ledger: Ledger, runs: list[Run], role: str, sigma: float | None) -> list[str]:
-    """A belief that its commit's fresh scores do not bear out."""
+def _doubts_of_belief(ledger: Ledger, runs: list[Run], role: str, before: Ledger) -> list[str]:
+    """A belief that its commit's fresh scores do not bear out. `before` knows sigma."""
     commit = runs[0].commit
     believed = ledger.believed(commit)
-    if believed is None or sigma is None:
+    error = before.error_of_means(len(ledger.believed_scores(commit)), len(runs))
+    if believed is None or error is None:
         return []
     fresh = statistics.fmean(run.score for run in runs)
-    error = sigma * math.sqrt(1 / len(ledger.believed_scores(commit)) + 1 / len(runs))
     if abs(fresh - believed) <= FAR_ERRORS * error:
         return []
     text = ledger.domain.score_text

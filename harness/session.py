@@ -155,7 +155,7 @@ class Session:
         self.options = options
         self.interrupts = interrupts
         self.began_at = time.time()
-        self.watch = Watch(self.tag, options.patience, options.target, options.notify or "")
+        self.watch = Watch(self.tag, options.patience, options.target, options.notify)
         self.page = PageWriter(self.tag)
         self.no_more = threading.Event()  # ends what agents do: nothing new begins
         self.begun = 0  # experiments that took one of --max-experiments

@@ -23,7 +23,7 @@ LONG_WAIT = 1800  # seconds of waiting after which a person is told
 class Watch:
     """Sees every verdict of a session. Its only decision is `enough`: no new experiment begins."""
 
-    def __init__(self, tag: Tag, patience: float, target: float | None, command: str):
+    def __init__(self, tag: Tag, patience: float, target: float | None, command: str | None):
         self.enough = ""  # why no new experiment begins; "": they may
         self._tag = tag
         self._patience = patience  # experiments without a keep
