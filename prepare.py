@@ -198,6 +198,8 @@ def _download_all(urls: dict[Path, str], workers: int) -> None:
     failed = []
 
     def fetch(path):
+        if len(failed) >= workers:  # the network is down, or the disk full: no other will fare better
+            return
         try:
             _download(session, urls[path], path, bar)
         except (OSError, UserError) as error:  # what requests raises are OSErrors
@@ -206,8 +208,9 @@ def _download_all(urls: dict[Path, str], workers: int) -> None:
     with bar, ThreadPoolExecutor(workers) as pool:
         list(pool.map(fetch, todo))
     if failed:
-        missing = f"{len(failed)} of {len(urls)} shards are missing: {'; '.join(sorted(failed))}"
-        raise UserError(f"{missing}. Running the same command again resumes")
+        missing = f"{sum(not path.exists() for path in urls)} of {len(urls)} shards are missing"
+        hints = "401, 403: set HF_TOKEN; without a network: AUTORESEARCH_PROFILE=code"
+        raise UserError(f"{missing}: {'; '.join(sorted(failed)[:4])}. Running the same command again resumes ({hints})")
 
 
 def _download(session, url, path, bar):
@@ -317,7 +320,7 @@ def _local_files() -> list[Path]:
         return _installed_files()
     source = Path(SOURCE).expanduser()
     if SOURCE.startswith(("/", "~", ".")) and not source.exists():
-        raise UserError(f"source {source} does not exist: mend it in PROFILES")
+        raise UserError(f"source {source.absolute()} does not exist: mend it in PROFILES")
     candidates = [source] if source.is_file() else _sorted_files(source, "*")
     files = [file for file in candidates if file.suffix in TEXT_KINDS]
     if source.exists() and not files:
@@ -688,19 +691,17 @@ def _manifest(may_change=()):
     return manifest
 
 
-def check_data(manifest: dict | None = None) -> dict[str, str]:
-    """SHA-256 of each file that the metric depends on, recomputed. UserError names one that is not what was prepared.
+def check_data(manifest: dict | None = None) -> None:
+    """Recomputes the SHA-256 of each file that the metric depends on. UserError names one that has changed.
 
     A run calls it before it trains: what a score depends on is then known to be right.
     """
-    found = {}
     for name, file in (manifest or _manifest())["metric"]["files"].items():
         path = CACHE / name
-        found[name] = _sha256(path) if path.exists() else "none"
-        if found[name] != file["sha256"]:
-            change = f"SHA-256 {found[name][:12]}, was {file['sha256'][:12]}"
+        found = _sha256(path) if path.exists() else "none"
+        if found != file["sha256"]:
+            change = f"SHA-256 {found[:12]}, was {file['sha256'][:12]}"
             raise UserError(f"{path} is not what was prepared ({change}): delete {CACHE} and run 'uv run prepare.py'")
-    return found
 
 
 def _write_manifest(train: list[str]) -> dict:
@@ -903,7 +904,7 @@ class Stopwatch:
         """Begins to count, once, when the device is free; marks the moment beside the record."""
         self.trains = self.trains or split == "train"
         if self.started is None:
-            self.lock = _lock(_device_lock(device), f"another run holds {device}")
+            hold_device(device)
             _touch_mark("started")
             self.started = _now()
 
@@ -928,6 +929,15 @@ class Stopwatch:
 
 
 _stopwatch = Stopwatch()
+
+
+def hold_device(device: torch.device) -> None:
+    """Waits until no other run is on the device, and keeps it for this one until the process ends.
+
+    A run calls it before it compiles: that would slow one that trains there.
+    """
+    if _stopwatch.lock is None:
+        _stopwatch.lock = _lock(_device_lock(device), f"another run holds {device}")
 
 
 def training_seconds() -> float:
@@ -1012,8 +1022,12 @@ def _evaluate(model, tokenizer, batch_size):
     if batch_size < 1 or tokenizer.get_vocab_size() != VOCAB_SIZE:
         raise ValueError(f"batch_size is {batch_size}, the vocabulary {tokenizer.get_vocab_size()}, not {VOCAB_SIZE}")
     manifest = _manifest()
-    _check_clock(seconds, manifest["metric"]["constants"]["time_budget"])
-    files = check_data(manifest)
+    constants = manifest["metric"]["constants"]
+    _check_clock(seconds, constants["time_budget"])
+    if constants["max_seq_len"] != MAX_SEQ_LEN:
+        problem = f"prepare.MAX_SEQ_LEN is {MAX_SEQ_LEN}, rows of {constants['max_seq_len']} tokens are scored"
+        raise EvaluationRefused(f"{problem}: leave it, and give make_dataloader another T to train on other rows")
+    check_data(manifest)
     weights = _weight_digests(model)
     record = {
         "profile": PROFILE,
@@ -1021,10 +1035,8 @@ def _evaluate(model, tokenizer, batch_size):
         "seed": SEED,
         "training_seconds": seconds,
         "digest": manifest["digest"],
-        "files": files,
         "prepare_sha256": _sha256(Path(__file__)),
         "device_name": device_name(device),
-        "cache": str(CACHE),
         "weights_sha256": hashlib.sha256(json.dumps(sorted(weights.items())).encode()).hexdigest(),
     }
     rows = manifest["metric"]["rows"]
@@ -1306,7 +1318,6 @@ def describe() -> dict:
     except UserError as error:
         manifest = {}
         problem = str(error)
-    metric = manifest.get("metric", {"files": {}, "rows": {}})
     device = torch.device(default_device())
     return {
         "profile": PROFILE,
@@ -1316,8 +1327,7 @@ def describe() -> dict:
         "prepared": problem is None,
         "problem": problem,
         "digest": manifest.get("digest"),
-        "rows": metric["rows"],
-        "files": {name: file["sha256"] for name, file in metric["files"].items()},
+        "rows": manifest["metric"]["rows"] if manifest else {},
         "device": device.type,
         "device_name": device_name(device),
         "devices": _devices(device.type),
@@ -1335,8 +1345,15 @@ def _devices(kind: str) -> dict[str, dict]:
     devices = {}
     for i, name in enumerate(names[:count]):
         device = torch.device("cuda", i)
-        free_bytes, _ = torch.cuda.mem_get_info(device)
+        try:
+            free_bytes, _ = torch.cuda.mem_get_info(device)
+        except RuntimeError as error:  # it is full, or somebody else's alone
+            problem = f"GPU {name} cannot be used: {str(error).partition(chr(10))[0]}"
+            print(f"note: {problem}", file=sys.stderr)
+            continue
         devices[name] = {"lock": str(_device_lock(device)), "free_gb": free_bytes / 1e9}
+    if not devices:
+        raise UserError(f"{problem}: free it, or choose others by CUDA_VISIBLE_DEVICES")
     return devices
 
 
@@ -1383,7 +1400,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.score:
             print(json.dumps(_score_network(args.score)))
         elif args.verify:
-            print("verified:", *check_data())
+            check_data()
+            print("verified:", *METRIC_FILES)
         else:
             num_shards = sys.maxsize if args.num_shards == -1 else args.num_shards
             with _lock(CACHE / "prepare.lock", "another preparation works here"):

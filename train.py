@@ -560,6 +560,7 @@ def run() -> None:
     device_name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     log(f"profile {PROFILE} ({prepare.PROFILE_REASON}), {TIME_BUDGET:g} s on {device_name}, seed {SEED}")
     prepare.check_data()
+    prepare.hold_device(device)
     tokenizer = prepare.Tokenizer.from_directory()
     config = model_config(tokenizer.get_vocab_size())
     log(str(config))

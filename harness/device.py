@@ -44,6 +44,7 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
+LEAST_CAPABILITY = (8, 0)  # of a GPU; from there on Triton compiles bfloat16
 CPU_FEATURES = torch.cpu.get_capabilities()
 CPU_HAS_BFLOAT16 = CPU_FEATURES.get("avx512_bf16", False) or CPU_FEATURES.get("amx_bf16", False)
 
@@ -55,18 +56,25 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def check_driver(may_use_cpu: bool) -> None:
-    """Raise DeviceError where there is a GPU that torch cannot start: a GPU's model would train on the CPU for hours.
+    """Raise DeviceError for a GPU that torch cannot start (a GPU's model would train on the CPU for hours), and for one
+    without bfloat16 (the compiler would build nothing, and say nothing).
 
     The driver's management library counts devices even when the driver is too old for torch's CUDA.
     """
-    if may_use_cpu or torch.cuda.device_count() == 0:
+    if torch.cuda.device_count() == 0:
         return
     try:
         torch.cuda.init()
     except RuntimeError as error:
+        if may_use_cpu:
+            return
         problem = f"a GPU is there, but torch {torch.__version__} cannot start it: {one_line(error)}"
         remedy = "update the NVIDIA driver, or train on the CPU with AUTORESEARCH_PROFILE=pocket"
         raise DeviceError(f"{problem}: {remedy}") from error
+    capability = torch.cuda.get_device_capability()
+    if capability < LEAST_CAPABILITY:
+        problem = "compute capability {}.{} has no bfloat16".format(*capability)
+        raise DeviceError(f"{problem}: train on the CPU with CUDA_VISIBLE_DEVICES= AUTORESEARCH_PROFILE=pocket")
 
 
 # ---- Attention: one function, three back-ends ----
@@ -264,7 +272,9 @@ def fit_device_batch(trial: Callable[[int], None], total_rows: int, upper_bound:
         try:
             trial(rows)
             return rows
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:  # CUDA's is a class of its own, of MPS and CPU only the words tell
+            if not re.search("out of memory|allocate memory", str(error)):
+                raise
             if rows == 1:
                 raise DeviceError(f"one row runs out of memory: make the model smaller ({one_line(error)})") from error
         log(f"out of memory with {rows} rows per micro-step: halving them")
@@ -303,8 +313,8 @@ def choose_threads(micro_step: Callable[[], None]) -> None:
 def seconds_of(function: Callable[[], object]) -> float:
     started = time.perf_counter()
     function()
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
     return time.perf_counter() - started
 
 
@@ -360,6 +370,8 @@ def warm_up(
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+        elif device.type == "mps":
+            torch.mps.empty_cache()
 
     def random_batch(rows: int) -> Tensor:
         return torch.randint(vocab_size, (rows, row_length), device=device)

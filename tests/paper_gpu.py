@@ -245,7 +245,8 @@ class Evaluator:
         self.PROFILE_REASON = "paper"
         self.CACHE_ROOT = prepare.CACHE_ROOT
         self.Tokenizer = self
-        answer(self, check_data=None, default_device="cuda", from_directory=self, get_vocab_size=prepare.VOCAB_SIZE)
+        answer(self, check_data=None, hold_device=None, default_device="cuda", from_directory=self)
+        answer(self, get_vocab_size=prepare.VOCAB_SIZE)
         answer(self, encode=[1], decode="?", get_bos_token_id=0)  # FakeTensor.item says 0: the sample ends at once
         train.warm_up = self.warm_up
         train.prepare = self

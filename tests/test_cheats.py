@@ -49,6 +49,12 @@ def test_training_over_budget_is_refused_whatever_the_run_calls_its_budget(evalu
     assert evaluator.training_seconds() == pytest.approx(10.24)
 
 
+def test_longer_rows_than_those_that_are_scored_are_refused(evaluator):
+    evaluator.MAX_SEQ_LEN = 64
+    reason = "prepare.MAX_SEQ_LEN is 64, rows of 32 tokens are scored: leave it"
+    refused(evaluator, reason, evaluate, evaluator, Toy())
+
+
 def test_work_on_the_way_to_eval_mode_is_training_time(evaluator):
     """As of a model that averages its weights there."""
     model = Toy()
@@ -142,7 +148,7 @@ def test_record_holds_what_the_evaluator_measured(run, tmp_path):
     record = json.loads((tmp_path / "result.json").read_text())
     described = run.describe()
     lengths = run.get_token_bytes().numpy()[rows_of(run)[:, 1:]]
-    same = {name: described[name] for name in ("digest", "files", "prepare_sha256", "device_name", "cache")}
+    same = {name: described[name] for name in ("digest", "prepare_sha256", "device_name")}
     assert record == same | {
         "val_bpb": bpb,
         "profile": "tiny",

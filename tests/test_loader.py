@@ -99,6 +99,7 @@ def test_batches_equal_the_plain_rules_from_parquet(evaluator, B, T, split):
 def test_second_run_on_a_device_waits_says_so_and_is_not_charged_for_it(evaluator, tmp_path):
     """The child's clock shows 1 as soon as `late` exists, which is before it gets the lock."""
     late = tmp_path / "late"
+    evaluator.hold_device(torch.device("cpu"))  # as before a warm-up; the loader takes no second lock
     loader = make_loader(evaluator)
     next(loader)
     code = (

@@ -346,3 +346,12 @@ def test_devices_are_named_as_cuda_visible_devices_names_them(shared, monkeypatc
     for visible, names in [("", ["0", "1"]), ("3, GPU-5", ["3", "GPU-5"])]:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert shared._devices("cuda") == dict(zip(names, devices, strict=True))
+
+    def out_of_memory(device):
+        raise RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda one: out_of_memory(one) if one.index else (0, 0))
+    assert list(shared._devices("cuda")) == ["3"]  # the other one is full
+    monkeypatch.setattr(torch.cuda, "mem_get_info", out_of_memory)
+    with pytest.raises(shared.UserError, match="GPU GPU-5 cannot be used: CUDA error: out of memory: free it, or"):
+        shared._devices("cuda")

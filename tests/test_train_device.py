@@ -184,8 +184,15 @@ def test_device_batch_halves_until_it_fits_and_divides_the_total_and_one_row_is_
         if rows > limit:
             raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB")
 
+    def trial_on_mps(rows):
+        if rows > 3:
+            raise RuntimeError("MPS backend out of memory" if rows < 20 else "illegal memory access")
+
     assert device.fit_device_batch(trial, total_rows=48, upper_bound=30) == 3
     assert device.fit_device_batch(trial, total_rows=7, upper_bound=4) == 1
+    assert device.fit_device_batch(trial_on_mps, total_rows=48, upper_bound=12) == 3
+    with pytest.raises(RuntimeError, match="illegal"):
+        device.fit_device_batch(trial_on_mps, total_rows=48, upper_bound=30)
     with pytest.raises(DeviceError, match=r"^one row runs out of memory: make the model smaller .*Tried to allocate"):
         device.fit_device_batch(lambda rows: trial(rows, limit=0), 8, 8)
 
@@ -241,6 +248,11 @@ def test_gpu_that_torch_cannot_start_is_one_error_line_but_for_a_profile_of_the_
     problem = f"a GPU is there, but torch {torch.__version__} cannot start it: {cause}"
     assert capsys.readouterr().err == f"error: {problem}: {remedy}\n"
     device.check_driver(may_use_cpu=True)
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert train.main() == 1
+    remedy = "train on the CPU with CUDA_VISIBLE_DEVICES= AUTORESEARCH_PROFILE=pocket"
+    assert capsys.readouterr().err == f"error: compute capability 7.5 has no bfloat16: {remedy}\n"
 
 
 # ---- What the summary says ----
