@@ -58,10 +58,10 @@ def wrap(command: Iterable[str], folder: Path, writable: Iterable[Path] = (), re
     or folders, and read the existing `readable` ones wherever they lie."""
     words = ["bwrap", "--ro-bind", "/", "/", "--dev-bind", "/dev", "/dev", "--proc", "/proc"]
     words += ["--unshare-net", "--unshare-pid", "--unshare-ipc", "--die-with-parent"]
-    empty = [Path("/tmp"), Path("/dev/shm"), *_hidden()]
+    empty = [*filter(Path.is_dir, (Path("/tmp"), Path("/dev/shm"))), *_hidden()]
     for path in empty:
         words += ["--tmpfs", path] if path.is_dir() else ["--ro-bind", "/dev/null", path]
-    for path in [*_of_python(), *_of_hub(), *readable]:
+    for path in map(_below_real_home, [*_of_python(), *_of_hub(), *readable]):
         places = {path.resolve()}
         if any(path.is_relative_to(one) for one in empty):  # elsewhere a link leads there by itself
             places.add(path)
@@ -69,13 +69,19 @@ def wrap(command: Iterable[str], folder: Path, writable: Iterable[Path] = (), re
             if place.is_absolute() and place.exists():
                 words += ["--ro-bind", path.resolve(), place]
     for path in [*writable, folder]:
-        words += ["--bind", path, path]
+        words += ["--bind", path.resolve(), path.resolve()]
     return [str(word) for word in [*words, "--", *command]]
+
+
+def _below_real_home(path: Path) -> Path:
+    """Where the way to the home folder has a link, bubblewrap cannot bind onto what lies behind it."""
+    home = Path.home()
+    return home.resolve() / path.relative_to(home) if path.is_relative_to(home) else path
 
 
 def _hidden() -> list[Path]:
     """The hidden files and folders of the home folder; links lead elsewhere."""
-    home = Path.home()
+    home = Path.home().resolve()
     if not home.is_dir() or home == Path("/"):
         return []
     return [path for path in sorted(home.glob(".*")) if not path.is_symlink() and (path.is_dir() or path.is_file())]

@@ -7,7 +7,6 @@ import math
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import sysconfig
@@ -56,9 +55,8 @@ def variables_for_training(profile: str = "") -> dict[str, str]:
 def describe(domain: Domain, place: Path, variables: dict[str, str], is_isolated: bool = False) -> Description:
     """The description by the evaluator in a folder. UserError with its own last line if it gives none."""
     command = isolation.wrap(domain.describe_command, place) if is_isolated else domain.describe_command
-    child = subprocess.run(command, cwd=place, env=variables, capture_output=True, text=True)
-    if child.returncode == -signal.SIGINT:  # Ctrl-C at a terminal goes to the evaluator too
-        raise KeyboardInterrupt
+    options = {"capture_output": True, "text": True, "start_new_session": True}  # Ctrl-C is for the loop
+    child = subprocess.run(command, cwd=place, env=variables, **options)
     if child.returncode:
         lines = child.stderr.strip().splitlines() or ["the evaluator cannot describe itself"]
         raise UserError(one_line(lines[-1].removeprefix("error: "), 500), 2 if child.returncode == 2 else 1)
@@ -137,7 +135,8 @@ def restore_packages(before: dict[str, str]) -> None:
         commands.append(["uv", "pip", "install", "--no-deps", "--python", sys.executable, *other])
     for command in commands:
         try:
-            subprocess.run(command, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+            options = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "start_new_session": True}
+            subprocess.run(command, check=True, **options)
         except (OSError, subprocess.CalledProcessError) as error:
             said = one_line(getattr(error, "stderr", "") or str(error))
             problem = f"the installed packages changed ({listed(changes)}) and could not be put back: {said}"
@@ -187,16 +186,22 @@ class OthersMeter:
 
 
 def _busy_seconds() -> float | None:
-    """CPU seconds that anyone used: in this control group if there is one, else on the machine; None: not on Linux."""
+    """CPU seconds that anyone used: on the processors that this process may use if these are some of them, else in
+    this control group if there is one, else on the machine; None: not on Linux."""
+    cores = os.sched_getaffinity(0) if sys.platform == "linux" else set()
     with contextlib.suppress(OSError):
         found = re.search(r"^usage_usec (\d+)$", Path("/sys/fs/cgroup/cpu.stat").read_text(), re.MULTILINE)
-        if found:
+        if found and len(cores) == os.cpu_count():
             return int(found[1]) / 1e6
     with contextlib.suppress(OSError):
-        words = Path("/proc/stat").read_text().split("\n", 1)[0].split()
-        # user, nice, system, idle, iowait, irq, softirq, steal; guests are counted in the first two already
-        ticks = [int(word) for word in words[1:9]]
-        return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
+        busy = 0
+        for line in Path("/proc/stat").read_text().splitlines():
+            name, *words = line.split()
+            if name.startswith("cpu") and name[3:].isdigit() and int(name[3:]) in cores:
+                # user, nice, system, idle, iowait, irq, softirq, steal; guests are counted in the first two already
+                ticks = [int(word) for word in words[:8]]
+                busy += sum(ticks) - ticks[3] - ticks[4]
+        return busy / os.sysconf("SC_CLK_TCK")
     return None
 
 

@@ -6,6 +6,7 @@ carries it. A child whose loop is killed dies with it (PR_SET_PDEATHSIG, by util
 """
 
 import contextlib
+import functools
 import os
 import re
 import shutil
@@ -45,7 +46,7 @@ def run_child(
     stop: threading.Event,
     stdin: Path | None = None,
     quiet_limit: float | None = None,
-    watch: Callable[[], None] | None = None,
+    watch: Callable[[], None] = lambda: None,
 ) -> Ending:
     """Run a command in a session of its own until it ends, `limit` seconds pass, it says nothing for `quiet_limit`
     seconds, or the event `stop` is set.
@@ -54,11 +55,10 @@ def run_child(
     process that the child started is left. Raises OSError if the command does not start.
     """
     begin = time.monotonic()
-    setpriv = shutil.which("setpriv")
-    dying = [setpriv, "--pdeathsig", "KILL", "--"] if setpriv else []  # with the thread that starts it
+    file = new_file(log, buffering=0)
     with open_regular(stdin) if stdin else open(os.devnull) as source:
         process = subprocess.Popen(
-            [*dying, *command],
+            [*_dying(), *command],
             cwd=cwd,
             env=env | {MARK: mark, "PWD": str(cwd)},  # opencode takes its folder from PWD
             stdin=source,
@@ -66,11 +66,10 @@ def run_child(
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    output = _Output(process.stdout, log)
+    output = _Output(process.stdout, file)
     problem = ""
     while not problem and not _ends_within(process, POLL_SECONDS):
-        if watch is not None:
-            watch()
+        watch()
         now = time.monotonic()
         if stop.is_set():
             problem = "stopped"
@@ -79,12 +78,19 @@ def run_child(
         elif quiet_limit is not None and now - max(begin, output.heard_at) > quiet_limit:
             problem = f"no output for {quiet_limit:.0f} s"
     _end_group(process)
-    if watch is not None:
-        watch()
+    watch()
     seconds = time.monotonic() - begin
     sweep(mark)
     output.close()
     return Ending(problem or _problem_of(process.returncode), seconds)
+
+
+@functools.cache
+def _dying() -> list[str]:
+    """The words before a command that let it die with the thread that starts it, [] where setpriv is missing or old."""
+    words = [shutil.which("setpriv"), "--pdeathsig", "KILL", "--"]
+    is_able = words[0] and subprocess.run([*words, "true"], capture_output=True).returncode == 0
+    return words if is_able else []
 
 
 def _problem_of(code: int) -> str:
@@ -113,9 +119,9 @@ def _end_group(process: subprocess.Popen) -> None:
 class _Output:
     """Copies a child's output to a log: its first LOG_CAP bytes as they come, of the rest the last TAIL_CAP."""
 
-    def __init__(self, stream, log: Path):
+    def __init__(self, stream, file):
         self.heard_at = 0.0  # time.monotonic() of the newest output
-        self._thread = threading.Thread(target=self._copy, args=(stream, new_file(log, buffering=0)), daemon=True)
+        self._thread = threading.Thread(target=self._copy, args=(stream, file), daemon=True)
         self._thread.start()
 
     def _copy(self, stream, file) -> None:

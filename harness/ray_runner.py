@@ -26,7 +26,7 @@ from types import SimpleNamespace
 from harness import machine
 from harness.console import UserError, one_line, say
 from harness.domain import Description, Domain
-from harness.files import open_regular
+from harness.files import open_regular, remove_folder
 from harness.ledger import Run
 from harness.processes import LOG_CAP, TAIL_CAP
 from harness.runner import MAX_RECORD_BYTES, Job, MachineFault, Place, Runner, Stopped, measure, unpack
@@ -37,6 +37,7 @@ FILES = {  # of a run's folder on the node, and the bytes of each that come back
     "score.log": 2**20,
 }
 LEFT_OUT_SECONDS = 60  # that a node which refused gets no actor
+LEFT_SECONDS = 86400  # age of a run's folder from which on nobody works there
 LOOK_SECONDS = 1.0  # between looks at the cluster
 PLACE_SECONDS = 30  # for the first actor to be placed, before that is said
 STOP_SECONDS = 6  # for a run to end that is stopped
@@ -82,7 +83,7 @@ class Terms:
     python: str  # the loop's: in the domain's commands it stands for the node's
     versions: dict[str, str]
     threads: str | None  # OMP_NUM_THREADS, which Ray sets to 1
-    compile_cache: Path | None  # None: one for each node
+    is_local: bool  # the loop's own Ray, on its machine
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class Actor:
         self.terms = terms
         self.gpus = ray.get_gpu_ids()
         # The next run on this device of this node ends what an earlier one hid: nobody else could tell whose it is.
-        self.mark = terms.mark if terms.compile_cache else f"{terms.mark}:{node_id}"
+        self.mark = terms.mark if terms.is_local else f"{terms.mark}:{node_id}"
         os.environ.pop("OMP_NUM_THREADS", None)
         if terms.threads is not None:
             os.environ["OMP_NUM_THREADS"] = terms.threads
@@ -134,6 +135,9 @@ class Actor:
             words = getattr(terms.domain, name)
             commands[name] = tuple(sys.executable if word == terms.python else word for word in words)
         self.domain = replace(terms.domain, **commands)
+        for left in _own_folder().glob("tmp*"):  # by actors that were killed
+            if time.time() - left.stat().st_mtime > LEFT_SECONDS:
+                remove_folder(left)
 
     def _describe(self, archive: bytes) -> Description:
         variables = machine.variables_for_training(self.terms.facts.profile)
@@ -158,25 +162,28 @@ class Actor:
         if refusal := self.look(terms, job.archive).refusal:  # asks where this actor was started again
             return MachineFault(refusal), {}
         cancellation = SimpleNamespace(is_set=ray.get_runtime_context().is_canceled)  # in place of an event
-        with tempfile.TemporaryDirectory(dir=_own_folder(), ignore_cleanup_errors=True) as name:
-            folder = Path(name)
-            place = Place(
-                output=folder,
-                scratch=folder / "scratch",
-                compile_cache=self.terms.compile_cache or _own_folder() / "compile_cache",
-                mark=self.mark,
-                device=self._device(self.facts),
-            )
-            job = replace(job, facts=self.facts, domain=self.domain)
-            try:
-                outcome = measure(job, place, cancellation)
-            except MachineFault as fault:
-                # Without this run's folder the same reason reads the same from run to run, and is said once.
-                reason = str(fault).replace(str(folder), str(folder.parent))
-                outcome = MachineFault(reason, fault.is_suspect)
-            except Stopped:
-                outcome = MachineFault("stopped")  # nobody reads it
-            return outcome, _read_files(folder)
+        try:
+            with tempfile.TemporaryDirectory(dir=_own_folder(), ignore_cleanup_errors=True) as folder:
+                return self._measure_in(Path(folder), job, cancellation)
+        except OSError as error:  # a full disk, say
+            return MachineFault(one_line(str(error), 500)), {}
+
+    def _measure_in(self, folder: Path, job: Job, cancellation) -> tuple[Run | MachineFault, dict[str, bytes]]:
+        place = Place(
+            output=folder,
+            scratch=folder / "scratch",
+            compile_cache=_own_folder() / "compile_cache",
+            mark=self.mark,
+            device=self._device(self.facts),
+        )
+        try:
+            outcome = measure(replace(job, facts=self.facts, domain=self.domain), place, cancellation)
+        except MachineFault as fault:
+            # Without this run's folder the same reason reads the same from run to run, and is said once.
+            outcome = MachineFault(str(fault).replace(str(folder), str(folder.parent)), fault.is_suspect)
+        except Stopped:
+            outcome = MachineFault("stopped")  # nobody reads it
+        return outcome, _read_files(folder)
 
 
 def _misfit(terms: Terms, facts: Description) -> str:
@@ -263,7 +270,7 @@ class RayRunner(Runner):
             python=sys.executable,
             versions=installed_versions(),
             threads=os.environ.get("OMP_NUM_THREADS"),
-            compile_cache=None if address else tag.compile_cache,
+            is_local=not address,
         )
         share = {"num_gpus": 1, "num_cpus": 0}
         if facts.device != "cuda":  # a whole node: where nodes differ, as much as the smallest one has

@@ -34,7 +34,7 @@ from harness.domain import (
     Record,
     read_record,
 )
-from harness.files import open_regular, read_tail, read_text, remove_folder
+from harness.files import open_regular, read_text, remove_folder
 from harness.ledger import Run
 from harness.processes import Ending, run_child, sweep
 
@@ -144,7 +144,7 @@ def _measure_in(folder: Path, job: Job, place: Place, stop: threading.Event) -> 
     try:
         run = _believe(run, job, folder, text, ending, clock)
     except _Crashed as crash:
-        remove_folder(folder / "tmp")  # a disk that this run alone had filled is its own fault
+        remove_folder(folder)  # a disk that this run alone had filled is its own fault
         _look_for_fault(job, place, folder)
         return replace(run, status="crash", reason=str(crash))
     _check_comparable(job, run)
@@ -194,9 +194,9 @@ def _run_command(
     job: Job,
     place: Place,
     stop: threading.Event,
-    watch: Callable[[], None] | None = None,
+    watch: Callable[[], None] = lambda: None,
 ) -> Ending:
-    """Run one of the domain's commands under the job's limit."""
+    """Run one of the domain's commands under the job's limit. An audit's scores on two splits and exports."""
     variables = machine.variables_for_training(job.facts.profile) | {
         "AUTORESEARCH_RESULT": str(_result(folder)),
         "AUTORESEARCH_SEED": str(job.run.seed),
@@ -216,7 +216,7 @@ def _run_command(
         env=variables,
         mark=f"{place.mark}:run:{place.device}:{job.run.number}",
         log=log,
-        limit=2 * job.facts.time_budget + job.domain.startup_allowance,
+        limit=(3 if job.is_audit else 2) * job.facts.time_budget + job.domain.startup_allowance,
         stop=stop,
         watch=watch,
     )
@@ -251,12 +251,12 @@ def _keep_compiled(job: Job, place: Place, folder: Path) -> None:
     if job.is_audit or not (folder / "compiled").is_dir():
         return
     place.compile_cache.mkdir(parents=True, exist_ok=True)
-    own = place.compile_cache / job.run.commit
-    remove_folder(own)
-    with contextlib.suppress(OSError):  # another worker ran the same commit
-        (folder / "compiled").rename(own)
-    for old in sorted(place.compile_cache.iterdir(), key=lambda path: path.lstat().st_mtime)[:-COMPILED_KEPT]:
-        remove_folder(old)
+    with contextlib.suppress(OSError):  # the same commit ran before
+        (folder / "compiled").rename(place.compile_cache / job.run.commit)
+    with contextlib.suppress(OSError):  # another worker removes the same ones
+        for old in sorted(place.compile_cache.iterdir(), key=lambda path: path.lstat().st_mtime)[:-COMPILED_KEPT]:
+            if old.name not in (job.run.base, job.run.commit):
+                remove_folder(old)
 
 
 # What a run said: what was printed is held against the record, and the evaluator's clock against the loop's own
@@ -343,7 +343,7 @@ def crash_reason(log: str, problem: str) -> str:
     last line."""
     lines = [line.strip() for line in re.split(r"[\r\n]+", log) if line.strip()]
     errors = [line for line in lines if ERROR_LINE.match(line)]
-    if problem.startswith(("timeout", "no output")):
+    if problem.startswith("timeout"):
         return problem
     if errors:
         return f"{one_line(errors[-1], 120)} ({problem})"
@@ -417,8 +417,10 @@ def _look_for_fault(job: Job, place: Place, folder: Path) -> None:
         raise MachineFault(f"the evaluator does not answer: {error}", is_suspect=True) from error
     if not facts.prepared:
         raise MachineFault(f"the data is not as it was: {facts.problem}")
-    before = job.facts.devices.get(place.device, {}).get("free_gb", 0.0)
-    now = facts.devices.get(place.device, {}).get("free_gb", 0.0)
+    if place.device not in facts.devices:
+        raise MachineFault(f"device {place.device} is gone: the evaluator finds {facts.device_name}")
+    before = job.facts.devices[place.device].get("free_gb", 0.0)
+    now = facts.devices[place.device].get("free_gb", 0.0)
     if now < before - FREE_MEMORY_TOLERANCE:
         # Unified memory counts the page cache, and a desktop may start a game: this says less than it seems to.
         raise MachineFault(f"device {place.device} has {now:.1f} GB free, at the start {before:.1f}", is_suspect=True)
@@ -541,11 +543,3 @@ class LocalRunner(Runner):
             device=device,
         )
         return measure(job, place, self.stop)
-
-    def close(self) -> None:
-        shutil.rmtree(self._tag.home / "scratch", ignore_errors=True)
-
-
-def log_end(folder: Path, lines: int = 50) -> str:
-    """The last lines of a run's log, for the agent that mends it."""
-    return read_tail(folder / "run.log", lines)

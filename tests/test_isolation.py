@@ -139,7 +139,7 @@ def test_processors_that_a_run_uses_are_not_said_to_be_used_by_others(tmp_path):
     assert 1 < meter.own_seconds < 3
 
 
-def test_environment_and_data_behind_links_are_found_inside():
+def test_environment_and_data_behind_links_are_found_inside(monkeypatch):
     if why := isolation.why_not():
         pytest.skip(why)
     for place in ("/tmp", "/var/tmp"):  # the first is empty inside
@@ -150,6 +150,16 @@ def test_environment_and_data_behind_links_are_found_inside():
             link.symlink_to("real")
             command = isolation.wrap(["cat", str(link / "data")], Path.cwd(), readable=[link])
             assert subprocess.run(command, capture_output=True, text=True).stdout == "found"
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as name:  # the home is a link, as on many clusters
+        Path(name, "disk", ".cache", "hub").mkdir(parents=True)
+        home = Path(name, "home")
+        home.symlink_to(Path(name, "disk"))
+        monkeypatch.setenv("HOME", str(home))
+        (home / "run").mkdir()
+        look = ["sh", "-c", "ls -A ~/.cache && touch ~/run/left"]
+        command = isolation.wrap(look, home / "run", readable=[home / ".cache/hub"])
+        assert subprocess.run(command, capture_output=True, text=True).stdout == "hub\n"
+        assert (home / "run/left").exists()
 
 
 def test_run_without_bubblewrap_is_said_not_to_be_isolated_and_meets_no_files_of_a_discarded_run(naughty):

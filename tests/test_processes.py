@@ -60,6 +60,13 @@ def test_child_gets_its_prompt_or_nothing_to_read_and_tells_how_it_ended(child):
     assert child.run("time.sleep(60)").problem == "stopped"
 
 
+def test_child_runs_where_setpriv_is_too_old_for_what_it_is_asked(child, monkeypatch):
+    monkeypatch.setattr(processes.shutil, "which", lambda name: "false")
+    processes._dying.cache_clear()
+    assert child.run("print('ran')").problem == "" and child.log.read_text() == "ran\n"
+    processes._dying.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("on_term", "grace", "log"),
     [("lambda *_: print('deaf', flush=True)", 0.5, "up\ndeaf\n"), ("lambda *_: sys.exit('saved')", 10, "up\nsaved\n")],

@@ -111,9 +111,19 @@ def test_machines_faults_are_waited_for_and_never_an_ideas(checkout: Checkout):
     said = ended(process).stderr
     assert checkout.statuses() == ["keep"] and said.count("waiting: another run holds the device cpu") == 1
 
+    # A disk that a run alone has filled is its own fault.
+    left = "list(folder.parents[1].glob('scratch/*/tree/big'))"
+    checkout.replace("harness/machine.py", "free_gb = ", f"free_gb = 0 if {left} else ")
+    fill = checkout.agent("""
+        path = pathlib.Path("train.py")
+        path.write_text(path.read_text().replace("start_clock()", "start_clock(); open('big', 'w'); 1 / 0"))
+    """)
+    checkout.loop("--tag", "t", "--agent-cmd", fill, "--max-experiments", "1")
+    assert checkout.statuses() == ["keep", "crash"]
+
     checkout.set_constant("harness/machine.py", "MIN_FREE_GB", "1e9")
     process = checkout.popen("--tag", "t", "--agent-cmd", checkout.agent('knob("DEPTH", 5)'))
     hear(process, "GB free on the disk")
     process.send_signal(signal.SIGINT)
     ended(process)
-    assert checkout.statuses() == ["keep"]
+    assert checkout.statuses() == ["keep", "crash"]
