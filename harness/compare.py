@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 from harness.console import duration
 from harness.domain import Domain
-from harness.ledger import STALE, Ledger, Run
+from harness.ledger import STALE, Ledger, Run, wants_simpler
 
-MAX_LOG_CHARS = 8_000_000  # of a log's beginning, and as many of its end: a run may print anything
 TOO_MANY = 10**15  # steps, or tokens a step: no run makes so many
 TOO_FAR = 0.05  # of the budget: a point of the curve so far away tells nothing
 BUSY = 0.1  # of the processors used by others: from here on a score says less
@@ -34,7 +33,6 @@ class Point:
 
 def training_facts(log: str, domain: Domain, training_seconds: float | None) -> dict[str, float | None]:
     """The fields of a Run that its log tells: steps, tokens_per_second, loss_half, loss_end; None where it does not."""
-    log = _cut(log)
     steps = None
     if domain.steps:  # what the summary says, the last lines of a log
         printed = re.findall(rf"^{re.escape(domain.steps)}:[ \t]*(\S{{1,30}})", log, re.MULTILINE)
@@ -58,7 +56,7 @@ def training_facts(log: str, domain: Domain, training_seconds: float | None) -> 
 def read_curve(log: str, domain: Domain) -> list[Point]:
     """The training curve. A line that is no number, or goes back, is left out."""
     points: list[Point] = []
-    for match in re.finditer(domain.curve_pattern, _cut(log)) if domain.curve_pattern else ():
+    for match in re.finditer(domain.curve_pattern, log) if domain.curve_pattern else ():
         try:
             point = Point(int(match["step"]), float(match["percent"]) / 100, float(match["loss"]))
         except (ValueError, TypeError):  # not a number, or a group that took no part
@@ -79,12 +77,6 @@ def loss_at(curve: list[Point], fraction: float) -> float | None:
 def unit_of(domain: Domain) -> str:
     """What a training takes in, for people."""
     return domain.batch_unit if domain.batch_pattern else "steps"
-
-
-def _cut(log: str) -> str:
-    if len(log) <= 2 * MAX_LOG_CHARS:
-        return log
-    return f"{log[:MAX_LOG_CHARS]}\n{log[-MAX_LOG_CHARS:]}"
 
 
 def _number(text: str) -> float | None:
@@ -155,7 +147,7 @@ def verdict(ledger: Ledger, run: Run) -> str:
     if run.score is None:
         folder = f"runs/{run.number:04d}"
         lines += [run.reason, f"'tail -n 50 {folder}/run.log' tells more"]
-        if run.base:
+        if run.purpose == "experiment":
             lines.append(f"'git apply -3 {folder}/change.diff' brings the edit back, to mend it")
         return "\n".join(lines)
     others = _beside(ledger, run)
@@ -201,8 +193,11 @@ def _rule_line(ledger: Ledger, run: Run) -> str:
         return f"{run.status} because: {run.reason}"
     if run.status == "pending":
         return "a gain that waits for approval: it is kept once the command given by --approve exits 0"
+    if run.status == "keep" and run.base and gain <= 0:
+        is_simpler = wants_simpler(run.description)
+        return "kept as a simplification" if is_simpler else "kept at first, and worse by all that is known now"
     if run.status == "keep" and run.base and error is not None and gain <= 2 * error:
-        return "kept as a simplification" if gain <= 0 else "kept: the plain rule keeps what scored better"
+        return "kept: the plain rule keeps what scored better"
     return ""
 
 
@@ -254,7 +249,7 @@ def _table(ledger: Ledger, run: Run, others: list[Run]) -> list[str]:
     if others:
         before = ledger.believed(run.base) if run.base else statistics.fmean(other.score for other in others)
         name = f"base {run.base[:7]}" if run.base else "same code before"
-        heading[2:] = [name if len(others) == 1 else f"{name}, mean of {len(others)}", "change"]
+        heading[2:] = [name if len(others) == 1 else f"{name}, {len(others)} runs", "change"]
 
     def row(name: str, field: str, layout: str, change: Callable, scale: float = 1.0) -> list[str]:
         new = getattr(run, field)
@@ -270,8 +265,8 @@ def _table(ledger: Ledger, run: Run, others: list[Run]) -> list[str]:
         row("steps", "steps", "{:,.0f}", _percent),
         row(f"{unit_of(domain)} a second", "tokens_per_second", "{:,.0f}", _percent),
         row("peak memory, GB", "memory_mb", "{:.1f}", difference(1), scale=1 / 1024),
-        row("training loss at half, nats", "loss_half", "{:.4f}", difference(4)),
-        row("training loss at the end, nats", "loss_end", "{:.4f}", difference(4)),
+        row("training loss at half", "loss_half", "{:.4f}", difference(4)),
+        row("training loss at the end", "loss_end", "{:.4f}", difference(4)),
     ]
     return align([heading, *(cells for cells in rows if any(cells[1:]))], right=(1, 2, 3))
 
@@ -281,15 +276,13 @@ def _percent(new: float, old: float) -> str:
 
 
 def align(rows: list[list[str]], right: Iterable[int] = ()) -> list[str]:
-    """Rows of cells as lines, every column as wide as its widest cell, empty ones left out; those named in `right` end
-    in line."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    """A heading and rows of cells as lines, every column as wide as its widest cell; those named in `right` end in
+    line, and those without a cell below the heading are left out."""
+    shown = [column for column in range(len(rows[0])) if any(row[column] for row in rows[1:])]
+    widths = {column: max(len(row[column]) for row in rows) for column in shown}
     lines = []
     for row in rows:
-        cells = []
-        for column, (cell, width) in enumerate(zip(row, widths, strict=True)):
-            if width:
-                cells.append(cell.rjust(width) if column in right else cell.ljust(width))
+        cells = [row[n].rjust(widths[n]) if n in right else row[n].ljust(widths[n]) for n in shown]
         lines.append("  ".join(cells).rstrip())
     return lines
 

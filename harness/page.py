@@ -80,7 +80,7 @@ def curves_svg(curves: dict[str, list[Point]]) -> str:
     if later:
         room = 0.05 * (max(later) - min(later) or 1.0)
         axes.set_ylim(min(later) - room, max(later) + room)
-    _label(axes, "% of the budget", "training loss, nats")
+    _label(axes, "% of the budget", "training loss")
     axes.legend(facecolor="none", edgecolor="none", labelcolor=INK)
     return _as_svg(figure, "training loss of baseline and champion")
 
@@ -253,7 +253,7 @@ def compose(ledger: Ledger, tag=None) -> str:
     firsts = {}
     for name, commit in (("baseline", ledger.baseline), ("champion", ledger.champion)):
         if commit and commit not in [run.commit for run in firsts.values()]:
-            run = ledger.first_run_of(commit)
+            run = ledger.runs_of(commit)[0]
             firsts[f"{name}, run {run.number:04d}, {ledger.domain.metric} {ledger.domain.score_text(run.score)}"] = run
     curves = {}
     for name, run in firsts.items() if tag is not None else ():
@@ -308,7 +308,7 @@ def _run_values(ledger: Ledger, run: Run, tag) -> dict:
     if tag is not None:
         text = read_head(tag.folder(run.number) / "change.diff", DIFF_CHARS)
         kinds = {"+": "ins", "-": "del"}
-        diff = [(kinds.get(line[:1], ""), line[:400]) for line in text.rstrip().split("\n")]
+        diff = [(kinds.get(line[:1], ""), line[:400]) for line in text.rstrip().splitlines()]
         log = read_tail(tag.folder(run.number) / "run.log", LOG_LINES)
     return {
         "number": f"{run.number:04d}",

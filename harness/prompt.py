@@ -35,8 +35,8 @@ def write_prompt(
     verdicts: list[str],
     refusal: str,
     crash_log: str,
-    suggestions: Iterable[str] = (),
-    read: Callable[[str], bytes] | None = None,
+    suggestions: Iterable[str],
+    read: Callable[[str], bytes],
 ) -> str:
     """The whole prompt. `refusal` is why the last proposal was no experiment, `crash_log` the end of the log of the
     crash that is to be mended, `suggestions` are TPE's; `read` gives the editable file of a commit."""
@@ -50,7 +50,7 @@ def write_prompt(
         f"The ledger's last rows (results.tsv has all, runs/ the newest logs and diffs):\n\n{rows}",
         *memory(ledger),
     ]
-    if read is not None and (looks := second_looks(ledger, read)):
+    if looks := second_looks(ledger, read):
         title = (
             "Worth another look on the present champion: of what was discarded on former ones the nearest, in lines "
             "that the champion has not changed since (runs/ or git show has the diff):"

@@ -44,7 +44,7 @@ def status_text(tag) -> str:
         if live["waiting"]:
             lines.append(f"waiting: {live['waiting']}")
         if live["others"] is not None:
-            lines.append(f"others use {live['others']:.0%} of the machine now")
+            lines.append(f"others used {live['others']:.0%} of the machine during the last run")
     lines.append(ledger.standing())
     rows = ledger.rows
     if rows:
@@ -56,14 +56,14 @@ def status_text(tag) -> str:
 def _worker_lines(live: dict, now: float) -> list[str]:
     """A line for each worker, those that train first; many are summed up."""
     workers = sorted(live["workers"], key=lambda worker: worker["doing"] != "training")
-    rows = []
+    rows = [["", "", "", ""]]
     for worker in workers[:MOST_WORKERS]:
         time_words = duration(now - worker["since"])
         if worker["doing"] == "training" and live["usual_seconds"]:
             time_words += f" of about {duration(live['usual_seconds'])}"
         number = f"{worker['run']:04d}" if worker["run"] else ""
         rows.append([worker["doing"], number, time_words, one_line(worker["description"], 60)])
-    lines = [f"  {line}" for line in align(rows)] if rows else []
+    lines = [f"  {line}" for line in align(rows)[1:]]
     if more := Counter(worker["doing"] for worker in workers[MOST_WORKERS:]):
         lines.append("  and " + ", ".join(f"{count} {doing}" for doing, count in more.items()))
     return lines
@@ -153,7 +153,7 @@ def choose_changes(changes: list[Change], most: int = 0) -> list[tuple[int, Chan
 
 
 def changes_table(ledger: Ledger, numbered: list[tuple[int, Change]]) -> list[list[str]]:
-    """The kept changes below the baseline, with a heading; columns that nobody knows stay empty."""
+    """The kept changes below the baseline, with a heading."""
     domain = ledger.domain
     speed = f"{unit_of(domain)}/s"
     table = [["", "run", "commit", domain.metric, "gain", "± 2 errors", "", "steps", speed, "description"]]
@@ -167,8 +167,6 @@ def changes_table(ledger: Ledger, numbered: list[tuple[int, Change]]) -> list[li
         cells = [str(number), f"{run.number:04d}", run.commit[:8], domain.score_text(change.score)]
         cells += [domain.score_text(change.gain), error, change_word(ledger, change)]
         table.append([*cells, *_speeds(ledger, run.commit), one_line(run.description)])
-    if not any(row[7] or row[8] for row in table[1:]):
-        table[0][7:9] = ["", ""]
     return table
 
 
@@ -293,8 +291,8 @@ def audit_text(ledger: Ledger, group: str) -> tuple[str, list[str]]:
         name, _, role = run.group.partition("/")
         if run.purpose == "audit" and name == group and run.score is not None:
             by_role.setdefault(role, []).append(run)
-    held_out = f"held-out test, {domain.unit}" if domain.test_metric else ""
-    rows = [[group, f"validation, {domain.unit}", held_out, "steps", f"{unit_of(domain)}/s"]]
+    splits = [f"validation, {domain.unit}", f"held-out test, {domain.unit}"]
+    rows = [[group, *splits, "steps", f"{unit_of(domain)}/s"]]
     notes = []
     doubts = []
     for role, runs in by_role.items():
@@ -312,8 +310,10 @@ def audit_text(ledger: Ledger, group: str) -> tuple[str, list[str]]:
         texts = ["" if gain is None else f"{domain.score_text(gain)}{error_text}" for gain in gains]
         rows.append(["gain ± 2 standard errors", *texts, "", ""])
         doubts += _doubts_of_gains(gains, error or 0.0, domain)
-    else:
+    elif ledger.champion == ledger.baseline:
         notes.append("no change is in the branch: the baseline is the champion")
+    else:
+        notes.append("this audit was stopped before both had run")
     if busy := sum(is_busy(run) for runs in by_role.values() for run in runs):
         notes.append(f"others used over {BUSY:.0%} of the machine during {busy} of these runs: their scores are weak")
     if not is_clean:
@@ -337,7 +337,7 @@ def _rows_of_role(ledger: Ledger, role: str, runs: list[Run]) -> list[list[str]]
         """Mean and standard deviation; "-" where a score is missing."""
         scores = [getattr(run, field) for run in runs]
         if None in scores:
-            return "-"
+            return "-" if domain.test_metric or "test" not in field else ""
         text = domain.score_text(statistics.fmean(scores))
         if len(scores) > 1 and all(map(math.isfinite, scores)):
             text += f" ± {domain.score_text(statistics.stdev(scores))}"

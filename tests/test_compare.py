@@ -40,13 +40,13 @@ NOISE = "sigma 0.015, from 2 repeats of commits here, pooled with 0.014 as measu
 def test_verdict_of_a_discard_is_a_table_and_what_the_machine_did():
     expected = f"""\
 run 0004 discard: value embeddings
-                                run 0004  base bbbbbbb, mean of 2     change
-val_bpb                         1.690000                 1.680000  +0.010000
-steps                                480                      540     -11.1%
-tokens a second                   19,200                   21,600     -11.1%
-peak memory, GB                      2.0                      2.0       +0.0
-training loss at half, nats       4.2000                   3.9000    +0.3000
-training loss at the end, nats    3.6000                   3.3000    +0.3000
+                          run 0004  base bbbbbbb, 2 runs     change
+val_bpb                   1.690000              1.680000  +0.010000
+steps                          480                   540     -11.1%
+tokens a second             19,200                21,600     -11.1%
+peak memory, GB                2.0                   2.0       +0.0
+training loss at half       4.2000                3.9000    +0.3000
+training loss at the end    3.6000                3.3000    +0.3000
 0.010000 worse ± 0.043726 (2 standard errors): within the noise ({NOISE})
 speed -11.1%: more than the machine does by itself (standard deviation 1.0% of one code)
 others used 30% of the machine during this run: its score is weak \
@@ -72,6 +72,7 @@ def edit(status: str, score: float, description: str = "x", **changes):
         (edit("pending", 1.6), "a gain that waits for approval"),
         (edit("keep", 1.675), "kept: the plain rule keeps what scored better"),
         (edit("keep", 1.685, "simplify: x"), "kept as a simplification"),
+        (edit("keep", 1.685), "kept at first, and worse by all that is known now"),
         (edit("discard", 1.5, reason="f1 0.2 is low"), "discard because: f1 0.2 is low"),
         (edit("discard", 1.5, touched=("prepare.py",)), "as before: prepare.py"),
         (again("keep", 1.68), "speed -7.4%: no more than the machine does by itself"),

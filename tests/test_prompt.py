@@ -28,6 +28,7 @@ class Night:
 
     def prompt(self, **values) -> str:
         values = {"running": [], "verdicts": [], "refusal": "", "crash_log": ""} | values
+        values = {"suggestions": [], "read": lambda commit: commit.encode()} | values
         return write_prompt("Do it.\n", self.ledger, **values)
 
     def told(self) -> dict[str, list[str]]:
