@@ -107,15 +107,16 @@ class Ratchet:
     def experiment(self, edit: Edit) -> Run:
         """Commit, run, decide and record an edit; a gain on a former champion runs again on the present one.
 
-        Raises Dropped where the edit conflicts with the champion, or repeats an earlier one; Stopped.
+        Raises Dropped where a new edit conflicts with the champion, or repeats an earlier one; Stopped.
         """
         while True:
             with self.runner.device() as device:  # waits until one is free
                 try:
                     edit, run = self.begin(edit)
-                except Dropped:
-                    self.forget_stale(edit.again_of)
-                    raise
+                except Dropped as dropped:
+                    if not edit.again_of:
+                        raise
+                    return self.forget_stale(edit.again_of, str(dropped))
                 try:
                     runs = self.measure(run, device)
                     with self.lock:
@@ -168,13 +169,10 @@ class Ratchet:
             cost=edit.cost or {},
         )
 
-    def forget_stale(self, number: int) -> None:
-        """The gain of that run does not go with the present champion: no later session runs it again."""
-        if number:
-            with self.lock:
-                run = self.tag.ledger[number]
-                reason = "gained on a former champion, and does not go with the present one"
-                self.tag.append(replace(run, is_stale=False, reason=reason))
+    def forget_stale(self, number: int, why: str) -> Run:
+        """The gain of that run does not go with the present champion: it is not run again."""
+        with self.lock:
+            return self.record([self.tag.ledger[number]], "discard", f"gained on a former champion; {why}")
 
     def find_problem(self, source: bytes, again_of: int = 0) -> str:
         """The gate: why an edit is not worth a run, "" if it is. It must compile, and say something new."""
@@ -252,18 +250,17 @@ class Ratchet:
         gain = self.domain.gain(statistics.fmean(champion), statistics.fmean(candidate))
         return gain, self.tag.ledger.error_of_means(len(champion), len(candidate))
 
-    def is_confirmed(self, runs: list[Run]) -> bool:
-        gain, error = self.fresh_gain(runs)
-        return error is not None and gain > 2 * error
-
     def decide(self, runs: list[Run], edit: Edit) -> tuple[str, str]:
         """`keep`, `discard` or `crash`, and why where that needs a word. Better than what is believed of the base is
         kept; a simplification also at about the same score."""
         if refusal := self.find_refusal(runs):
             return refusal
-        first = runs[0]
-        gain = self.gain(first)
-        if gain > 0 and (not self.confirm or self.is_confirmed(runs)):
+        gain = self.gain(runs[0])
+        is_better = gain > 0 and not self.confirm
+        if len(runs) > 1:
+            gain, error = self.fresh_gain(runs)
+            is_better = error is not None and gain > 2 * error
+        if is_better:
             return "keep", ""
         if ledger.wants_simpler(edit.description):
             if syntax_size(edit.source) >= syntax_size(self.tag.source(edit.base)):
@@ -271,7 +268,7 @@ class Ratchet:
             if ledger.is_simpler_keep(self.tag.ledger, -gain):
                 return "keep", ""
             return "discard", "no simplification: it loses over one sigma, or all of them together over two"
-        return "discard", "not confirmed on fresh seeds" if gain > 0 else ""
+        return "discard", "not confirmed on fresh seeds" if len(runs) > 1 else ""
 
     def find_refusal(self, runs: list[Run]) -> tuple[str, str] | None:
         """The verdict, and why, on runs of which nothing is kept whatever they scored: a crash, a broken floor."""

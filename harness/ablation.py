@@ -16,7 +16,7 @@ from harness.compare import align
 from harness.console import UserError, duration, one_line, say
 from harness.edit import Edit, compile_problem, fingerprint
 from harness.files import read_text
-from harness.ledger import Ledger, Run
+from harness.ledger import Ledger, Run, is_simpler_keep, wants_simpler
 from harness.replicates import fresh_seed
 
 CHAMPION = "champion"  # a side; the others are `without 7`, or `before 7` and `with 7`, by the number of a change's run
@@ -41,6 +41,11 @@ class Contribution:
         if abs(self.gain) <= 2 * self.standard_error:
             return "within noise"
         return "carries" if self.gain > 0 else "harms"
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it is worth nothing. A simplification within the noise is worth its lines."""
+        return self.word == "harms" or (self.word == "within noise" and not wants_simpler(self.run.description))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -255,27 +260,24 @@ def _count_lines(diff: str) -> str:
 # --apply
 
 
-def apply(ratchet, replicates: int) -> Run | None:
+def apply(ratchet, replicates: int) -> None:
     """Take out every change that does not carry, and keep that as a simplification if it loses at most one sigma on
-    fresh seeds; else put the one back that contributed most, and try again. The last run, None if there was none."""
+    fresh seeds; else put the one back that contributed most, and try again."""
     tag = ratchet.tag
-    found = read_contributions(tag.ledger, group_of(tag.champion))
-    idle = [one for one in found if one.word in ("within noise", "harms")]
+    idle = [one for one in read_contributions(tag.ledger, group_of(tag.champion)) if one.is_idle]
     idle.sort(key=lambda one: one.gain)
-    run = None
     for _ in range(APPLY_TRIES):
         source, taken = _without_all(tag, idle)
         if not taken:
-            say("every change carries, or stands below one that does: nothing is taken out")
-            return run
+            say("every change carries, makes the code shorter, or stands below one that does: nothing is taken out")
+            return
         with ratchet.runner.device() as device:
             run = _try_without(ratchet, source, taken, replicates, device)
         if run.status == "pending":
             run, _ = ratchet.ask_approval(run)
         if run.status == "keep":
-            return run
+            return
         idle = [one for one in idle if one is not taken[-1]]  # the largest of those that were taken out
-    return run
 
 
 def _without_all(tag, idle: list[Contribution]) -> tuple[bytes, list[Contribution]]:
@@ -295,17 +297,17 @@ def _try_without(ratchet, source: bytes, taken: list[Contribution], replicates: 
     tag = ratchet.tag
     numbers = ", ".join(str(one.run.number) for one in sorted(taken, key=lambda one: one.run.number))
     description = f"simplify: without the changes of {'runs' if len(taken) > 1 else 'run'} {numbers}"
-    champion = tag.champion
-    first = ratchet.new_run(Edit(source, champion, description))
+    first = ratchet.new_run(Edit(source, tag.champion, description))
     runs = [ratchet.execute(first, device)]
     for _ in range(replicates):
+        if runs[-1].status == "crash":
+            break
         runs += ratchet.measure_pair(first, device)
     with ratchet.lock:
         if refusal := ratchet.find_refusal(runs):
             return ratchet.record(runs, *refusal)
-        sides = (first.commit, champion)
-        means = [statistics.fmean(run.score for run in runs[1:] if run.commit == side) for side in sides]
-        loss = tag.domain.gain(*means)
-        if loss > (tag.ledger.sigma or 0.0):
-            return ratchet.record(runs, "discard", f"{tag.domain.score_text(loss)} worse, more than one sigma")
+        loss = -ratchet.fresh_gain(runs)[0]
+        if not is_simpler_keep(tag.ledger, loss):
+            worse = f"{tag.domain.score_text(loss)} worse"
+            return ratchet.record(runs, "discard", f"{worse}: over one sigma, or all simplifications together over two")
         return ratchet.record(runs, "pending" if tag.domain.approve else "keep")

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from harness.runner import unpack
 from harness.session import Options, Session, clean_worktrees, make_runner, open_session
 from harness.tag import Tag, open_tag
 
-TSV_PROFILE = "climbmix"  # whose noise is assumed for a results.tsv that says nothing of it
+TSV_PROFILE = "climbmix"  # whose noise is assumed for a results.tsv, which says nothing of it, unless a person does
 
 
 def main(domain: Domain, checkout: Path, ratchet: type) -> int:
@@ -158,6 +159,8 @@ def command_try(domain: Domain, checkout: Path, ratchet: type, args: argparse.Na
             try:
                 _detach(log)
                 code = guarded(work)
+            except BaseException:  # a fault of our own: the log has it
+                traceback.print_exc()
             finally:
                 os._exit(code)
     for number in (signal.SIGINT, signal.SIGTERM):  # from here on they end the waiting only
@@ -210,6 +213,8 @@ def commit_to_repeat(tag: Tag, number: int | None) -> str:
     if ledger[number].purpose in MEASURED:
         remedy = "give the number of an experiment's run, or --base for the champion"
         raise UserError(f"--again {number}: that run was part of an {ledger[number].purpose}: {remedy}", 2)
+    if ledger[number].status == "pending":
+        raise UserError(f"--again {number}: that run waits for approval: start the loop with --approve first", 2)
     return ledger[number].commit
 
 
@@ -229,14 +234,10 @@ def one_session(tag: Tag, ratchet: type, work: Callable, edits_checkout: bool = 
         facts = open_session(tag, interrupts.were_sent, edits_checkout)
         runner = make_runner(tag, facts, options, interrupts)
         session = Session(ratchet(tag, facts, runner), options, interrupts)
-        results = []
         try:
-            session.supervise({"work": lambda: results.append(work(session.ratchet))})
+            return session.call(lambda: work(session.ratchet))
         finally:
             session.close()
-        if not results:
-            raise StopNow
-        return results[0]
 
 
 def try_edit(tag: Tag, ratchet: type, source: bytes, description: str) -> int:
@@ -248,7 +249,7 @@ def try_edit(tag: Tag, ratchet: type, source: bytes, description: str) -> int:
     def work(loop) -> None:
         if not is_baseline and (problem := loop.find_problem(source)):
             raise UserError(f"refused: {problem}", 2)
-        replicates.run_baseline(loop, machine.installed_packages())
+        replicates.run_baseline(loop)
         if not is_baseline:
             try:
                 loop.experiment(Edit(source, tag.champion, description))
@@ -327,7 +328,7 @@ def command_report(domain: Domain, checkout: Path, ratchet: type, args: argparse
         path = Path(args.ledger)
         if not path.is_file():
             raise UserError(f"{path} is not a file: give a results.tsv", 2)
-        ledger, bad = parse_tsv(read_text(path), domain, TSV_PROFILE)
+        ledger, bad = parse_tsv(read_text(path), domain, os.environ.get("AUTORESEARCH_PROFILE", TSV_PROFILE))
         if not ledger.rows:
             raise UserError(f"{path} has no rows: a ledger has lines of {domain.columns.strip()!r}")
         if bad:
@@ -408,21 +409,18 @@ def command_check(domain: Domain, checkout: Path, ratchet: type, args: argparse.
             runner = make_runner(tag, facts, Options(), interrupts)
             session = Session(ratchet(tag, facts, runner), Options(), interrupts)
             try:
-                session.supervise({"check": lambda: _check_run(session, tag)})
+                run = session.call(lambda: replicates.check_run(session.ratchet))
             finally:
                 session.close()
+            if run.status == "crash":
+                shutil.copy(tag.folder(run.number) / "run.log", checkout)
+                raise UserError(f"the run crashed: {run.reason}: run.log has its output")
     finally:
         shutil.rmtree(tag.home, ignore_errors=True)
+    scored = f"{domain.metric} {domain.score_text(run.score)}"
+    print(f"run: {scored} in {run.seconds:.0f} s ({run.startup_seconds:.0f} s to start), {run.memory_mb / 1024:.1f} GB")
     print("all is there")
     return 0
-
-
-def _check_run(session: Session, tag: Tag) -> None:
-    run = replicates.check_run(session.ratchet)
-    if run.status == "crash":
-        raise UserError(f"the run crashed: {run.reason}: 'uv run {tag.domain.editable}' shows all of it")
-    scored = f"{tag.domain.metric} {tag.domain.score_text(run.score)}"
-    print(f"run: {scored} in {run.seconds:.0f} s ({run.startup_seconds:.0f} s to start), {run.memory_mb / 1024:.1f} GB")
 
 
 COMMANDS = {

@@ -5,11 +5,13 @@ its rendering for people. `Ledger` answers every question about them; it runs no
 sigma is the standard deviation of the score between seeds of one and the same code, in the unit of the score.
 """
 
+import bisect
 import dataclasses
 import json
 import math
 import os
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -121,15 +123,14 @@ class Ledger:
         self._noise: Noise | None = None  # once it was asked for
 
     def add(self, run: Run) -> None:
-        """Take in a run; one whose number is known already (it waited for approval) takes the earlier line's place."""
-        if run.number not in self._by_number:
-            self.runs.append(run)
-            self._index(len(self.runs) - 1)
-            return
-        self.runs[self._by_number[run.number]] = run
-        self._forget()
-        for place in range(len(self.runs)):
-            self._index(place)
+        """Take in a run. One whose number is known already (it waited for approval) takes the earlier line's place."""
+        if run.number in self._by_number:
+            del self.runs[self._by_number[run.number]]
+            self._forget()
+            for place in range(len(self.runs)):
+                self._index(place)
+        self.runs.append(run)
+        self._index(len(self.runs) - 1)
 
     def _index(self, place: int) -> None:
         run = self.runs[place]
@@ -143,9 +144,10 @@ class Ledger:
             self._speeds.setdefault(run.commit, []).append(run.tokens_per_second)
         if run.purpose in MEASURED or run.status == "pending":
             return
-        self._first.setdefault(run.commit, run)
+        # By number: what waited for approval is decided after its fresh runs.
+        self._first[run.commit] = min(self._first.get(run.commit, run), run, key=lambda one: one.number)
         if run.counts:
-            self._counting.setdefault(run.commit, []).append(run)
+            bisect.insort(self._counting.setdefault(run.commit, []), run, key=lambda one: one.number)
         if run.status == "keep":
             self._kept.append(run)
 
@@ -202,7 +204,7 @@ class Ledger:
     def stale_gains(self) -> list[Run]:
         """Gains on former champions that a loop which was stopped has not run again."""
         again = {run.again_of for run in self.runs}
-        return [run for run in self.runs if run.is_stale and run.number not in again]
+        return [run for run in self.runs if run.is_stale and not run.group and run.number not in again]
 
     def pending(self) -> list[Run]:
         """Gains that wait for an approval."""
@@ -403,14 +405,16 @@ def _run_from(values: dict) -> Run:
     return Run(**known)
 
 
-def append_run(path: Path, run: Run) -> None:
-    """Append a line, durably: after this call the run is decided, whatever is killed."""
-    values = {}
-    for key, value in dataclasses.asdict(run).items():
-        if value is not None and value is not False and value not in ("", (), {}):  # 0.0 is a score
-            values[key] = value
+def append_runs(path: Path, runs: Iterable[Run]) -> None:
+    """Append their lines at once, durably: after this call they are decided, whatever is killed."""
+    lines = b""
+    for run in runs:
+        values = dataclasses.asdict(run)
+        for key in [key for key, value in values.items() if value in (None, "", (), {}) or value is False]:
+            del values[key]
+        lines += json.dumps(values).encode() + b"\n"
     with open(path, "ab") as file:
-        file.write(json.dumps(values).encode() + b"\n")
+        file.write(lines)
         file.flush()
         os.fsync(file.fileno())
 

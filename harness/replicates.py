@@ -6,6 +6,7 @@ Functions of a ratchet (loop.py), which executes and records.
 import secrets
 import statistics
 
+from harness import machine
 from harness.console import UserError, say
 from harness.domain import Domain
 from harness.edit import fingerprint
@@ -27,7 +28,7 @@ def broken_floor(run: Run, domain: Domain) -> str:
     return ""
 
 
-def run_baseline(ratchet, packages: dict[str, str]) -> None:
+def run_baseline(ratchet) -> None:
     """The first run of a tag; twice, where nothing is known of the noise. Raises UserError if it crashes."""
     while True:
         done = len(ratchet.tag.ledger.scores(ratchet.tag.ledger.baseline))
@@ -45,7 +46,7 @@ def run_baseline(ratchet, packages: dict[str, str]) -> None:
             description=f"baseline (seed {seed})" if done else "baseline",
             group="baseline" if done else "",
             fingerprint=fingerprint(source),
-            packages={} if done else packages,
+            packages={} if done else machine.installed_packages(),
         )
         with ratchet.runner.device() as device:
             run = ratchet.execute(run, device)
@@ -77,7 +78,7 @@ def run_again(ratchet, commit: str) -> Run:
         if run.status == "crash":
             return ratchet.record([run], "crash", run.reason)
         scores = [*ledger_now.scores(commit), run.score]
-        fresh = scores if commit == ledger_now.baseline else scores[1:]
+        fresh = scores if commit == ledger_now.baseline else scores[1:] or scores  # the first may have crashed
         is_better = ratchet.domain.gain(ledger_now.best, statistics.fmean(fresh)) > 0
         was_kept = any(one.status == "keep" for one in ledger_now.runs_of(commit))
         is_allowed = not first.is_refused and not broken_floor(run, ratchet.domain)

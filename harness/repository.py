@@ -14,7 +14,7 @@ import threading
 import time
 from pathlib import Path
 
-from harness.console import UserError, listed, say
+from harness.console import UserError, say
 from harness.files import remove_folder
 from harness.processes import find_processes
 
@@ -210,12 +210,6 @@ class Repository:
             files = [entry / name for name in ("gitdir", "commondir", "HEAD")]
             if not all(file.exists() and file.stat().st_size for file in files):
                 remove_folder(entry)
-
-    def check_clean(self, commit: str) -> None:
-        """Raises UserError where a person has uncommitted changes."""
-        if changed := self.changed_files(self.checkout, commit):
-            remedy = "commit them or run 'git stash', then start again"
-            raise UserError(f"{listed(changed)} has uncommitted changes: {remedy}")
 
 
 def leave_git_variables() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from harness import compare, isolation, knob_search, machine, prompt
 from harness.agents import Agent, BackOff, Cost, NoProposal, Worktree
-from harness.console import Interrupts, StopNow, UserError, duration, is_terminal, say, show_live_line
+from harness.console import Interrupts, StopNow, UserError, duration, is_terminal, listed, say, show_live_line
 from harness.domain import Description
 from harness.edit import Dropped, Edit
 from harness.files import read_tail, read_text, remove_folder
@@ -23,7 +23,7 @@ from harness.ledger import Run
 from harness.page import PageWriter
 from harness.processes import run_child, sweep
 from harness.replicates import run_baseline
-from harness.runner import LocalRunner, Runner, Stopped, log_end, unpack
+from harness.runner import LocalRunner, Runner, Stopped, unpack
 from harness.tag import Tag
 from harness.watch import Watch
 
@@ -31,6 +31,7 @@ POLL_SECONDS = 0.2  # between looks of the main thread
 LIVE_SECONDS = 1.0  # between writings of what `status` reads
 APPROVAL_SECONDS = 7 * 86400  # that --approve may take: a human may be at the weekend
 LATEST_VERDICTS = 3  # that an agent is told
+CRASH_LINES = 50  # of a log, for the agent that mends it
 OFFERS = 2  # of a crash to mend, to an agent that fails or does nothing with it
 
 
@@ -90,7 +91,8 @@ def _begin_branch(tag: Tag, edits_checkout: bool) -> None:
     if edits_checkout:
         changed = [name for name in changed if name != tag.domain.editable]
     if changed:
-        repository.check_clean(head)
+        remedy = "commit them or run 'git stash', then start again"
+        raise UserError(f"{listed(changed)} has uncommitted changes: {remedy}")
     tip = repository.commit_of(f"refs/heads/{tag.branch}")
     if tip and tip != head:
         raise UserError(f"branch {tag.branch} exists, at {tip[:7]}: check it out, or choose another --tag", 2)
@@ -107,7 +109,8 @@ def _describe(tag: Tag, is_stopped) -> Description:
         facts = machine.describe(tag.domain, tree, variables)
         if not facts.prepared and tag.domain.prepare_command and not is_stopped():
             say(f"profile {facts.profile} ({facts.reason}) has no data yet: preparing it in {facts.cache}")
-            machine.prepare_data(tag.domain, tree, variables, is_stopped)
+            # With the person's keys: this is the evaluator's own work, no candidate's.
+            machine.prepare_data(tag.domain, tree, machine.variables_for_agent(facts.profile), is_stopped)
             facts = machine.describe(tag.domain, tree, variables)
         machine.try_isolation(tag.domain, tree, variables, facts)
     why = isolation.why_not()
@@ -205,7 +208,8 @@ class Session:
                 self.interrupts.heed()
             except StopNow:
                 self.no_more.set()
-                self._join(threads)
+                for thread in threads:
+                    thread.join(30)
                 raise
             if self.is_stopping():
                 self.no_more.set()
@@ -228,9 +232,13 @@ class Session:
         finally:
             self.doing.pop(threading.current_thread().name, None)
 
-    def _join(self, threads: list[threading.Thread]) -> None:
-        for thread in threads:
-            thread.join(30)
+    def call(self, function):
+        """What a function returns that runs in a thread of its own. Raises StopNow where the session ended before."""
+        results = []
+        self.supervise({"work": lambda: results.append(function())})
+        if not results:
+            raise StopNow
+        return results[0]
 
     def close(self) -> None:
         """End what runs; the page and a person hear that it is over."""
@@ -283,7 +291,8 @@ class Session:
 
     def _on_decided(self, run: Run) -> None:
         self.watch.see(run)
-        if run.purpose == "experiment" and not run.is_stale and self.options.max_experiments < math.inf:
+        is_verdict = run.purpose == "experiment" and not run.is_stale and run.status != "pending"
+        if is_verdict and self.options.max_experiments < math.inf:
             self.decided += 1
             left = self.options.max_experiments - self.decided
             pace = (time.time() - self.began_at) / self.decided
@@ -335,7 +344,7 @@ class Session:
                 self.tag.repository.remove_worktree(worktree.folder)
 
     def _open(self) -> None:
-        run_baseline(self.ratchet, machine.installed_packages())
+        run_baseline(self.ratchet)
         pending = self.tag.ledger.pending()
         if pending and not self.domain.approve:
             remedy = "start with the same --approve CMD as before"
@@ -374,6 +383,8 @@ class Session:
             back_off.succeeded()
             self.waiting_for = ""
             run, refusal = self._take_through(edit)
+            if run is not None:
+                cost = Cost()
             is_new_crash = crash is None and run is not None and run.status == "crash"
             crash = run if is_new_crash else None  # a mend that crashes too ends it: else it goes on for ever
             offers = 0
@@ -434,7 +445,7 @@ class Session:
         problem = self.ratchet.find_problem(edit.source) if base == self.tag.champion else ""
         if problem:
             return None, NoProposal(problem, "refused edit", answer.cost), cost
-        return edit, None, Cost()
+        return edit, None, cost
 
     def _check_packages(self, answer):
         """An agent that installed something has its edit refused, and the environment is put back."""
@@ -452,10 +463,10 @@ class Session:
         if not instructions:
             instructions = self.tag.repository.read(self.tag.champion, name).decode(errors="replace")
         ledger = self.tag.ledger
-        latest = [run for run in ledger.rows[-LATEST_VERDICTS:] if run.purpose == "experiment"]
+        latest = [run for run in ledger.rows if run.purpose == "experiment"][-LATEST_VERDICTS:]
         verdicts = [compare.verdict(ledger, run) for run in latest]
         running = list(self.ratchet.in_flight.values())
-        crash_log = log_end(self.tag.folder(crash.number)) if crash else ""
+        crash_log = read_tail(self.tag.folder(crash.number) / "run.log", CRASH_LINES) if crash else ""
         return prompt.write_prompt(
             instructions, ledger, running, verdicts, refusal, crash_log, suggestions, self.tag.source
         )
@@ -486,9 +497,8 @@ class Session:
             raise
         except Dropped as dropped:
             say(f"dropped: {edit.description}: {dropped}")
-            if not edit.again_of:
-                with self.ratchet.lock:
-                    self.begun -= 1
+            with self.ratchet.lock:
+                self.begun -= 1
             return None, str(dropped)
 
 

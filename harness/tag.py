@@ -23,7 +23,7 @@ from pathlib import Path
 from harness.console import UserError, one_line, say
 from harness.domain import Domain
 from harness.files import open_regular, read_text, write_atomically
-from harness.ledger import Ledger, Run, append_run, cut_torn_line, read_runs, render
+from harness.ledger import Ledger, Run, append_runs, cut_torn_line, read_runs, render
 from harness.repository import Repository
 
 LOCK_TRIES = 10  # in half a second
@@ -96,7 +96,7 @@ class Tag:
         """Make the folder of the next run; return its number, which no run of this tag ever had."""
         self.runs.mkdir(parents=True, exist_ok=True)
         folders = [int(path.name) for path in self.runs.glob("[0-9]*") if path.name.isdigit()]
-        numbers = [run.number for run in self.ledger.runs[-1:]]
+        numbers = [run.number for run in self.ledger.runs]
         number = max([0, *folders, *numbers]) + 1
         self.folder(number).mkdir()
         return number
@@ -106,8 +106,8 @@ class Tag:
 
     def append(self, *runs: Run) -> None:
         """Decide runs: from here on no kill undoes it. Then the renderings."""
+        append_runs(self.home / "runs.jsonl", runs)
         for run in runs:
-            append_run(self.home / "runs.jsonl", run)
             self.ledger.add(run)
         self.publish()
 

@@ -6,7 +6,8 @@ import signal
 import pytest
 from conftest import Checkout, hear
 
-from harness.ablation import chance_of_a_null, order_runs, take_back
+from harness.ablation import Contribution, chance_of_a_null, order_runs, take_back
+from harness.ledger import Run
 from harness.repository import Repository
 
 SIGMA = 0.01
@@ -42,7 +43,7 @@ def night(checkout: Checkout) -> Checkout:
     """Every knob was turned by a kept change, whatever its score."""
     checkout.write("train.py", TRAIN.replace("NOISE", str(SIGMA / 10)))
     checkout.replace("loop.py", '"fake": 0.0004', f'"fake": {SIGMA}')
-    checkout.replace("loop.py", "        gain = self.gain(first)\n        if gain > 0", "        if True")
+    checkout.replace("loop.py", "        if is_better:", "        if True:")
     checkout.commit("effects")
     turn = checkout.agent(f"name = {KNOBS}[count() - 1]\nknob(name, 1)\nsay(name)")
     checkout.loop("--tag", "t", "--agent-cmd", turn, "--max-experiments", str(len(KNOBS)))
@@ -112,6 +113,11 @@ def test_change_is_taken_back_between_its_neighbours_and_not_below_a_later_one(c
         (b"A = 2\nB = 2\nA = 2\n", None),  # which of the two?
     ):
         assert take_back(repository, champion, second, first) == left
+
+
+def test_simplification_is_worth_its_lines_unless_it_harms():
+    for description, gain, is_idle in (("wider", 0.0, True), ("simplify: x", 0.0, False), ("simplify: x", -9.0, True)):
+        assert Contribution(Run(2, "c", description=description), False, gain, 1.0).is_idle == is_idle
 
 
 def test_champion_runs_in_alternation_and_more_often_than_each_other():

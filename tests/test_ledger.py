@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.edit import compile_problem, describe_edit, fingerprint, syntax_size
-from harness.ledger import Ledger, Run, append_run, cut_torn_line, is_simpler_keep, parse_tsv, read_runs, render
+from harness.ledger import Ledger, Run, append_runs, cut_torn_line, is_simpler_keep, parse_tsv, read_runs, render
 from loop import DOMAIN
 
 PLAIN = replace(DOMAIN, assumed_sigma={"fake": 0.01})
@@ -48,8 +48,16 @@ def test_champion_is_the_last_keep_and_the_branch_is_its_lineage():
     pending = run(6, "new", 0.5, "pending", base="more")
     ledger = ledger_of(*NIGHT, pending)
     assert ledger.champion == "more" and ledger.pending() == [pending] and len(ledger.rows) == 5
+    ledger.add(run(7, "more", 0.85, "keep", purpose="replicate"))  # meanwhile the champion once more
     ledger.add(replace(pending, status="keep"))
-    assert ledger.champion == "new" and ledger.pending() == [] and len(ledger.rows) == 6
+    assert ledger.champion == "new" and ledger.pending() == [] and len(ledger.rows) == 7
+
+
+def test_stale_gain_is_run_again_once_whatever_its_fresh_runs(tag):
+    stale = run(6, "new", 0.8, is_stale=True, base="base")
+    tag.append(stale, run(9, "new", 0.8, is_stale=True, purpose="replicate", group="confirm 6"), *NIGHT[:1])
+    assert tag.ledger.stale_gains() == [stale]
+    assert tag.new_folder() == 10  # no number is used twice, whatever the order of verdicts and whoever needed room
 
 
 def test_first_score_of_a_commit_that_ran_again_is_not_believed_but_the_baselines_is():
@@ -98,8 +106,8 @@ def test_runs_survive_the_file_and_a_torn_line_is_no_run(tmp_path):
     path = tmp_path / "runs.jsonl"
     runs = [replace(one, touched=("prepare.py",), summary={"a": "b"}) for one in NIGHT]
     runs.append(run(6, "zero", 0.0, "keep", busy_others=0.0))
-    for one in runs:
-        append_run(path, one)
+    append_runs(path, runs[:2])
+    append_runs(path, runs[2:])
     assert read_runs(path) == runs
     path.write_text(path.read_text() + '{"number": 9, "future": 1')
     assert read_runs(path) == runs

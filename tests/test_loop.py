@@ -3,6 +3,7 @@
 Two nights are scripted, step by step, and the first tests look at what they left. uv run pytest tests/test_loop.py
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -232,33 +233,37 @@ def test_approval_decides_whether_a_gain_stands(checkout: Checkout):
 
 
 def test_confirm_keeps_a_real_gain_and_no_lucky_or_tiny_one_and_a_waiter_hears_of_that_run(checkout: Checkout):
-    """The lucky edit looks good on the first seed alone; sigma is larger than the tiny gain."""
+    """Lucky edits look good on the first seed alone, one of them with less code; sigma is larger than the tiny gain."""
     agent = checkout.agent("""
         path = pathlib.Path("train.py")
         n = count()
         if n == 1:
             path.write_text(path.read_text().replace("(seed - 42))", "(seed - 42) - 0.05 * (seed == 42))"))
+        elif n == 2:
+            path.write_text(re.sub("LR - .*", "LR) / 100 + 0.1 * (seed != 42) - 0.03)", path.read_text()))
+            say("simplify: lucky too")
         else:
-            knob("DEPTH", 4.02 if n == 2 else 12)
+            knob("DEPTH", 4.02 if n == 3 else 12)
     """)
     command = "--tag", "t", "--agent-cmd", agent, "--confirm", "2", "--max-experiments"
-    checkout.loop(*command, "2")
+    checkout.loop(*command, "3")
     checkout.hold.touch()
     loop = checkout.popen(*command, "1")
-    hear(loop, "run 0011")
+    hear(loop, "run 0014")
     waiter = checkout.popen("status", "--wait", "--tag", "t")
     with pytest.raises(subprocess.TimeoutExpired):
         waiter.wait(2)
     checkout.hold.unlink()
     ended(loop)
-    lucky, tiny, real = [run for run in checkout.runs() if run.purpose == "experiment"]
+    lucky, simpler, tiny, real = [run for run in checkout.runs() if run.purpose == "experiment"]
     assert [run.reason for run in (lucky, tiny)] == ["not confirmed on fresh seeds"] * 2 and real.status == "keep"
+    assert simpler.score < 1.08 and simpler.reason.startswith("no simplification: it loses over one sigma")
     pairs = []
-    for experiment in (lucky, tiny, real):
+    for experiment in (lucky, simpler, tiny, real):
         fresh = [run for run in checkout.runs() if run.group == f"confirm {experiment.number}"]
         pairs.append(len(fresh) // 2)
         assert all(run.seed != 42 for run in fresh)
-    assert pairs == [1, 2, 2]  # no gain on the first seed ends it
+    assert pairs == [1, 1, 2, 2]  # no gain on the first seed ends it
     assert f"run {real.number:04d} keep" in ended(waiter).stdout
 
 
@@ -386,3 +391,10 @@ def test_check_makes_one_run_and_leaves_nothing(checkout: Checkout):
     checkout.set_knob(DEPTH="1/0")
     checkout.commit("broken")
     assert "ZeroDivisionError" in checkout.loop("check", code=1).stderr
+    assert "DEPTH = 1/0" in (checkout.path / "run.log").read_text()
+    with open(checkout.cache / "cpu0.lock", "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        process = checkout.popen("check")
+        hear(process, "waiting: another run holds the device")
+        process.send_signal(signal.SIGINT)
+        assert "all is there" not in ended(process).stdout

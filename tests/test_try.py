@@ -32,8 +32,15 @@ def test_gain_moves_the_branch_and_a_loss_puts_the_champion_back(night: Checkout
     night.set_knob(DEPTH="1/0")
     out = night.loop("try", "broken", code=1).stdout
     assert "ZeroDivisionError" in out and night.statuses() == ["keep", "keep", "discard", "crash"]
+    night.replace("train.py", "start_clock()", "start_clock()\nassert prepare.text('fail', '') == ''")
+    night.set_knob(DEPTH=7)
+    (night.cache / "fail").write_text("the machine's fault")
+    night.loop("try", "unlucky", code=1)
+    (night.cache / "fail").unlink()
+    assert "keep" in night.loop("try", "--again", "5").stdout  # a crash can be run again, and lead
+    assert "1.050000" in night.loop("report").stdout
     night.loop("--tag", "t", "--agent-cmd", night.agent('knob("DEPTH", 8)'), "--max-experiments", "1")
-    assert night.statuses()[4:] == ["keep"]  # a run goes on from there
+    assert night.statuses()[4:] == ["crash", "keep", "keep"]  # a run goes on from there
 
 
 def test_first_try_needs_the_branch_of_a_run_and_runs_the_baseline_too(checkout: Checkout):
@@ -59,7 +66,7 @@ def test_refused_edit_stays_where_it_is(night: Checkout):
     (night.path / "train.py").symlink_to("prepare.py")
     assert "'git checkout -- train.py' restores it" in night.loop("try", "x", code=2).stderr
     night.git("checkout", "--", "train.py")
-    night.replace("loop.py", "gain > 0 and", "True or gain > 0 and")  # the rules
+    night.replace("loop.py", "gain > 0 and not", "True or gain > 0 and not")  # the rules
     night.set_knob(DEPTH=2)
     (error,) = errors(night.loop("try", "worse", code=2))
     assert "loop.py is not the champion's: 'git checkout HEAD -- loop.py harness' puts them back" in error
