@@ -31,7 +31,7 @@ from pathlib import Path
 
 from harness import cli, ledger
 from harness.compare import headline
-from harness.console import say
+from harness.console import UserError, say
 from harness.domain import Description, Domain
 from harness.edit import Dropped, Edit, compile_problem, fingerprint, syntax_size
 from harness.ledger import STALE, Run
@@ -116,7 +116,9 @@ class Ratchet:
                 except Dropped as dropped:
                     if not edit.again_of:
                         raise
-                    return self.forget_stale(edit.again_of, str(dropped))
+                    with self.lock:  # not run again: it does not go with the present champion
+                        stale = self.tag.ledger[edit.again_of]
+                        return self.record([stale], "discard", f"gained on a former champion; {dropped}")
                 try:
                     runs = self.measure(run, device)
                     with self.lock:
@@ -130,8 +132,8 @@ class Ratchet:
                 finally:
                     self.in_flight.pop(run.fingerprint, None)
             if status == "pending":
-                run, is_stale = self.ask_approval(run)
-            if not is_stale:
+                run = self.ask_approval(run)
+            if not run.is_stale:
                 return run
             edit = replace(edit, again_of=run.number, cost=None)
 
@@ -168,11 +170,6 @@ class Ratchet:
             touched=edit.touched,
             cost=edit.cost or {},
         )
-
-    def forget_stale(self, number: int, why: str) -> Run:
-        """The gain of that run does not go with the present champion: it is not run again."""
-        with self.lock:
-            return self.record([self.tag.ledger[number]], "discard", f"gained on a former champion; {why}")
 
     def find_problem(self, source: bytes, again_of: int = 0) -> str:
         """The gate: why an edit is not worth a run, "" if it is. It must compile, and say something new."""
@@ -226,10 +223,8 @@ class Ratchet:
         if not run.number:
             with self.lock:
                 run = replace(run, number=self.tag.new_folder())
-        first = self.tag.ledger.first_run
-        same = {}
-        if first is not None:
-            same = {key: first.summary[key] for key in self.domain.same_in_every_run if key in first.summary}
+        summary = (self.tag.ledger.first_run or run).summary
+        same = {key: summary[key] for key in self.domain.same_in_every_run if key in summary}
         with self.lock:
             archive = self.repository.archive(run.commit)
         say(f"run {run.number:04d}: {run.description}")
@@ -280,16 +275,15 @@ class Ratchet:
             return "discard", broken
         return None
 
-    def ask_approval(self, run: Run) -> tuple[Run, bool]:
-        """The verdict on a gain that waits for an approval, and whether the champion has moved meanwhile."""
+    def ask_approval(self, run: Run) -> Run:
+        """The verdict on a gain that waits for an approval; it is stale where the champion has moved meanwhile."""
         is_approved = self.approve(run)
         with self.lock:
-            is_stale = is_approved and run.base != self.tag.champion
-            if is_stale:
-                return self.record([run], "discard", STALE, is_stale), True
-            if is_approved:
-                return self.record([run], "keep"), False
-            return self.record([replace(run, is_refused=True)], "discard", "not approved"), False
+            if not is_approved:
+                return self.record([replace(run, is_refused=True)], "discard", "not approved")
+            if run.base != self.tag.champion:
+                return self.record([run], "discard", STALE, is_stale=True)
+            return self.record([run], "keep")
 
     def record(self, runs: list[Run], status: str, reason: str = "", is_stale: bool = False) -> Run:
         """Append the lines of one experiment; a kept commit is the champion from now on."""
@@ -307,7 +301,10 @@ class Ratchet:
         decided.sort(key=lambda run: (run.commit == runs[0].commit, run.number))
         self.tag.append(*decided)
         if status == "keep":
-            self.tag.show_champion()
+            try:
+                self.tag.show_champion()
+            except UserError as error:  # it is the champion all the same; the next start shows it
+                say(f"warning: the checkout does not show it: {error}")
         first = next(run for run in decided if run.number == runs[0].number)
         say(f"  {headline(self.tag.ledger, first)}")
         self.on_decided(first)

@@ -196,14 +196,17 @@ def _download_all(urls: dict[Path, str], workers: int) -> None:
     session = _session()
     bar = _progress(desc=f"{len(todo)} shards", unit="B", unit_scale=True)
     failed = []
+    in_a_row = []  # of these, since one came whole
 
     def fetch(path):
-        if len(failed) >= workers:  # the network is down, or the disk full: no other will fare better
+        if len(in_a_row) >= workers:  # the network is down, or the disk full: no other will fare better
             return
         try:
             _download(session, urls[path], path, bar)
+            in_a_row.clear()
         except (OSError, UserError) as error:  # what requests raises are OSErrors
             failed.append(f"{path.name} ({error})")
+            in_a_row.append(path)
 
     with bar, ThreadPoolExecutor(workers) as pool:
         list(pool.map(fetch, todo))
@@ -1348,8 +1351,7 @@ def _devices(kind: str) -> dict[str, dict]:
         try:
             free_bytes, _ = torch.cuda.mem_get_info(device)
         except RuntimeError as error:  # it is full, or somebody else's alone
-            problem = f"GPU {name} cannot be used: {str(error).partition(chr(10))[0]}"
-            print(f"note: {problem}", file=sys.stderr)
+            problem = f"GPU {name} cannot be used: {str(error).splitlines()[0]}"
             continue
         devices[name] = {"lock": str(_device_lock(device)), "free_gb": free_bytes / 1e9}
     if not devices:

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.console import UserError, one_line
-from harness.edit import describe_edit
-from harness.files import open_regular, open_to_append, read_end, read_head, read_text, remove_folder, write_atomically
+from harness.edit import Edit, describe_edit
+from harness.files import open_regular, open_to_append, read_text, remove_folder, write_atomically
 from harness.knob_search import NOTHING_TO_TURN
 from harness.processes import Ending, run_child
 from harness.tag import Tag
@@ -371,22 +371,11 @@ def _sum(values: Iterable[float | None]) -> float | None:
 
 
 @dataclass(frozen=True)
-class Proposal:
-    """An edit that an agent made."""
-
-    source: bytes  # the editable file as the agent left it
-    description: str
-    cost: Cost
-    touched: tuple[str, ...] = ()  # other tracked files that it changed: they do not count
-
-
-@dataclass(frozen=True)
 class NoProposal:
     """Why an agent gave none."""
 
     reason: str
-    kind: str  # unchanged; refused edit (the next prompt says why); failed; rate limit; refused (log-in, credit, model)
-    cost: Cost = Cost()
+    kind: str  # unchanged, refused edit (the next prompt says why); failed; rate limit; refused (log-in, credit, model)
 
 
 NO_MONEY = r"insufficient.?(quota|credit|balance|fund)|credit balance|out of credit|billing|payment|\b402\b"
@@ -410,14 +399,15 @@ class Worktree:
     An agent may leave anything behind. Its exit code is not trusted: if the file has changed, there is a proposal.
     """
 
-    def __init__(self, tag: Tag, folder: Path, mark: str):
-        self.folder = folder
-        self.notes = folder.with_name(f"{folder.name}.agent")  # the prompt, and what the CLI said
+    def __init__(self, tag: Tag, number: int):
+        self.folder = tag.worktrees / str(number)
+        self.notes = self.folder.with_name(f"{number}.agent")  # the prompt, and what the CLI said
         self.log = self.notes / "agent.log"
+        self.cost = Cost()  # of the last call
         self._answers = self.notes / "answer"
         self._tag = tag
         self._repository = tag.repository
-        self._mark = mark
+        self._mark = f"{tag.mark}:agent:{number}"
 
     def propose(
         self,
@@ -428,24 +418,26 @@ class Worktree:
         env: dict[str, str],
         limit: float,
         stop: threading.Event,
-    ) -> Proposal | NoProposal:
+    ) -> Edit | NoProposal:
         """Run the agent once, headless, on `start` in the champion's tree. Takes minutes."""
-        self.notes.mkdir(parents=True, exist_ok=True)
-        self._lay_out(champion, start)
+        self.cost = Cost()
         # Some CLIs read nothing outside of their folder; in it, the prompt would be found by every search.
         takes_file = "{prompt_file}" in agent.command
         prompt_file = (self.folder if takes_file else self.notes) / "prompt.md"
-        write_atomically(prompt_file, prompt)
+        gpus = {"CUDA_VISIBLE_DEVICES": ""} if agent.has_model else {}  # none: they are for the runs
         places = {"{prompt_file}": str(prompt_file), "{answer}": str(self._answers)}
         places |= {"{tag}": self._tag.name, "{direction}": self._tag.domain.direction}
         words = shlex.split(agent.command)
         for place, value in places.items():
             words = [word.replace(place, value) for word in words]
         try:
+            self.notes.mkdir(parents=True, exist_ok=True)
+            self._lay_out(champion, start)
+            write_atomically(prompt_file, prompt)
             ending = run_child(
                 words,
                 cwd=self.folder,
-                env=agent_environment(env),
+                env=agent_environment(env | gpus),
                 mark=self._mark,
                 log=self.log,
                 limit=limit,
@@ -453,11 +445,11 @@ class Worktree:
                 stdin=None if takes_file else prompt_file,
                 quiet_limit=QUIET_LIMIT if agent.streams else None,
             )
-        except OSError as error:  # while it updates itself, say
+        except (OSError, UserError) as error:  # it updates itself, say, or the disk is full
             return NoProposal(f"the agent does not start: {error}", "failed")
         answer = self._read_answer()
-        if not agent.has_model:
-            answer = dataclasses.replace(answer, cost=Cost())
+        if agent.has_model:
+            self.cost = answer.cost
         return self._look(agent, champion, start, ending, answer)
 
     def _lay_out(self, champion: str, start: bytes) -> None:
@@ -482,46 +474,48 @@ class Worktree:
             copy.mkdir(parents=True)
             for path in (self._tag.runs / name / file for file in RUN_FILES):
                 if path.is_file():
-                    (copy / path.name).write_text(read_end(path, RUN_FILE_BYTES))
+                    (copy / path.name).write_text(read_text(path, last=RUN_FILE_BYTES))
 
     def _read_answer(self) -> Answer:
         """What the agent said. Where that is JSON, its last words stand at the end of its log in plain text too."""
-        said = read_head(self.log, MAX_LOG_BYTES)
+        said = read_text(self.log, first=MAX_LOG_BYTES)
         for path in sorted(self._answers.glob("*.json")):
             with contextlib.suppress(ValueError, RecursionError):
-                said += "\n" + json.dumps(json.loads(read_head(path, MAX_LOG_BYTES)))
+                said += "\n" + json.dumps(json.loads(read_text(path, first=MAX_LOG_BYTES)))
         answer = read_answer(said)
         if answer.said:
             with contextlib.suppress(OSError), open_to_append(self.log) as file:
                 file.write(f"\n--- Its last words:\n\n{answer.said}\n")
         return answer
 
-    def _look(self, agent: Agent, champion: str, start: bytes, ending: Ending, answer: Answer) -> Proposal | NoProposal:
+    def _look(self, agent: Agent, champion: str, start: bytes, ending: Ending, answer: Answer) -> Edit | NoProposal:
         """What the agent made of the editable file."""
         name = self._repository.editable
         if ending.problem == "stopped":
-            return NoProposal("the loop stopped the agent", "failed", answer.cost)
+            return NoProposal("the loop stopped the agent", "failed")
         try:
             with open_regular(self.folder / name) as file:
                 source = file.read(MAX_EDIT_BYTES + 1)
         except OSError:
-            return NoProposal(f"{name} is not a regular file", "refused edit", answer.cost)
+            return NoProposal(f"{name} is not a regular file", "refused edit")
         if len(source) > MAX_EDIT_BYTES:
-            return NoProposal(f"{name} is over {MAX_EDIT_BYTES // 2**20} MiB", "refused edit", answer.cost)
+            return NoProposal(f"{name} is over {MAX_EDIT_BYTES // 2**20} MiB", "refused edit")
         if source != start:
-            description = one_line(read_head(self.folder / DESCRIPTION_FILE, 2000))
-            description = description or describe_edit(start, source, name)
-            return Proposal(source, description, answer.cost, self._touched(champion))
+            description = one_line(read_text(self.folder / DESCRIPTION_FILE, first=2000))
+            description = description or describe_edit(self._tag.source(champion), source, name)
+            touched = self._touched(champion)
+            return Edit(source, champion, description, touched=touched, wins=not agent.has_model)
+        said = one_line(answer.said, REASON_CHARS)
         if not ending.problem and not answer.is_error:
-            return NoProposal(f"the agent left {name} as it was", "unchanged", answer.cost)
-        said = one_line(answer.said, REASON_CHARS) or _last_words(self.log)
+            return NoProposal(f"the agent left {name} as it was: {said}".rstrip(": "), "unchanged")
+        said = said or _last_words(self.log)
         how = f"ended with {ending.problem}" if ending.problem else "failed"
         kind = "failed"
         if answer.is_error or not answer.said:  # else the words are the model's own
             kind = _kind_of_failure(said)
         if not agent.has_model and ending.problem == f"exit code {NOTHING_TO_TURN}":
             kind = "refused"
-        return NoProposal(f"the agent {how}: {said}".rstrip(": "), kind, answer.cost)
+        return NoProposal(f"the agent {how}: {said}".rstrip(": "), kind)
 
     def _touched(self, champion: str) -> tuple[str, ...]:
         changed: list[str] = []
@@ -533,24 +527,14 @@ class Worktree:
 
 def _last_words(log: Path) -> str:
     """The last lines of plain text that say something: a `}` does not."""
-    lines = read_end(log, 4000).splitlines()
+    lines = read_text(log, last=4000).splitlines()
     said = one_line(" ".join(line for line in lines if re.search(r"[^\W\d_]{3}", line)), 4000)
     return said[-REASON_CHARS:]
 
 
-class BackOff:
-    """How long one worker rests after calls that gave no proposal: twice as long for every one in a row."""
-
-    def __init__(self):
-        self.failures = 0  # in a row
-
-    def after(self, answer: NoProposal) -> float:
-        """Seconds to rest. After a rate limit all workers should."""
-        is_limit = answer.kind == "rate limit"
-        first, last = (FIRST_REST_OF_LIMIT, LAST_REST_OF_LIMIT) if is_limit else (FIRST_REST, LAST_REST)
-        delay = min(last, first * 2 ** min(self.failures, 20))
-        self.failures += 1
-        return delay
-
-    def succeeded(self) -> None:
-        self.failures = 0
+def rest_seconds(kind: str, failures: int) -> float:
+    """How long a worker rests after so many calls in a row without a proposal, the last of this kind: twice as long for
+    every one. After a rate limit all workers should."""
+    is_limit = kind == "rate limit"
+    first, last = (FIRST_REST_OF_LIMIT, LAST_REST_OF_LIMIT) if is_limit else (FIRST_REST, LAST_REST)
+    return min(last, first * 2 ** min(failures - 1, 20))

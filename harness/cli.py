@@ -5,6 +5,7 @@ line and never a traceback.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import math
@@ -29,7 +30,7 @@ from harness.files import open_regular, read_tail, read_text, write_atomically
 from harness.ledger import MEASURED, parse_tsv
 from harness.repository import leave_git_variables
 from harness.runner import unpack
-from harness.session import Options, Session, clean_worktrees, make_runner, open_session
+from harness.session import Options, Session, clean_worktrees, open_session
 from harness.tag import Tag, open_tag
 
 TSV_PROFILE = "climbmix"  # whose noise is assumed for a results.tsv, which says nothing of it, unless a person does
@@ -88,13 +89,10 @@ def command_run(domain: Domain, checkout: Path, ratchet: type, args: argparse.Na
         facts = open_session(tag, interrupts.were_sent)
         where = f"profile {facts.profile} ({facts.reason}), {facts.device_name}"
         say(f"{tag.branch}: {where}, {facts.time_budget:g} s a run")
-        runner = make_runner(tag, facts, options, interrupts)
-        session = Session(ratchet(tag, facts, runner, options.confirm), options, interrupts)
-        try:
+        with contextlib.closing(Session(tag, facts, ratchet, options, interrupts)) as session:
             session.run(agent)
-        finally:
-            session.close()
-        say(f"{session.why_ended()}. {tag.ledger.standing()} Read it with: uv run loop.py report")
+        cost = f" Its agents cost {session.spent_usd:.2f} dollars." if session.spent_usd else ""
+        say(f"{session.why_ended()}. {tag.ledger.standing()}{cost} Read it with: uv run loop.py report")
     return 0
 
 
@@ -229,15 +227,10 @@ def _detach(log: Path) -> None:
 
 def one_session(tag: Tag, ratchet: type, work: Callable, edits_checkout: bool = False, options: Options | None = None):
     """A session without an agent: `work(ratchet)`; what it returned."""
-    options = options or Options()
     with Interrupts(tag.checkout / "STOP") as interrupts:
         facts = open_session(tag, interrupts.were_sent, edits_checkout)
-        runner = make_runner(tag, facts, options, interrupts)
-        session = Session(ratchet(tag, facts, runner), options, interrupts)
-        try:
+        with contextlib.closing(Session(tag, facts, ratchet, options or Options(), interrupts)) as session:
             return session.call(lambda: work(session.ratchet))
-        finally:
-            session.close()
 
 
 def try_edit(tag: Tag, ratchet: type, source: bytes, description: str) -> int:
@@ -328,7 +321,7 @@ def command_report(domain: Domain, checkout: Path, ratchet: type, args: argparse
         path = Path(args.ledger)
         if not path.is_file():
             raise UserError(f"{path} is not a file: give a results.tsv", 2)
-        ledger, bad = parse_tsv(read_text(path), domain, os.environ.get("AUTORESEARCH_PROFILE", TSV_PROFILE))
+        ledger, bad = parse_tsv(read_text(path), domain, os.environ.get("AUTORESEARCH_PROFILE") or TSV_PROFILE)
         if not ledger.rows:
             raise UserError(f"{path} has no rows: a ledger has lines of {domain.columns.strip()!r}")
         if bad:
@@ -406,12 +399,8 @@ def command_check(domain: Domain, checkout: Path, ratchet: type, args: argparse.
                 raise UserError(problem)
             if not facts.prepared:
                 raise UserError(f"the data is not prepared: {' '.join(domain.prepare_command)}")
-            runner = make_runner(tag, facts, Options(), interrupts)
-            session = Session(ratchet(tag, facts, runner), Options(), interrupts)
-            try:
+            with contextlib.closing(Session(tag, facts, ratchet, Options(), interrupts)) as session:
                 run = session.call(lambda: replicates.check_run(session.ratchet))
-            finally:
-                session.close()
             if run.status == "crash":
                 shutil.copy(tag.folder(run.number) / "run.log", checkout)
                 raise UserError(f"the run crashed: {run.reason}: run.log has its output")

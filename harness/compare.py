@@ -158,7 +158,7 @@ def verdict(ledger: Ledger, run: Run) -> str:
         lines += _baseline_lines(ledger, run)
     if is_busy(run):
         again = "--base" if run.commit == ledger.champion else f"--again {run.number}"
-        who = f"others used {run.busy_others:.0%} of the machine during this run"
+        who = f"others used {run.busy_others:.0%} of the processors during this run"
         lines.append(f"{who}: its score is weak ('uv run loop.py try {again}' measures it once more)")
     if run.commit == ledger.champion and not run.base:
         lines.append(former_text(ledger))
@@ -170,7 +170,7 @@ def verdict(ledger: Ledger, run: Run) -> str:
 def _noise_line(ledger: Ledger, run: Run) -> str:
     """How the run differs from its base, by the noise; what is believed of a commit that ran more often."""
     gain, error = _gain(ledger, run)
-    noise = ledger.noise()
+    noise = ledger.noise
     words = _difference_words(ledger, run)
     scores = ledger.scores(run.commit)
     if len(scores) > 1 and run.status != "pending":

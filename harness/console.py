@@ -40,9 +40,8 @@ def say(text: str) -> None:
 
 
 def show_live_line(text: str) -> None:
-    """The live line: rewritten in place, on a terminal only."""
-    if is_terminal():
-        _write(text[: shutil.get_terminal_size().columns - 1])
+    """The live line, rewritten in place; for a terminal only."""
+    _write(text[: shutil.get_terminal_size().columns - 1])
 
 
 def is_terminal() -> bool:

@@ -36,7 +36,7 @@ class Domain:
     split: str  # the record's name for the data that a run is scored on, a key of the description's rows
     same_in_every_run: tuple[str, ...]  # keys of the summary that must say what they said in the baseline's run
     assumed_sigma: dict[str, float]  # by profile: standard deviation between seeds where no commit ran twice yet
-    startup_allowance: float = 300  # seconds: a run may take 2 * its budget + this, for compilation and evaluation
+    startup_allowance: float = 300  # seconds: a run may take 2 * its budget + this, an audit's 3 * and this
     rescore_tolerance: float = 1e-3  # by which a clean process may score an audited network differently
     floors: dict[str, float] = field(default_factory=dict)  # other keys of the record -> the least that each must be
     approve: str = ""  # a shell command that must exit 0 before a keep stands: the run as JSON on its standard input

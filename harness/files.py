@@ -22,31 +22,19 @@ def open_regular(path: Path):
     return file
 
 
-def read_text(path: Path) -> str:
-    """The text of a regular file, "" where there is none; what is not UTF-8 is replaced."""
+def read_text(path: Path, first: int = -1, last: int = 0) -> str:
+    """The text of a regular file, or only its `first` or `last` bytes; "" where there is none. What is not UTF-8 is
+    replaced."""
     with contextlib.suppress(OSError), open_regular(path) as file:
-        return file.read().decode(errors="replace")
-    return ""
-
-
-def read_head(path: Path, size: int) -> str:
-    """The first bytes of a regular file as text; "" where there is none."""
-    with contextlib.suppress(OSError), open_regular(path) as file:
-        return file.read(size).decode(errors="replace")
-    return ""
-
-
-def read_end(path: Path, size: int) -> str:
-    """The last bytes of a regular file as text; "" where there is none."""
-    with contextlib.suppress(OSError), open_regular(path) as file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - size))
-        return file.read(size).decode(errors="replace")
+        if last:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - last))
+        return file.read(last or first).decode(errors="replace")
     return ""
 
 
 def read_tail(path: Path, lines: int, width: int = 300) -> str:
     """The last lines of a log, each cut to `width` characters; "" where there is none."""
-    text = read_end(path, 4 * width * lines).strip()  # a character has up to four bytes
+    text = read_text(path, last=4 * width * lines).strip()  # a character has up to four bytes
     return "\n".join(line[:width] for line in re.split(r"[\r\n]+", text)[-lines:])
 
 

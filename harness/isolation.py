@@ -61,15 +61,16 @@ def wrap(command: Iterable[str], folder: Path, writable: Iterable[Path] = (), re
     empty = [*filter(Path.is_dir, (Path("/tmp"), Path("/dev/shm"))), *_hidden()]
     for path in empty:
         words += ["--tmpfs", path] if path.is_dir() else ["--ro-bind", "/dev/null", path]
-    for path in map(_below_real_home, [*_of_python(), *_of_hub(), *readable]):
+    binds = [("--ro-bind", path) for path in (*_of_python(), *_of_hub(), *readable)]
+    binds += [("--bind", path) for path in (*writable, folder)]
+    for kind, given in binds:
+        path = _below_real_home(given)
         places = {path.resolve()}
         if any(path.is_relative_to(one) for one in empty):  # elsewhere a link leads there by itself
             places.add(path)
         for place in places:
             if place.is_absolute() and place.exists():
-                words += ["--ro-bind", path.resolve(), place]
-    for path in [*writable, folder]:
-        words += ["--bind", path.resolve(), path.resolve()]
+                words += [kind, path.resolve(), place]
     return [str(word) for word in [*words, "--", *command]]
 
 

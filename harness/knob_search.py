@@ -34,6 +34,7 @@ if __name__ == "__main__":
 from harness.console import UserError, one_line, say
 from harness.edit import CANNOT_PARSE, fingerprint
 from harness.machine import variables_for_agent
+from harness.processes import MARK
 from harness.repository import Repository
 from harness.tag import Tag
 
@@ -256,7 +257,8 @@ def suggest(tag: Tag, profile: str) -> list[str]:
     """What TPE would change in the champion: `DEPTH 1 -> 2, MATRIX_LR 0.04 -> 0.031`. [] where it fails, and said."""
     command = [sys.executable, "-P", __file__, "tpe", tag.name, tag.domain.direction, tag.champion]
     options = {"capture_output": True, "text": True, "start_new_session": True}  # Ctrl-C is for the loop
-    options |= {"cwd": tag.checkout, "env": variables_for_agent(profile), "timeout": SUGGEST_SECONDS}
+    env = variables_for_agent(profile) | {MARK: f"{tag.mark}:suggest"}
+    options |= {"cwd": tag.checkout, "env": env, "timeout": SUGGEST_SECONDS}
     try:
         return subprocess.run(command, check=True, **options).stdout.splitlines()
     except subprocess.SubprocessError as error:

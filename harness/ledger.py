@@ -5,8 +5,8 @@ its rendering for people. `Ledger` answers every question about them; it runs no
 sigma is the standard deviation of the score between seeds of one and the same code, in the unit of the score.
 """
 
-import bisect
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -102,60 +102,27 @@ class Change:
 
 
 class Ledger:
-    """The decided runs of one tag, in the order of their decisions."""
+    """The decided runs of one tag, in the order of their decisions. It never changes: a verdict makes a new one."""
 
-    def __init__(self, domain: Domain, runs: list[Run] = (), profile: str = ""):
+    def __init__(self, domain: Domain, runs: Iterable[Run] = (), profile: str = ""):
         self.domain = domain
-        self.runs: list[Run] = []
         self._profile = profile  # of a results.tsv, which does not say it
-        self._forget()
-        for run in runs:
-            self.add(run)
-
-    def _forget(self) -> None:
-        self._by_number: dict[int, int] = {}  # number -> index in runs
-        self._first: dict[str, Run] = {}  # commit -> its first run that counts, or crashed
-        self._counting: dict[str, list[Run]] = {}  # commit -> its runs whose scores count, in order
-        self._all_scores: dict[str, list[float]] = {}  # those of MEASURED too
-        self._speeds: dict[str, list[float]] = {}
-        self._fingerprints: dict[str, Run] = {}
-        self._kept: list[Run] = []
-        self._noise: Noise | None = None  # once it was asked for
-
-    def add(self, run: Run) -> None:
-        """Take in a run. One whose number is known already (it waited for approval) takes the earlier line's place."""
-        if run.number in self._by_number:
-            del self.runs[self._by_number[run.number]]
-            self._forget()
-            for place in range(len(self.runs)):
-                self._index(place)
-        self.runs.append(run)
-        self._index(len(self.runs) - 1)
-
-    def _index(self, place: int) -> None:
-        run = self.runs[place]
-        self._noise = None
-        self._by_number[run.number] = place
-        if run.fingerprint:
-            self._fingerprints.setdefault(run.fingerprint, run)
-        if run.score is not None and run.status != "pending":
-            self._all_scores.setdefault(run.commit, []).append(run.score)
-        if run.tokens_per_second:
-            self._speeds.setdefault(run.commit, []).append(run.tokens_per_second)
-        if run.purpose in MEASURED or run.status == "pending":
-            return
-        # By number: what waited for approval is decided after its fresh runs.
-        self._first[run.commit] = min(self._first.get(run.commit, run), run, key=lambda one: one.number)
-        if run.counts:
-            bisect.insort(self._counting.setdefault(run.commit, []), run, key=lambda one: one.number)
-        if run.status == "keep":
-            self._kept.append(run)
+        self._by_number: dict[int, Run] = {}
+        for run in runs:  # one whose number is known already (it waited for approval) takes the earlier line's place
+            self._by_number.pop(run.number, None)
+            self._by_number[run.number] = run
+        self.runs = list(self._by_number.values())
+        deciding = [run for run in self.runs if run.purpose not in MEASURED and run.status != "pending"]
+        self._kept = [run for run in deciding if run.status == "keep"]
+        self._of_commit: dict[str, list[Run]] = {}
+        for run in sorted(deciding, key=lambda run: run.number):  # what waited is decided after its fresh runs
+            self._of_commit.setdefault(run.commit, []).append(run)
 
     # What was run
 
     def __getitem__(self, number: int) -> Run:
         """The run of this number; KeyError if there is none."""
-        return self.runs[self._by_number[number]]
+        return self._by_number[number]
 
     def __contains__(self, number: int) -> bool:
         return number in self._by_number
@@ -186,15 +153,15 @@ class Ledger:
 
     def runs_of(self, commit: str) -> list[Run]:
         """The runs of a commit whose scores count."""
-        return self._counting.get(commit, [])
+        return [run for run in self._of_commit.get(commit, []) if run.counts]
 
     def first_run_of(self, commit: str) -> Run | None:
         """The experiment that made a commit."""
-        return self._first.get(commit)
+        return next(iter(self._of_commit.get(commit, [])), None)
 
     def find_repeat(self, fingerprint: str) -> Run | None:
         """The first run with the same syntax tree."""
-        return self._fingerprints.get(fingerprint)
+        return next((run for run in self.runs if run.fingerprint == fingerprint), None)
 
     def last_group(self, purpose: str) -> str:
         """The newest audit or ablation, "" before there is one."""
@@ -237,14 +204,19 @@ class Ledger:
         """The champion's believed score."""
         return self.believed(self.champion)
 
+    def _measured(self, field: str) -> list[list[float]]:
+        """What the runs of each commit measured, those of MEASURED too."""
+        found: dict[str, list[float]] = {}
+        for run in self.runs:
+            value = getattr(run, field)
+            if value is not None and run.status != "pending":
+                found.setdefault(run.commit, []).append(value)
+        return list(found.values())
+
+    @functools.cached_property
     def noise(self) -> Noise:
         """sigma from all commits that ran more than once, pooled with what is assumed of the profile."""
-        if self._noise is None:
-            self._noise = self._find_noise()
-        return self._noise
-
-    def _find_noise(self) -> Noise:
-        squares, degrees = _squares_within(self._all_scores.values())
+        squares, degrees = _squares_within(self._measured("score"))
         assumed = self.domain.assumed_sigma.get(self.profile)
         if assumed is None and degrees == 0:
             return Noise(None, "unknown: nothing ran twice here ('uv run loop.py try --base' runs the best once more)")
@@ -258,12 +230,12 @@ class Ledger:
 
     @property
     def sigma(self) -> float | None:
-        return self.noise().sigma
+        return self.noise.sigma
 
     def speed_sigma(self) -> float | None:
         """Standard deviation of the speed of one and the same code, as a fraction; None where nothing ran twice."""
         relative = []
-        for speeds in self._speeds.values():
+        for speeds in self._measured("tokens_per_second"):
             mean = statistics.fmean(speeds)
             relative.append([speed / mean for speed in speeds])
         squares, degrees = _squares_within(relative)
@@ -288,7 +260,7 @@ class Ledger:
         commit = self.champion
         while commit and commit not in commits:
             commits.append(commit)
-            run = self._first.get(commit)
+            run = self.first_run_of(commit)
             commit = run.base if run else ""
         return commits[::-1]
 
@@ -299,7 +271,7 @@ class Ledger:
         seen = {self.baseline}
         before = self.baseline
         for kept in self._kept:
-            run = self._first[kept.commit]
+            run = self.first_run_of(kept.commit)
             if kept.commit not in seen:
                 seen.add(kept.commit)
                 base = run.base or before

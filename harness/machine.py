@@ -19,6 +19,7 @@ from harness.domain import ContractError, Description, Domain, read_description
 from harness.files import is_locked
 from harness.processes import find_marked
 
+DESCRIBE_SECONDS = 600  # that the evaluator may take to describe itself: a driver may hang
 LOOK_SECONDS = 0.5  # between looks at what processes used
 MIN_FREE_GB = 1.0  # GB that the disk must have free before a run
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH|_PAT$", re.IGNORECASE)  # names withheld from training
@@ -55,7 +56,8 @@ def variables_for_training(profile: str = "") -> dict[str, str]:
 def describe(domain: Domain, place: Path, variables: dict[str, str], is_isolated: bool = False) -> Description:
     """The description by the evaluator in a folder. UserError with its own last line if it gives none."""
     command = isolation.wrap(domain.describe_command, place) if is_isolated else domain.describe_command
-    options = {"capture_output": True, "text": True, "start_new_session": True}  # Ctrl-C is for the loop
+    options = {"capture_output": True, "text": True, "timeout": DESCRIBE_SECONDS}
+    options["start_new_session"] = True  # Ctrl-C is for the loop
     child = subprocess.run(command, cwd=place, env=variables, **options)
     if child.returncode:
         lines = child.stderr.strip().splitlines() or ["the evaluator cannot describe itself"]

@@ -6,6 +6,7 @@ Everything that an agent or a run wrote is escaped, and the page has no scripts.
 
 import contextlib
 import math
+import os
 import re
 import subprocess
 import sys
@@ -18,8 +19,9 @@ from harness.ablation import ablation_text
 from harness.compare import Point, is_busy, read_curve, verdict
 from harness.console import duration, one_line
 from harness.domain import Domain
-from harness.files import new_file, read_head, read_tail, read_text, write_atomically
+from harness.files import new_file, read_tail, read_text, write_atomically
 from harness.ledger import Change, Ledger, Run
+from harness.processes import MARK
 from harness.report import audit_text, choose_changes, report_text
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -306,7 +308,7 @@ def _run_values(ledger: Ledger, run: Run, tag) -> dict:
     diff = []
     log = ""
     if tag is not None:
-        text = read_head(tag.folder(run.number) / "change.diff", DIFF_CHARS)
+        text = read_text(tag.folder(run.number) / "change.diff", first=DIFF_CHARS)
         kinds = {"+": "ins", "-": "del"}
         diff = [(kinds.get(line[:1], ""), line[:400]) for line in text.rstrip().splitlines()]
         log = read_tail(tag.folder(run.number) / "run.log", LOG_LINES)
@@ -363,6 +365,7 @@ class PageWriter:
             self._child = subprocess.Popen(
                 self.command,
                 cwd=self._tag.checkout,
+                env=os.environ | {MARK: f"{self._tag.mark}:page"},  # what it uses is not others'
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=log,

@@ -66,9 +66,12 @@ def write_prompt(
         words = "".join(_bullets(one_line(description) for description in running[-RUNNING:])).rstrip()
         parts.append(f"Running or waiting now, the verdict unknown (propose something else):\n\n{words}")
     if refusal:
-        parts.append(f"The last proposal was refused: {one_line(refusal, 500)}")
+        parts.append(f"The last proposal was no experiment: {one_line(refusal, 500)}")
     if crash_log:
-        task = f"{domain.editable} now holds an experiment that crashed: mend it, or restore it and try another idea."
+        task = (
+            f"{domain.editable} now holds an experiment that crashed: mend it, or restore it and try another idea. "
+            "Describe the whole change, not the mend."
+        )
         parts.append(f"{task} The end of its log:\n\n{crash_log[-TASK_CHARS:]}")
     parts.append(
         f"Now: edit {domain.editable} once, one idea. Write one line that describes it to {DESCRIPTION_FILE}. "
@@ -84,6 +87,7 @@ class Experiment:
     run: Run  # the first of those that decided its status
     status: str  # keep if it ever was, else discard, else crash
     score: float | None  # that is believed
+    loss: float | None  # by which it is believed worse than its base; None where one of them is not known
     is_busy: bool  # others used the machine during all of its runs
 
     def row(self, domain: Domain) -> str:
@@ -97,8 +101,11 @@ def memory(ledger: Ledger) -> list[str]:
     kept = [one for one in experiments if one.status == "keep"]
     discarded = [one for one in experiments if one.status == "discard" and one.score is not None]
     near = sorted(discarded, key=lambda one: one.score, reverse=not domain.lower_is_better)[:NEAR_MISSES]
-    near_commits = {one.run.commit for one in near}
-    dead = [line for one, line in _dead_ends(ledger, discarded) if one.run.commit not in near_commits]
+    dead = []
+    for one in discarded:
+        is_clear = None not in (ledger.sigma, one.loss) and one.loss > DEAD_END_SIGMAS * ledger.sigma
+        if is_clear and not one.is_busy and one not in near:
+            dead.append(f"{_words(one.run)}: {_beside_base(ledger, one)}")
     unsettled = []
     for one in experiments:
         if one.status == "crash":
@@ -135,8 +142,11 @@ def _experiments(ledger: Ledger) -> list[Experiment]:
         statuses = {run.status for run in runs}
         status = next(status for status in ("keep", "discard", "crash") if status in statuses)
         decisive = [run for run in runs if run.status == status]
-        was_busy = all(is_busy(run) for run in decisive)
-        found.append(Experiment(decisive[0], status, ledger.believed(commit), was_busy))
+        first = min(decisive, key=lambda run: run.number)
+        score = ledger.believed(commit)
+        base_score = ledger.believed(first.base)
+        loss = None if None in (score, base_score) else ledger.domain.gain(score, base_score)
+        found.append(Experiment(first, status, score, loss, all(is_busy(run) for run in decisive)))
     return found
 
 
@@ -146,30 +156,31 @@ def second_looks(ledger: Ledger, read: Callable[[str], bytes]) -> list[str]:
     experiments = _experiments(ledger)
     if len(experiments) % SECOND_LOOK_EVERY and not _is_large_keep(ledger, experiments[-1]):
         return []
-    losses = []
-    for one in experiments:
-        base_score = ledger.believed(one.run.base) if one.run.base else None
-        if one.status == "discard" and one.run.base != ledger.champion and None not in (one.score, base_score):
-            losses.append((ledger.domain.gain(one.score, base_score), one.run))
-    losses.sort(key=lambda entry: entry[0])
+    discarded = [one for one in experiments if one.status == "discard" and one.loss is not None]
+    on_former = [one for one in discarded if one.run.base != ledger.champion]
     found: list[str] = []
-    for loss, run in losses[:LOOKED_THROUGH]:
-        base = read(run.base)
-        if len(found) < SECOND_LOOKS and changed_lines(base, read(run.commit)).isdisjoint(
-            changed_lines(base, read(ledger.champion))
-        ):
-            how = "worse" if loss >= 0 else "better"
-            than = f"{run.base[:7]} ({one_line(ledger.first_run_of(run.base).description, 60)})"
-            found.append(f"{run.commit[:7]} {_words(run)}: {ledger.domain.score_text(abs(loss))} {how} than {than}")
+    for one in sorted(on_former, key=lambda one: one.loss)[:LOOKED_THROUGH]:
+        if len(found) == SECOND_LOOKS:
+            break
+        base = read(one.run.base)
+        of_champion = changed_lines(base, read(ledger.champion))
+        if changed_lines(base, read(one.run.commit)).isdisjoint(of_champion):
+            found.append(f"{one.run.commit[:7]} {_words(one.run)}: {_beside_base(ledger, one)}")
     return found
 
 
 def _is_large_keep(ledger: Ledger, one: Experiment) -> bool:
     """Whether an experiment made the present champion, by a gain that two single runs tell from chance."""
-    base_score = ledger.believed(one.run.base) if one.run.base else None
-    if one.run.commit != ledger.champion or None in (ledger.sigma, base_score):
+    if one.run.commit != ledger.champion or None in (ledger.sigma, one.loss):
         return False
-    return ledger.domain.gain(base_score, one.score) > LARGE_KEEP_SIGMAS * ledger.sigma
+    return -one.loss > LARGE_KEEP_SIGMAS * ledger.sigma
+
+
+def _beside_base(ledger: Ledger, one: Experiment) -> str:
+    """`0.012000 worse than abc1234 (a deeper model)`."""
+    base = ledger.first_run_of(one.run.base)
+    how = "worse" if one.loss >= 0 else "better"
+    return f"{ledger.domain.score_text(abs(one.loss))} {how} than {base.commit[:7]} ({one_line(base.description, 60)})"
 
 
 def changed_lines(old: bytes, new: bytes) -> set[int]:
@@ -180,22 +191,6 @@ def changed_lines(old: bytes, new: bytes) -> set[int]:
         if kind != "equal":
             changed.update(range(begin, max(end, begin + 1)))
     return changed
-
-
-def _dead_ends(ledger: Ledger, discarded: list[Experiment]) -> list[tuple[Experiment, str]]:
-    """Discards that lost clearly to their base, each with a line that says to which. None while sigma is unknown."""
-    sigma = ledger.sigma
-    found = []
-    for one in discarded if sigma is not None else []:
-        base = ledger.first_run_of(one.run.base)
-        base_score = ledger.believed(one.run.base) if base else None
-        if base_score is None or one.is_busy:
-            continue
-        loss = ledger.domain.gain(one.score, base_score)
-        if loss > DEAD_END_SIGMAS * sigma:
-            than = f"{base.commit[:7]} ({one_line(base.description, 60)})"
-            found.append((one, f"{_words(one.run)}: {ledger.domain.score_text(loss)} worse than {than}"))
-    return found
 
 
 def _settled_since_keep(ledger: Ledger, experiments: list[Experiment]) -> int:

@@ -83,7 +83,7 @@ class Terms:
     python: str  # the loop's: in the domain's commands it stands for the node's
     versions: dict[str, str]
     threads: str | None  # OMP_NUM_THREADS, which Ray sets to 1
-    is_local: bool  # the loop's own Ray, on its machine
+    home: Path | None  # the tag's folder, where Ray is the loop's own, on its machine
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,9 @@ class Actor:
         self.terms = terms
         self.gpus = ray.get_gpu_ids()
         # The next run on this device of this node ends what an earlier one hid: nobody else could tell whose it is.
-        self.mark = terms.mark if terms.is_local else f"{terms.mark}:{node_id}"
+        self.mark = terms.mark if terms.home else f"{terms.mark}:{node_id}"
+        self.folder = terms.home / "scratch" if terms.home else _own_folder()
+        self.folder.mkdir(parents=True, exist_ok=True)
         os.environ.pop("OMP_NUM_THREADS", None)
         if terms.threads is not None:
             os.environ["OMP_NUM_THREADS"] = terms.threads
@@ -135,17 +137,18 @@ class Actor:
             words = getattr(terms.domain, name)
             commands[name] = tuple(sys.executable if word == terms.python else word for word in words)
         self.domain = replace(terms.domain, **commands)
-        for left in _own_folder().glob("tmp*"):  # by actors that were killed
-            if time.time() - left.stat().st_mtime > LEFT_SECONDS:
-                remove_folder(left)
+        for left in self.folder.glob("tmp*"):  # by actors that were killed
+            with contextlib.suppress(OSError):  # another actor does the same
+                if time.time() - left.stat().st_mtime > LEFT_SECONDS:
+                    remove_folder(left)
 
     def _describe(self, archive: bytes) -> Description:
         variables = machine.variables_for_training(self.terms.facts.profile)
         if self.terms.facts.device == "cuda":
             variables["CUDA_VISIBLE_DEVICES"] = str(self.gpus[0])
-        if problem := machine.lacking_disk(_own_folder()):
+        if problem := machine.lacking_disk(self.folder):
             raise UserError(problem)
-        with tempfile.TemporaryDirectory(dir=_own_folder()) as folder:
+        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             tree = Path(folder, "tree")
             unpack(archive, tree)
             facts = machine.describe(self.domain, tree, variables)
@@ -163,7 +166,7 @@ class Actor:
             return MachineFault(refusal), {}
         cancellation = SimpleNamespace(is_set=ray.get_runtime_context().is_canceled)  # in place of an event
         try:
-            with tempfile.TemporaryDirectory(dir=_own_folder(), ignore_cleanup_errors=True) as folder:
+            with tempfile.TemporaryDirectory(dir=self.folder, ignore_cleanup_errors=True) as folder:
                 return self._measure_in(Path(folder), job, cancellation)
         except OSError as error:  # a full disk, say
             return MachineFault(one_line(str(error), 500)), {}
@@ -172,7 +175,7 @@ class Actor:
         place = Place(
             output=folder,
             scratch=folder / "scratch",
-            compile_cache=_own_folder() / "compile_cache",
+            compile_cache=self.folder.parent / "compiled" if self.terms.home else self.folder / "compiled",
             mark=self.mark,
             device=self._device(self.facts),
         )
@@ -270,7 +273,7 @@ class RayRunner(Runner):
             python=sys.executable,
             versions=installed_versions(),
             threads=os.environ.get("OMP_NUM_THREADS"),
-            is_local=not address,
+            home=None if address else tag.home,
         )
         share = {"num_gpus": 1, "num_cpus": 0}
         if facts.device != "cuda":  # a whole node: where nodes differ, as much as the smallest one has
@@ -297,6 +300,8 @@ class RayRunner(Runner):
         }
         if not address:
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray leaves one in the home
+            if facts.device == "cuda":
+                os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(facts.devices)  # Ray would count those that are full too
             options |= {
                 "include_dashboard": False,
                 "num_cpus": 1,

@@ -89,7 +89,7 @@ def run_again(ratchet, commit: str) -> Run:
         if not is_kept or was_kept or not ratchet.domain.approve:
             return ratchet.record([run], "keep" if is_kept else "discard")
         run = ratchet.record([run], "pending")
-    return ratchet.ask_approval(run)[0]
+    return ratchet.ask_approval(run)
 
 
 def check_run(ratchet) -> Run:

@@ -44,7 +44,7 @@ def status_text(tag) -> str:
         if live["waiting"]:
             lines.append(f"waiting: {live['waiting']}")
         if live["others"] is not None:
-            lines.append(f"others used {live['others']:.0%} of the machine during the last run")
+            lines.append(f"others used {live['others']:.0%} of the processors during the last run")
     lines.append(ledger.standing())
     rows = ledger.rows
     if rows:
@@ -194,7 +194,7 @@ def _speeds(ledger: Ledger, commit: str) -> list[str]:
 
 def noise_lines(ledger: Ledger, changes: list[Change]) -> list[str]:
     domain = ledger.domain
-    noise = ledger.noise()
+    noise = ledger.noise
     size = "" if noise.sigma is None else f"{domain.score_text(noise.sigma)} {domain.unit}, "
     lines = [f"sigma, the standard deviation between seeds: {size}{noise.source}"]
     drift = ledger.speed_sigma()
@@ -221,8 +221,10 @@ def pace_text(ledger: Ledger) -> str:
         reached = max(reached, end)
     busy = sum(end - start for start, end in spans)
     wall = wall or 1e-9
+    idle = reached - spans[0][0] - wall
+    lost = f", and {duration(idle)} without a run" if idle > 1 else ""
     usual = duration(statistics.median(end - start for start, end in spans))
-    return f"pace: {len(spans) / wall * 3600:.1f} runs an hour, {busy / wall:.2f} at a time, {usual} each"
+    return f"pace: {len(spans) / wall * 3600:.1f} runs an hour, {busy / wall:.2f} at a time, {usual} each{lost}"
 
 
 def cost_text(ledger: Ledger) -> str:
@@ -256,8 +258,8 @@ def machine_text(ledger: Ledger) -> str:
         parts.append(f"{len(nodes):,} nodes")
     if known := [run for run in measured if run.busy_others is not None]:
         median = statistics.median(run.busy_others for run in known)
-        weak = sum(map(is_busy, known))
-        parts.append(f"others used {median:.0%} of it in the median run, over {BUSY:.0%} in {weak:,} of {len(known):,}")
+        weak = f"over {BUSY:.0%} in {sum(map(is_busy, known)):,} of {len(known):,}"
+        parts.append(f"others used {median:.0%} of the processors in the median run, {weak}")
     bare = sum(not run.is_isolated for run in measured)
     parts.append(f"{bare:,} of {len(measured):,} runs were not isolated" if bare else "every run was isolated")
     return f"machine: {', '.join(parts)}"
@@ -310,12 +312,12 @@ def audit_text(ledger: Ledger, group: str) -> tuple[str, list[str]]:
         texts = ["" if gain is None else f"{domain.score_text(gain)}{error_text}" for gain in gains]
         rows.append(["gain ± 2 standard errors", *texts, "", ""])
         doubts += _doubts_of_gains(gains, error or 0.0, domain)
-    elif ledger.champion == ledger.baseline:
-        notes.append("no change is in the branch: the baseline is the champion")
     else:
-        notes.append("this audit was stopped before both had run")
+        then = Ledger(domain, ledger.runs[: ledger.runs.index(by_role["baseline"][0])], ledger.profile)
+        stopped = "this audit was stopped before both had run"
+        notes.append("no change was in the branch" if then.champion == then.baseline else stopped)
     if busy := sum(is_busy(run) for runs in by_role.values() for run in runs):
-        notes.append(f"others used over {BUSY:.0%} of the machine during {busy} of these runs: their scores are weak")
+        notes.append(f"others used over {BUSY:.0%} of the processors in {busy} of these runs: their scores are weak")
     if not is_clean:
         notes.append("not every run was scored in a clean process: the gain is of the runs' own scores")
     return "\n".join(align(rows, right=(1, 2, 3, 4)) + notes), doubts

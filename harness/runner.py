@@ -103,10 +103,10 @@ def measure(job: Job, place: Place, stop: threading.Event) -> Run:
     Raises MachineFault where there is no run to speak of, Stopped where `stop` was set.
     """
     sweep(f"{place.mark}:run:{place.device}")  # what an earlier run left on this device, the killed loop's last one say
-    for problem in (machine.lacking_disk(place.output), machine.busy_device(job.facts, place.device)):
-        if problem:
-            raise MachineFault(problem)
     try:
+        for problem in (machine.lacking_disk(place.output), machine.busy_device(job.facts, place.device)):
+            if problem:
+                raise MachineFault(problem)
         (place.output / "result.json").unlink(missing_ok=True)  # of an earlier try: not this one's
         place.scratch.mkdir(parents=True, exist_ok=True)
         # A fresh folder for every run: one that cannot be removed stands in nobody's way.
@@ -248,11 +248,14 @@ def _take_compiled(job: Job, place: Place, folder: Path) -> None:
 
 
 def _keep_compiled(job: Job, place: Place, folder: Path) -> None:
-    if job.is_audit or not (folder / "compiled").is_dir():
+    if job.is_audit:
         return
     place.compile_cache.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(OSError):  # the same commit ran before
-        (folder / "compiled").rename(place.compile_cache / job.run.commit)
+    own = place.compile_cache / job.run.commit
+    with contextlib.suppress(OSError):  # another worker runs the same commit
+        if own.exists():
+            own.rename(folder / "old")
+        (folder / "compiled").rename(own)
     with contextlib.suppress(OSError):  # another worker removes the same ones
         for old in sorted(place.compile_cache.iterdir(), key=lambda path: path.lstat().st_mtime)[:-COMPILED_KEPT]:
             if old.name not in (job.run.base, job.run.commit):
@@ -304,21 +307,10 @@ def _rounded(score: float | None, domain: Domain) -> float | None:
 
 def parse_summary(log: str, metric: str) -> dict[str, str]:
     """The `key: value` lines that stand together with the last one of the metric."""
-    lines = re.split(r"\r\n|\r|\n", log)
-    last = max((number for number, line in enumerate(lines) if line.startswith(f"{metric}:")), default=None)
-    if last is None:
-        return {}
-    entry = re.compile(r"(\w+):[ \t]*(.*)")
-    first = last
-    while first > 0 and entry.fullmatch(lines[first - 1]):
-        first -= 1
-    summary = {}
-    for line in lines[first:]:
-        found = entry.fullmatch(line)
-        if not found:
-            break
-        summary[found[1]] = found[2].strip()
-    return summary
+    blocks = re.findall(r"(?:^\w+:.*\n?)+", re.sub(r"\r\n?", "\n", log), re.MULTILINE)
+    of_metric = re.compile(rf"^{re.escape(metric)}:", re.MULTILINE)
+    block = next((block for block in reversed(blocks) if of_metric.search(block)), "")
+    return {key: value.strip() for key, value in re.findall(r"^(\w+):(.*)$", block, re.MULTILINE)}
 
 
 def _printed_number(log: str, summary: dict[str, str], key: str) -> float:

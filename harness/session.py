@@ -10,11 +10,11 @@ import tempfile
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from harness import compare, isolation, knob_search, machine, prompt
-from harness.agents import Agent, BackOff, Cost, NoProposal, Worktree
+from harness.agents import Agent, Cost, NoProposal, Worktree, rest_seconds
 from harness.console import Interrupts, StopNow, UserError, duration, is_terminal, listed, say, show_live_line
 from harness.domain import Description
 from harness.edit import Dropped, Edit
@@ -32,6 +32,7 @@ LIVE_SECONDS = 1.0  # between writings of what `status` reads
 APPROVAL_SECONDS = 7 * 86400  # that --approve may take: a human may be at the weekend
 LATEST_VERDICTS = 3  # that an agent is told
 CRASH_LINES = 50  # of a log, for the agent that mends it
+MOST_REFUSALS = 3  # in a row, of a session whose agents have proposed nothing yet
 OFFERS = 2  # of a crash to mend, to an agent that fails or does nothing with it
 
 
@@ -107,7 +108,9 @@ def _describe(tag: Tag, is_stopped) -> Description:
         unpack(tag.repository.archive(tag.champion), tree)
         variables = machine.variables_for_training()
         facts = machine.describe(tag.domain, tree, variables)
-        if not facts.prepared and tag.domain.prepare_command and not is_stopped():
+        if is_stopped():
+            raise StopNow
+        if not facts.prepared and tag.domain.prepare_command:
             say(f"profile {facts.profile} ({facts.reason}) has no data yet: preparing it in {facts.cache}")
             # With the person's keys: this is the evaluator's own work, no candidate's.
             machine.prepare_data(tag.domain, tree, machine.variables_for_agent(facts.profile), is_stopped)
@@ -136,25 +139,15 @@ def make_runner(tag: Tag, facts: Description, options: Options, interrupts: Inte
 # The session
 
 
-@dataclass
-class Doing:
-    """What a worker does at this moment, for `status`."""
-
-    doing: str = ""
-    run: int = 0
-    description: str = ""
-    since: float = field(default_factory=time.time)
-
-
 class Session:
     """Supervises a ratchet: with an agent all night, or for one command."""
 
-    def __init__(self, ratchet, options: Options, interrupts: Interrupts):
-        self.ratchet = ratchet
-        self.tag: Tag = ratchet.tag
-        self.domain = ratchet.domain
-        self.facts = ratchet.facts
-        self.runner: Runner = ratchet.runner
+    def __init__(self, tag: Tag, facts: Description, ratchet: type, options: Options, interrupts: Interrupts):
+        self.tag = tag
+        self.domain = tag.domain
+        self.facts = facts
+        self.runner = make_runner(tag, facts, options, interrupts)
+        self.ratchet = ratchet(tag, facts, self.runner, options.confirm)
         self.options = options
         self.interrupts = interrupts
         self.began_at = time.time()
@@ -164,15 +157,17 @@ class Session:
         self.begun = 0  # experiments that took one of --max-experiments
         self.decided = 0  # of these
         self.spent_usd = 0.0
+        self.dearest_usd = 0.0  # of its agents' calls, as far as they told it
+        self.has_proposed = False  # an agent of this session has
         self.rate_limited_until = 0.0  # time.monotonic(), for all workers
         self.waiting_for = ""  # a proposal, as a person was last told
         self.waiting_since = 0.0
-        self.doing: dict[str, Doing] = {}  # thread -> what it does
+        self.doing: dict[str, dict] = {}  # thread -> what it does
         self.failure: BaseException | None = None
         self.again: deque[Run] = deque()  # stale gains of an earlier session
-        ratchet.on_decided = self._on_decided
-        ratchet.on_training = self._on_training
-        ratchet.approve = self._ask_approval
+        self.ratchet.on_decided = self._on_decided
+        self.ratchet.on_training = self._on_training
+        self.ratchet.approve = self._ask_approval
         self.runner.is_stopping = self.is_stopping
 
     def is_stopping(self) -> bool:
@@ -263,7 +258,7 @@ class Session:
                 "devices": len(self.runner.devices),
                 "usual_seconds": usual,
                 "others": runs[0].busy_others if runs else None,
-                "workers": [vars(doing) for doing in list(self.doing.values())],
+                "workers": list(self.doing.values()),
             }
         )
         if is_terminal():
@@ -275,16 +270,18 @@ class Session:
         parts = ["no score yet" if best is None else f"best {self.domain.score_text(best)}"]
         workers = list(self.doing.values())
         for worker in workers:
-            if worker.doing == "training":
-                parts.append(f"run {worker.run:04d} {time.time() - worker.since:.0f} s of ~{duration(usual)}")
-        if proposing := sum(worker.doing == "proposing" for worker in workers):
+            if worker["doing"] == "training":
+                parts.append(f"run {worker['run']:04d} {time.time() - worker['since']:.0f} s of ~{duration(usual)}")
+        if proposing := sum(worker["doing"] == "proposing" for worker in workers):
             parts.append(f"{proposing} proposing")
         return " | ".join(parts)
 
     # What the ratchet tells
 
     def _set_doing(self, doing: str, run: int = 0, description: str = "") -> None:
-        self.doing[threading.current_thread().name] = Doing(doing, run, description)
+        """What this thread does from now on, as `status` reads it."""
+        state = {"doing": doing, "run": run, "description": description, "since": time.time()}
+        self.doing[threading.current_thread().name] = state
 
     def _on_training(self, run: Run) -> None:
         self._set_doing("training", run.number, run.description)
@@ -334,11 +331,10 @@ class Session:
             ahead = self.options.workers if self.facts.device == "cuda" else 0
         wanted = max(self.options.max_experiments, len(self.again))
         count = int(min(self.options.workers + ahead, wanted))
-        worktrees = [self._make_worktree(number) for number in range(1, count + 1)]
+        worktrees = [Worktree(self.tag, number) for number in range(1, count + 1)]
         work = {f"worker {n}": lambda w=worktree: self._work(agent, w) for n, worktree in enumerate(worktrees, 1)}
         try:
-            if work:
-                self.supervise(work)
+            self.supervise(work)
         finally:
             for worktree in worktrees:
                 self.tag.repository.remove_worktree(worktree.folder)
@@ -350,39 +346,34 @@ class Session:
             remedy = "start with the same --approve CMD as before"
             raise UserError(f"run {pending[0].number} waits for approval, and nobody is there to give it: {remedy}", 2)
         for run in pending:
-            _, is_stale = self.ratchet.ask_approval(run)
-            if is_stale:
-                say(f"run {run.number:04d} runs again on the present champion")
-
-    def _make_worktree(self, number: int) -> Worktree:
-        folder = self.tag.worktrees / str(number)
-        return Worktree(self.tag, folder, mark=f"{self.tag.mark}:agent:{number}")
+            self.ratchet.ask_approval(run)
 
     def _work(self, agent: Agent, worktree: Worktree) -> None:
         """A worker: one experiment after another. A crash is given to the next proposal, to be mended, once."""
-        back_off = BackOff()
         crash: Run | None = None
         offers = 0  # of it
         refusal = ""
-        cost = Cost()
+        cost = Cost()  # of the agent's calls since its last run
+        failures = 0  # of these in a row
         while edit := self._next_stale():
             self._take_through(edit)
         while self._begin():
-            edit, no_proposal, cost = self._propose(agent, worktree, crash, refusal, cost)
-            refusal = ""
-            if edit is None:
+            answer = self._propose(agent, worktree, crash, refusal)
+            cost = cost + worktree.cost
+            if isinstance(answer, NoProposal):
                 with self.ratchet.lock:
                     self.begun -= 1
-                is_refused = no_proposal.kind == "refused edit"
-                refusal = no_proposal.reason if is_refused else ""
+                refusal = answer.reason if answer.kind in ("refused edit", "unchanged") else ""
                 offers += 1
-                if is_refused or offers >= OFFERS:
+                failures += 1
+                if answer.kind == "refused edit" or offers >= OFFERS:
                     crash = None
-                self._rest(no_proposal, back_off, worktree)
+                self._rest(agent, answer, failures, worktree)
                 continue
-            back_off.succeeded()
+            failures = 0
+            self.has_proposed = True
             self.waiting_for = ""
-            run, refusal = self._take_through(edit)
+            run, refusal = self._take_through(replace(answer, cost=cost.as_dict()))
             if run is not None:
                 cost = Cost()
             is_new_crash = crash is None and run is not None and run.status == "crash"
@@ -407,47 +398,32 @@ class Session:
             run = self.again.popleft()
         return Edit(self.tag.source(run.commit), run.base, run.description, again_of=run.number)
 
-    def _propose(self, agent: Agent, worktree: Worktree, crash: Run | None, refusal: str, cost: Cost):
-        """An edit by the agent, or why there is none; and what its calls have cost since its last run."""
+    def _propose(self, agent: Agent, worktree: Worktree, crash: Run | None, refusal: str) -> Edit | NoProposal:
+        """An edit by the agent, or why there is none."""
         self._set_doing("proposing")
         suggestions = knob_search.suggest(self.tag, self.facts.profile) if self.options.suggest else []
         with self.ratchet.lock:
             base = crash.base if crash else self.tag.champion
             start = self.tag.source(crash.commit if crash else base)
             text = self._prompt(crash, refusal, suggestions)
-        answer = worktree.propose(
-            agent,
-            base,
-            start,
-            text,
-            machine.variables_for_agent(self.facts.profile),
-            self.options.agent_timeout,
-            self.no_more,
-        )
+        env = machine.variables_for_agent(self.facts.profile)
+        answer = worktree.propose(agent, base, start, text, env, self.options.agent_timeout, self.no_more)
         if self.no_more.is_set() and isinstance(answer, NoProposal):
             raise Stopped
-        cost = cost + answer.cost
         with self.ratchet.lock:
-            self.spent_usd += answer.cost.usd or 0.0
+            usd = worktree.cost.usd
+            self.dearest_usd = max(self.dearest_usd, usd or 0.0)
+            # A CLI that tells its price, and was ended before it did, may have cost as much as any.
+            self.spent_usd += self.dearest_usd * agent.reports_usd if usd is None else usd
             answer = self._check_packages(answer)
         if isinstance(answer, NoProposal):
-            return None, answer, cost
+            return answer
         if answer.touched:
             say(f"note: the agent also changed {', '.join(answer.touched)}: undone")
-        edit = Edit(
-            answer.source,
-            base,
-            answer.description,
-            touched=answer.touched,
-            cost=cost.as_dict(),
-            wins=not agent.has_model,
-        )
-        problem = self.ratchet.find_problem(edit.source) if base == self.tag.champion else ""
-        if problem:
-            return None, NoProposal(problem, "refused edit", answer.cost), cost
-        return edit, None, cost
+        problem = self.ratchet.find_problem(answer.source) if base == self.tag.champion else ""
+        return NoProposal(problem, "refused edit") if problem else answer
 
-    def _check_packages(self, answer):
+    def _check_packages(self, answer: Edit | NoProposal) -> Edit | NoProposal:
         """An agent that installed something has its edit refused, and the environment is put back."""
         first = self.tag.ledger.first_run
         changes = machine.changed_packages(first.packages)
@@ -455,7 +431,7 @@ class Session:
             return answer
         machine.restore_packages(first.packages)
         reason = f"no new dependency is allowed, and {', '.join(changes[:3])} was installed: put back"
-        return NoProposal(reason, "refused edit", answer.cost)
+        return NoProposal(reason, "refused edit")
 
     def _prompt(self, crash: Run | None, refusal: str, suggestions: list[str]) -> str:
         name = self.domain.instructions
@@ -465,18 +441,18 @@ class Session:
         ledger = self.tag.ledger
         latest = [run for run in ledger.rows if run.purpose == "experiment"][-LATEST_VERDICTS:]
         verdicts = [compare.verdict(ledger, run) for run in latest]
-        running = list(self.ratchet.in_flight.values())
+        running = [one["description"] for one in list(self.doing.values()) if one["description"]]
         crash_log = read_tail(self.tag.folder(crash.number) / "run.log", CRASH_LINES) if crash else ""
         return prompt.write_prompt(
             instructions, ledger, running, verdicts, refusal, crash_log, suggestions, self.tag.source
         )
 
-    def _rest(self, no_proposal: NoProposal, back_off: BackOff, worktree: Worktree) -> None:
+    def _rest(self, agent: Agent, no_proposal: NoProposal, failures: int, worktree: Worktree) -> None:
         """Say why there is no proposal, and let this worker rest: longer for every failure in a row."""
-        has_answered = any(run.purpose == "experiment" for run in self.tag.ledger.rows)
-        if no_proposal.kind == "refused" and not has_answered:
+        is_hopeless = failures >= MOST_REFUSALS or not agent.has_model
+        if no_proposal.kind == "refused" and is_hopeless and not self.has_proposed:
             raise UserError(f"the agent was refused: {no_proposal.reason}")
-        seconds = back_off.after(no_proposal)
+        seconds = rest_seconds(no_proposal.kind, failures)
         if no_proposal.kind == "rate limit":
             self.rate_limited_until = time.monotonic() + seconds
         if not self.waiting_for:

@@ -73,10 +73,13 @@ class Tag:
     def show_champion(self) -> None:
         """The branch follows the champion. A checkout that shows it goes along, unless a person changed files there."""
         repository = self.repository
-        if repository.head_branch() == self.branch and not self._has_persons_edits():
+        is_shown = repository.head_branch() == self.branch
+        if is_shown and not self._has_persons_edits():
             repository.reset(self.checkout, self.champion, self.branch)
-        else:
-            repository("update-ref", f"refs/heads/{self.branch}", self.champion)
+            return
+        repository("update-ref", f"refs/heads/{self.branch}", self.champion)
+        if is_shown:
+            say("note: the checkout has edits of yours: its files stay as they are, at an earlier champion")
 
     def _has_persons_edits(self) -> bool:
         """Whether the checkout differs from the champion by more than that it still shows an earlier one: a kill may
@@ -107,8 +110,7 @@ class Tag:
     def append(self, *runs: Run) -> None:
         """Decide runs: from here on no kill undoes it. Then the renderings."""
         append_runs(self.home / "runs.jsonl", runs)
-        for run in runs:
-            self.ledger.add(run)
+        self.ledger = Ledger(self.domain, [*self.ledger.runs, *runs])
         self.publish()
 
     def publish(self) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 from conftest import FAKE_TRAIN, Checkout
 
 import loop
-from harness.agents import Agent, NoProposal, Proposal, Worktree
+from harness.agents import Agent, NoProposal, Worktree
+from harness.edit import Edit
 from harness.ledger import Run
 from harness.repository import Repository
 from harness.tag import Tag
@@ -28,7 +29,7 @@ class Lab:
         self.tag = Tag(Repository(self.checkout, "train.py", "program.md"), "t", DOMAIN)
         self.champion = self.tag.repository.head()
         self.add_run(status="keep", purpose="baseline", description="baseline", score=1.5)
-        self.worktree = Worktree(self.tag, self.tag.worktrees / "1", f"{self.tag.mark}:agent:1")
+        self.worktree = Worktree(self.tag, 1)
         self.stop = threading.Event()
 
     def add_run(self, log: str = "a log\n", **values) -> Run:
@@ -42,7 +43,7 @@ class Lab:
         """An agent that runs this Python code in the worktree, as Checkout.agent."""
         return Agent(self.scratch.agent(body), **values)
 
-    def propose(self, agent: Agent | str, start: str = TRAIN, prompt="Do it.\n", limit=60.0) -> Proposal | NoProposal:
+    def propose(self, agent: Agent | str, start: str = TRAIN, prompt="Do it.\n", limit=60.0) -> Edit | NoProposal:
         agent = self.agent(agent) if isinstance(agent, str) else agent
         return self.worktree.propose(agent, self.champion, start.encode(), prompt, self.env, limit, self.stop)
 

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
-from prepare_fixtures import locks_given_back, tiny  # noqa: F401 (fixtures of the judge's tests)
+from prepare_fixtures import evaluator, locks_given_back, tiny  # noqa: F401 (fixtures of the judge's tests)
 
 import loop
 from harness.ledger import Run, read_runs
@@ -257,8 +257,8 @@ class Checkout:
         return read_runs(self.home() / "runs.jsonl")
 
     def processes(self, entry: str) -> list[int]:
-        """Ids of the living processes in whose environment an entry begins so."""
-        return sorted(find_processes("environ", rb"(^|\0)" + re.escape(entry.encode())))
+        """Ids of the living processes in whose environment an entry begins so; who draws the page has another one."""
+        return sorted(find_processes("environ", rb"(^|\0)" + re.escape(entry.encode()) + rb"(?![^\0]*:page\0)"))
 
     def orphans(self, entry: str = "") -> list[str]:
         """Command lines of the living processes that carry this checkout's mark, or have this entry."""

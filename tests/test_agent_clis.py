@@ -10,13 +10,15 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from agent_fixtures import TRAIN, Lab
 from model_server import Call, Hang, ModelServer, Run, Say, Status, Turn
 
-from harness.agents import AGENTS, Agent, NoProposal, Proposal, choose_agent
+from harness.agents import AGENTS, Agent, NoProposal, choose_agent
 from harness.console import UserError
+from harness.edit import Edit
 from harness.processes import find_marked, find_processes
 
 PATH = os.pathsep.join(filter(None, [os.environ.get("AUTORESEARCH_TEST_CLIS"), os.environ["PATH"]]))
@@ -80,19 +82,6 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in OTHERS]
 every_cli = pytest.mark.parametrize("cli", ["claude", "codex", *SLOW], indirect=True)
 
 
-class Cli:
-    """A real CLI in a worktree, and the model that it talks to."""
-
-    def __init__(self, name: str, lab: Lab, server: ModelServer):
-        self.name = name
-        self.lab = lab
-        self.server = server
-
-    def propose(self, *script: Turn, limit: float = LIMIT, agent: Agent | None = None) -> Proposal | NoProposal:
-        self.server.play(*script)
-        return self.lab.propose(agent or AGENTS[self.name], prompt=PROMPT, limit=limit)
-
-
 def require(name: str) -> None:
     if not shutil.which(name, path=PATH):
         pytest.skip(f"{name} is not installed (looked in AUTORESEARCH_TEST_CLIS and PATH)")
@@ -108,17 +97,22 @@ def cli(request, tmp_path):
         env["PWD"] = str(home)  # wrong on purpose: opencode would work there
         env |= {"CLAUDECODE": "1", "CLAUDE_CODE_ENTRYPOINT": "cli"}  # as if another agent had started the loop
         lab = Lab(tmp_path, env | configure(request.param, home, server.url))
-        yield Cli(request.param, lab, server)
+
+        def propose(*script: Turn, limit: float = LIMIT, agent: Agent | None = None) -> Edit | NoProposal:
+            server.play(*script)
+            return lab.propose(agent or AGENTS[request.param], prompt=PROMPT, limit=limit)
+
+        yield SimpleNamespace(name=request.param, lab=lab, server=server, propose=propose)
     assert find_marked(lab.tag.mark) == set()
 
 
 @every_cli
 def test_edit_is_a_proposal_with_its_cost_and_the_prompt_arrived_whole(cli):
     proposal = cli.propose(*EDIT)
-    assert isinstance(proposal, Proposal), proposal
+    assert isinstance(proposal, Edit), proposal
     assert (proposal.source, proposal.description, proposal.touched) == (EDITED, "raise", ())
     assert any(PROMPT.strip() in request.user_text for request in cli.server.requests)
-    cost = proposal.cost
+    cost = cli.lab.worktree.cost
     # One each for the edit and for the word; claude asks for a title too.
     assert (cost.calls, cost.tokens_in, cost.tokens_out) in [(1, 2, 2), (1, 3, 3)]
     assert (cost.usd is not None) == (cli.name in TELL_DOLLARS)
@@ -127,7 +121,7 @@ def test_edit_is_a_proposal_with_its_cost_and_the_prompt_arrived_whole(cli):
 @every_cli
 def test_answer_without_an_edit_and_refusals_are_told_apart_in_the_clis_words(cli):
     answer = cli.propose(Say("I would rather not."))
-    assert (answer.kind, answer.reason) == ("unchanged", "the agent left train.py as it was")
+    assert (answer.kind, answer.reason) == ("unchanged", "the agent left train.py as it was: I would rather not.")
     answer = cli.propose(Status(401))
     assert answer.kind == "refused", answer
     assert "401" in answer.reason or "Invalid API key" in answer.reason
@@ -164,7 +158,7 @@ def test_claude_uses_its_own_tools_in_the_worktree_without_a_persons_hooks_and_s
         Call("Write", {"file_path": str(cli.lab.file("experiment.txt")), "content": "by its own tools"}),
         Say("Done."),
     )
-    assert isinstance(proposal, Proposal), proposal
+    assert isinstance(proposal, Edit), proposal
     assert (proposal.source, proposal.description) == (EDITED, "by its own tools")
     seen = json.dumps(cli.server.requests[-1].body)
     assert "the end of a log" in seen and "wider layers" in seen

@@ -1,7 +1,5 @@
 """harness/agents.py without a real CLI: what an agent finds, what counts of what it leaves, its words and its cost.
 
-    uv run pytest tests/test_agents.py
-
 Every agent here is a real process in a real worktree.
 """
 
@@ -16,8 +14,9 @@ from agent_fixtures import TRAIN, Lab
 from conftest import FAKE_PREPARE
 
 from harness import agents
-from harness.agents import AGENTS, Agent, BackOff, Cost, NoProposal, Proposal, agent_environment, choose_agent
+from harness.agents import AGENTS, Agent, Cost, NoProposal, agent_environment, choose_agent
 from harness.console import UserError
+from harness.edit import Edit
 from harness.processes import find_marked
 
 EDIT = 'knob("DEPTH", 8); say("raise depth")\n'
@@ -33,9 +32,10 @@ def lab(tmp_path):
 
 def test_proposal_is_the_edited_file_with_its_description_and_other_changes_are_told_and_gone(lab):
     other = lab.propose('pathlib.Path("prepare.py").write_text("1"); git("commit -qam mine")\n' + EDIT)
-    assert other == Proposal(EDITED, "raise depth", agents.UNKNOWN, ("prepare.py",))
+    assert other == Edit(EDITED, lab.champion, "raise depth", touched=("prepare.py",))
+    assert lab.worktree.cost == agents.UNKNOWN
     found = lab.propose('assert not pathlib.Path("experiment.txt").exists(); git("diff --quiet HEAD"); knob("LR", 0.2)')
-    assert isinstance(found, Proposal), found
+    assert isinstance(found, Edit), found
     assert (found.description, found.touched) == ("LR 0.1 -> 0.2", ())
     crashed = TRAIN + "1 / 0\n"  # where there is one, the agent begins from it, and leaving it is no edit
     assert lab.propose("pass", start=crashed).kind == "unchanged"
@@ -112,7 +112,7 @@ def test_whatever_an_agent_does_its_edit_counts_and_the_next_begins_clean(lab, m
     after = "nothing"
     for name, harm in (HARM | {"nothing": "pass"}).items():
         proposal = lab.propose(f"{LOOK}\n{harm}\n{EDIT}")
-        assert isinstance(proposal, Proposal), (name, proposal)
+        assert isinstance(proposal, Edit), (name, proposal)
         assert (proposal.source, proposal.description) == (EDITED, "raise depth"), name
         assert lab.persons_state() == before and find_marked(lab.tag.mark) == set(), name
         left, prepare = json.loads((lab.outside / "left").read_text())
@@ -127,7 +127,7 @@ def test_train_that_is_no_regular_file_or_too_large_is_a_refused_edit(lab):
         ('os.remove("train.py"); os.makedirs("train.py/deep")', "train.py is not a regular file"),
         ('pathlib.Path("train.py").write_bytes(b"#" * 40_000_000)', "train.py is over 4 MiB"),
     ):
-        assert lab.propose(damage) == NoProposal(told, "refused edit", agents.UNKNOWN)
+        assert lab.propose(damage) == NoProposal(told, "refused edit")
 
 
 def test_silent_slow_or_stopped_agent_is_ended_and_only_a_whole_edit_counts(lab, monkeypatch):
@@ -141,15 +141,6 @@ def test_silent_slow_or_stopped_agent_is_ended_and_only_a_whole_edit_counts(lab,
     assert lab.propose(Agent("/nonexistent/agent")).kind == "failed"
     threading.Timer(1, lab.stop.set).start()
     assert isinstance(lab.propose(EDIT + "time.sleep(600)"), NoProposal)
-
-
-def test_back_off_doubles_to_a_limit_is_longer_for_rate_limits_and_ends_with_a_success():
-    back_off = BackOff()
-    failed, limited = (NoProposal("", kind) for kind in ("failed", "rate limit"))
-    assert [back_off.after(failed) for _ in range(9)] == [5, 10, 20, 40, 80, 160, 320, 600, 600]
-    assert back_off.failures == 9
-    back_off.succeeded()
-    assert [back_off.after(limited) for _ in range(6)] == [60, 120, 240, 480, 960, 1800]
 
 
 def test_environment_hides_that_one_cli_starts_another_and_starts_clean_unless_a_person_says_otherwise():
@@ -247,7 +238,7 @@ FAILURES = [  # output, exit code, kind, what the reason ends with
     (line("turn.failed", error={"message": LIMIT}), 1, "rate limit", LIMIT),
     (line("error", error=FORBIDDEN), 0, "refused", "the agent failed: 403: no"),
     (line("error", error="429 insufficient_quota"), 1, "refused", "exit code 1: 429 insufficient_quota"),
-    (OVERCOME, 0, "unchanged", "the agent left train.py as it was"),
+    (OVERCOME, 0, "unchanged", "the agent left train.py as it was: I would not."),
     (line("text", part={"text": "the API says 429"}), 1, "failed", "the API says 429"),  # a model's own words
     ("Starting\nError: 429 Too many requests\n}\n", 1, "rate limit", "Starting Error: 429 Too many requests"),
     ("", 7, "failed", "the agent ended with exit code 7"),

@@ -1,7 +1,4 @@
-"""harness/compare.py: what a log tells, and a run beside its base as an agent and a person read it.
-
-uv run pytest tests/test_compare.py
-"""
+"""harness/compare.py: what a log tells, and a run beside its base as an agent and a person read it."""
 
 import pytest
 from reading_fixtures import BASELINE, DOMAIN, SLOWER, WARMER, WIDER, made, small_ledger
@@ -49,7 +46,7 @@ training loss at half       4.2000                3.9000    +0.3000
 training loss at the end    3.6000                3.3000    +0.3000
 0.010000 worse ± 0.043726 (2 standard errors): within the noise ({NOISE})
 speed -11.1%: more than the machine does by itself (standard deviation 1.0% of one code)
-others used 30% of the machine during this run: its score is weak \
+others used 30% of the processors during this run: its score is weak \
 ('uv run loop.py try --again 4' measures it once more)"""
     assert verdict(small_ledger(), small_ledger()[4]) == expected
 

@@ -1,7 +1,4 @@
-"""harness/page.py: progress.png and report.html: what they show, what they leave out, and that nothing runs there.
-
-uv run pytest tests/test_page.py
-"""
+"""progress.png and report.html: what they show, what they leave out, and that nothing runs there."""
 
 import dataclasses
 import html.parser
@@ -66,7 +63,7 @@ def test_page_tells_everything_of_a_tag_and_reloads_itself_only_while_a_loop_run
         "NameError: name 'WARM' is not defined",
         "champion, run 0008 was not scored in a clean process",
         "speed -11.1%: more than the machine",
-        "machine: a CPU, others used 2% of it",
+        "machine: a CPU, others used 2% of the processors",
         "loss 4.0 | \nlog",
     ):
         assert words in read.words, words
@@ -122,11 +119,14 @@ def test_page_of_a_long_night_shows_the_newest_and_the_kept(monkeypatch):
     """A gain every tenth run, each smaller than the one before."""
     monkeypatch.setattr(page, "NEWEST", 3)
     monkeypatch.setattr(report, "MOST_CHANGES", 2)
-    night = Ledger(DOMAIN)
+    runs = []
+    champion = ""
     for number in range(1, 51):
         status = "keep" if number == 1 or number % 10 == 0 else "discard"
         score = 2 + 1 / number if status == "keep" else 4.0
-        night.add(made(number, f"{number:040x}", score, status, f"idea {number} ☃ $x_1$", base=night.champion))
+        runs.append(made(number, f"{number:040x}", score, status, f"idea {number} ☃ $x_1$", base=champion))
+        champion = runs[-1].commit if status == "keep" else champion
+    night = Ledger(DOMAIN, runs)
     read = Reader(compose(night))
     assert "The newest 3; of older ones what was kept. 45 are left out" in read.words
     assert "the 3 smallest gains are left out" in read.words

@@ -1,7 +1,4 @@
-"""harness/prompt.py: what an agent is told of the experiments before its own.
-
-uv run pytest tests/test_prompt.py
-"""
+"""harness/prompt.py: what an agent is told of the experiments before its own."""
 
 import dataclasses
 import re
@@ -23,7 +20,8 @@ class Night:
         number = len(self.ledger.runs) + 1
         commit = commit or f"{number:07x}"
         values = {"base": self.ledger.champion} | values
-        self.ledger.add(Run(number, commit, status=status, score=score, description=description, **values))
+        run = Run(number, commit, status=status, score=score, description=description, **values)
+        self.ledger = Ledger(self.ledger.domain, [*self.ledger.runs, run])
         return commit
 
     def prompt(self, **values) -> str:
@@ -122,11 +120,11 @@ def test_prompt_has_every_part_in_order_and_none_that_is_empty_and_stays_short_h
     assert len(whole) < TASK_CHARS + 20_000
     parts = ["Do it.\n\n---", "Best val_bpb 1.0", "commit\tval_bpb\tmemory_gb", "idea 10\n", "idea 29\n", "Near misses"]
     parts += ["Dead ends", "Nothing was kept", "\n- LR 0.1 -> 0.2\n", "first table\n\nsecond table", "\n- idea one\n"]
-    parts += ["The last proposal was refused: it repeats", "crashed: mend it", "boom", "Now: edit train.py once"]
+    parts += ["The last proposal was no experiment: it repeats", "crashed: mend it", "boom", "Now: edit train.py once"]
     places = [whole.find(part) for part in parts]
     assert -1 not in places and places == sorted(places)
     bare = Night().prompt()
     assert not re.search("verdict|Running|refused|Kept|Near|Dead|settled|\n\n\n", bare)
-    for n in range(3000):
+    for n in range(1000):
         night.add(("discard", "crash", "keep")[n % 3], 2.0 - n / 1e5, "long " * 100, reason="why " * 200)
     assert len(night.prompt(running=["wide " * 100] * 3000, refusal="r" * 10**5)) < 60_000
