@@ -5,10 +5,9 @@
     python3 tests/gpu_day.py OUT --profile code      # without uv (all packages in this Python) and without a network
 
 The stages, the most valuable first: `machine` (what it is), `tests` (those marked gpu), `budget` (one whole run, the
-compile cache empty), `startup` (a run up to its first step, with what the whole run compiled), `attention` and `loader`
-(the benches), `loop` (a loop without a model in a repository of its own, with pocket in place of a large profile). A
-stage that fails or hangs is reported, and the next one begins. Without a GPU the gpu tests are skipped, and the rest
-runs on the CPU.
+compile cache empty), `startup` (a run up to its first step, with what the whole run compiled), `loop` (a loop without a
+model in a repository of its own, with pocket in place of a large profile). A stage that fails or hangs is reported, and
+the next one begins. Without a GPU the gpu tests are skipped, and the rest runs on the CPU.
 
 OUT gets report.md (to send or to paste) and the whole log of each stage. Data is prepared where it always is
 (AUTORESEARCH_CACHE); everything else is done in a scratch folder that is removed. Exit codes: 0 every stage ended well;
@@ -83,8 +82,6 @@ STAGES = {
         '"$PY" prepare.py\n"$PY" train.py',
     ),
     "startup": Stage(420, "start-up took", f"\"$PY\" -c '{START_UP}'"),
-    "attention": Stage(280, ".*", '"$PY" tests/bench_attention.py'),
-    "loader": Stage(300, "loader|make_dataloader", '"$PY" tests/bench_loader.py'),
     "loop": Stage(1200, r"[0-9a-f]{7}\t|.*runs an hour", LOOP),
 }
 

@@ -1,6 +1,4 @@
-"""What the tests of prepare.py share: the evaluator as a fresh module with rows of its own in PROFILES, a small corpus.
-Run: uv run pytest tests/test_prepare*.py tests/test_loader.py tests/test_evaluator.py
-"""
+"""What the tests of prepare.py share: the evaluator as a fresh module with rows of its own, a small corpus."""
 
 import importlib.util
 import json
@@ -109,6 +107,12 @@ def tiny(tmp_path_factory):
     path = copy_prepare(folder, "tiny", source)
     assert load_prepare(path, "tiny", folder / "cache").main([]) == 0
     return path, folder / "cache"
+
+
+@pytest.fixture
+def evaluator(tiny):
+    """The evaluator with that profile, as in a process of its own."""
+    return load_prepare(tiny[0], "tiny", tiny[1])
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,4 @@
-"""What a training script may try with its evaluator, each refused; and what the evaluator records of a run.
-
-Run: uv run pytest tests/test_cheats.py
-"""
+"""What a training script may try with its evaluator, each refused; and what the evaluator records of a run."""
 
 import hashlib
 import json
@@ -17,9 +14,8 @@ from prepare_fixtures import load_prepare
 
 
 @pytest.fixture
-def evaluator(tiny):
+def evaluator(evaluator):
     """In a notebook: no loop. Its clock is evaluator.now."""
-    evaluator = load_prepare(tiny[0], "tiny", tiny[1])
     evaluator.now = 50.0
     evaluator._now = lambda: evaluator.now
     return evaluator

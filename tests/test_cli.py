@@ -1,16 +1,15 @@
-"""Bad input gets one `error:` line and exit code 1 or 2, never a traceback; the help and the exit codes.
+"""Bad input gets one `error:` line and exit code 1 or 2, never a traceback; the help and the exit codes."""
 
-    uv run pytest tests/test_cli.py
-"""
-
+import importlib.util
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import BASELINE, errors
+from conftest import BASELINE
 
 import loop
 from harness import cli
@@ -19,7 +18,8 @@ from harness.ledger import Run
 
 @pytest.fixture
 def command(checkout, monkeypatch, capsys):
-    """Calls a command in this process, where no signal and no import matters: its output and its exit code."""
+    """Calls a command in this process, where no signal and no import matters: its output, or the one line that tells
+    why it failed; then it prints nothing for a script to read."""
 
     def call(*args: str, code: int, **env: str) -> SimpleNamespace:
         with monkeypatch.context() as patch:
@@ -31,29 +31,27 @@ def command(checkout, monkeypatch, capsys):
             except SystemExit as error:  # argparse's
                 found = error.code
         out, err = capsys.readouterr()
-        assert found == code, err
-        return SimpleNamespace(stdout=out, stderr=err)
+        assert found == code and not (code and out), err
+        (error,) = [line for line in err.splitlines() if "error: " in line] if code else [""]
+        return SimpleNamespace(stdout=out, error=error)
 
     return call
 
 
-@pytest.fixture
-def refused(command):
-    """The one error line of a command that must fail, and that prints nothing for a script to read."""
-
-    def call(*args: str, code: int, **env: str) -> str:
-        done = command(*args, code=code, **env)
-        (error,) = errors(done)
-        assert done.stdout == ""
-        return error
-
-    return call
+@pytest.mark.parametrize(("extra", "args", "told"), [
+    ("ray", ["--agent", "random", "--workers", "4"], "--workers 4 needs Ray, which is not installed"),
+    ("tpe", ["--agent", "tpe"], "tpe is not installed"),
+])  # fmt: skip
+def test_missing_extra_is_refused_with_the_command_that_brings_it(command, monkeypatch, extra, args, told):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    remedy = f"'uv run --extra {extra} loop.py {shlex.join(args)}'"
+    assert command(*args, code=2).error.startswith(f"error: {told}: {remedy}")
 
 
-def test_agent_that_cannot_start_and_an_unknown_profile_are_refused_before_anything_is_made(checkout, refused):
-    assert "no agent given" in refused(code=2)
-    assert "starts no program that is installed" in refused("--agent-cmd", "no-such-agent --yes", "--tag", "t", code=2)
-    error = refused("--agent-cmd", "true", "--tag", "t", code=2, AUTORESEARCH_PROFILE="tiny")
+def test_agent_that_cannot_start_and_an_unknown_profile_are_refused_before_anything_is_made(checkout, command):
+    assert "no agent given" in command(code=2).error
+    assert "starts no program that is installed" in command("--agent-cmd", "no-such-agent", "--tag", "t", code=2).error
+    error = command("--agent-cmd", "true", "--tag", "t", code=2, AUTORESEARCH_PROFILE="tiny").error
     assert error == "error: unknown profile 'tiny'"  # in the evaluator's own words
     assert checkout.git("symbolic-ref", "--short", "HEAD") == "main"
 
@@ -67,16 +65,16 @@ def test_python_without_the_packages_and_a_machine_without_git_are_an_error(chec
     assert "git is not installed" in done.stderr
 
 
-def test_folder_that_is_no_repository_with_a_commit_of_its_own_is_an_error(checkout, refused):
+def test_folder_that_is_no_repository_with_a_commit_of_its_own_is_an_error(checkout, command):
     shutil.rmtree(checkout.path / ".git")
-    assert "is not the top level of a git repository" in refused("--agent-cmd", "true", code=1)
+    assert "is not the top level of a git repository" in command("--agent-cmd", "true", code=1).error
     checkout.git("init", "-q")
-    assert "has no commit at HEAD: run 'git add -A && git commit" in refused("--agent-cmd", "true", code=1)
+    assert "has no commit at HEAD: run 'git add -A && git commit" in command("--agent-cmd", "true", code=1).error
 
 
-def test_tag_is_a_branch_name_and_defaults_to_the_current_branchs_else_to_today(checkout, command, refused):
+def test_tag_is_a_branch_name_and_defaults_to_the_current_branchs_else_to_today(checkout, command):
     for tag in ("a b", "..", "a/b", "x.lock", "é\x07", 101 * "x"):
-        assert "is not a valid branch name" in refused("status", f"--tag={tag}", code=2)
+        assert "is not a valid branch name" in command("status", f"--tag={tag}", code=2).error
     assert re.match(r"autoresearch/[a-z]{3}\d\d: ", command("status", code=0).stdout)
     checkout.git("checkout", "-q", "-b", "autoresearch/mine")
     assert command("status", code=0).stdout.startswith("autoresearch/mine: ")
@@ -97,7 +95,7 @@ NO_SENSE = [
 
 def test_arguments_that_make_no_sense_are_a_usage_error_and_help_names_every_command(command):
     for args, told in NO_SENSE:
-        assert command(*args, code=2).stderr.splitlines()[-1].endswith(told)
+        assert command(*args, code=2).error.endswith(told)
     told = command("--help", code=0).stdout
     assert all(f"    {name} " in told for name in ("run", "try", "status", "report", "audit", "check"))
 
@@ -111,10 +109,10 @@ def test_terminal_that_is_not_utf_8_and_a_reader_that_has_read_enough_are_no_err
     assert (process.wait(20), process.stderr.read()) == (0, "")
 
 
-def test_places_that_cannot_be_written_are_an_error_or_a_warning_for_a_mere_copy(checkout, refused):
+def test_places_that_cannot_be_written_are_an_error_or_a_warning_for_a_mere_copy(checkout, command):
     home = checkout.path / ".git" / "autoresearch"
     home.write_text("a file where the loop's folder should be")
-    refused("--agent-cmd", "true", "--tag", "t", code=1)
+    command("--agent-cmd", "true", "--tag", "t", code=1)
     home.unlink()
     (checkout.path / "results.tsv").mkdir()
     assert "or its copy could not be written" in checkout.loop("run", *BASELINE).stderr

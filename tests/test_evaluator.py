@@ -1,7 +1,4 @@
-"""The evaluator: bits per byte against hand calculation; every leaking model refused.
-
-Run: uv run pytest tests/test_evaluator.py
-"""
+"""The evaluator: bits per byte against hand calculation; every leaking model refused."""
 
 import math
 
@@ -10,14 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from evaluator_fixtures import T, Toy, V, Wrapped, evaluate, refused, rows_of
-from prepare_fixtures import load_prepare
 from torch import nn
-
-
-@pytest.fixture
-def evaluator(tiny):
-    return load_prepare(tiny[0], "tiny", tiny[1])
-
 
 # ----- the score -----
 

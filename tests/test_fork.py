@@ -1,7 +1,4 @@
-"""A fork for another problem, made as docs/fork.md says: the page's own code, another metric, higher is better.
-
-    uv run pytest tests/test_fork.py
-"""
+"""A fork for another problem, made as docs/fork.md says: the page's own code, another metric, higher is better."""
 
 import re
 

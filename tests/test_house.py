@@ -1,7 +1,4 @@
-"""The house in order: what stands where, which way imports run, what an agent must read, what documents promise.
-
-uv run pytest tests/test_house.py
-"""
+"""The house in order: what stands where, which way imports run, what an agent must read, what documents promise."""
 
 import ast
 import re

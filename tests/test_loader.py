@@ -1,8 +1,6 @@
-"""The dataloader: rows against the plainest implementation of the packing rules; batches, clock, threads.
+"""The dataloader: rows against the plainest implementation of the packing rules; batches, clock, threads."""
 
-Run: uv run pytest tests/test_loader.py
-"""
-
+import hashlib
 import itertools
 import subprocess
 import sys
@@ -17,11 +15,6 @@ from hypothesis import strategies as st
 from prepare_fixtures import environment, load_prepare, plain_rows
 
 import prepare as any_prepare  # for RowStream, which depends on no profile
-
-
-@pytest.fixture
-def evaluator(tiny):
-    return load_prepare(tiny[0], "tiny", tiny[1])
 
 
 def rounds(shards, forever):
@@ -74,6 +67,20 @@ def documents_on_disk(evaluator, name):
         texts = parquet.read_row_group(group)["text"].to_pylist()
         for i in range(0, len(texts), 128):
             yield tokenizer.encode(texts[i : i + 128], prepend=tokenizer.get_bos_token_id())
+
+
+TRAINING_ROWS = {42: "46f7a227acab013e", 7: "cb2f59d021d25f53"}  # by seed, of 200 rows of 65 tokens
+
+
+def test_digest_and_first_rows_are_those_of_commit_a6048a1_so_that_scores_of_that_time_still_compare(tiny):
+    """Printed by that commit's prepare.py, before it was rewritten; its rows equal those of karpathy's."""
+    for seed, training_rows in TRAINING_ROWS.items():
+        evaluator = load_prepare(tiny[0], "tiny", tiny[1], seed)
+        rows = [evaluator._open_split(split, 64).take(200) for split in ("train", "val", "test")]
+        found = [hashlib.sha256(part.astype("<i8").tobytes()).hexdigest()[:16] for part in rows]
+        assert found == [training_rows, "d80112b3ca60be0b", "f22637bb69303d6b"]
+    digest = "785becde39fd9b7ad48392a6d08af4a0e1c59c6b231e65273989f4ec48d01326"  # tokenizer, tokens, held-out rows
+    assert evaluator.describe()["digest"] == digest
 
 
 @pytest.mark.parametrize(("B", "T", "split"), [(64, 7, "val"), (3, 200, "test"), (5, 32, "train"), (64, 200, "train")])

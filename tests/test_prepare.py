@@ -1,7 +1,4 @@
-"""Profiles, sources, splits, tokenizer, token files, manifest, locks and command line of prepare.py.
-
-Run: uv run pytest tests/test_prepare.py
-"""
+"""Profiles, sources, splits, tokenizer, token files, manifest, locks and command line of prepare.py."""
 
 import hashlib
 import os
@@ -105,13 +102,6 @@ def test_defaults_have_their_reason_and_missing_data_asks_for_preparation(
     assert err == f"error: profile '{profile}' is not prepared (no {missing}): run 'uv run prepare.py'\n"
 
 
-def test_what_the_loop_tells_a_run_is_taken_out_of_the_environment(tmp_path):
-    path = tmp_path / "prepare.py"
-    path.write_text(PREPARE.read_text() + "\nLEFT = set(os.environ) & {'AUTORESEARCH_RESULT', 'AUTORESEARCH_SEED'}\n")
-    run = load_prepare(path, "smoke", tmp_path, seed=9, AUTORESEARCH_RESULT="/r.json", AUTORESEARCH_AUDIT="1")
-    assert (str(run._RESULT), run._AUDIT, run.SEED, run.LEFT) == ("/r.json", True, 9, set())
-
-
 # ----- sources and splits -----
 
 
@@ -169,19 +159,17 @@ BAD_SOURCES = {  # file of the source and its bytes; the error line; {} stands f
 }
 
 
-@pytest.mark.parametrize("kind", BAD_SOURCES)
-def test_bad_source_is_one_error_line_and_once_mended_the_same_command_works(tmp_path, capsys, kind):
-    name, data, error = BAD_SOURCES[kind]
-    path = tmp_path / name
-    path.write_bytes(data)
-    evaluator = prepared(tmp_path, path, expect=1)
-    assert error.format(path) in error_line(capsys)
-    assert not (evaluator.CACHE / "manifest.json").exists()
-    path.unlink()
-    prepared(tmp_path, path, expect=1)  # gone: and the hub is not asked for it
-    assert error_line(capsys) == f"error: source {path} does not exist: mend it in PROFILES"
-    mended = write_jsonl(path.with_suffix(".jsonl"), corpus())
-    assert prepared(tmp_path, mended).main(["--verify"]) == 0
+def test_bad_source_is_one_error_line_and_once_mended_the_same_command_works(tmp_path, capsys):
+    for name, data, error in BAD_SOURCES.values():
+        path = tmp_path / name
+        path.write_bytes(data)
+        evaluator = prepared(tmp_path, path, expect=1)
+        assert error.format(path) in error_line(capsys)
+        assert not (evaluator.CACHE / "manifest.json").exists()
+        path.unlink()
+        prepared(tmp_path, path, expect=1)  # gone: and the hub is not asked for it
+        assert error_line(capsys) == f"error: source {path} does not exist: mend it in PROFILES"
+    assert prepared(tmp_path, write_jsonl(tmp_path / "b.jsonl", corpus())).main(["--verify"]) == 0
 
 
 def test_documents_without_text_or_utf_8_are_told_with_file_and_count(tmp_path, capsys):
@@ -294,22 +282,22 @@ def test_changed_constants_ask_for_a_new_preparation(own, tmp_path, capsys):
     assert budget.describe()["rows"]["val"] == len(stream.take(10**6)) > 100
 
 
-@pytest.mark.parametrize("name", ["text", "tokenizer.tiktoken", "val.tokens", "manifest.json"])
-def test_killed_preparation_is_completed_by_the_next_run(shared, tmp_path, monkeypatch, name):
-    """Killed before a file gets its place, half of it written: what comes out is the same, file for file."""
+def test_killed_preparation_is_completed_by_the_next_run(shared, tmp_path, monkeypatch):
+    """Killed again and again, before a file gets its place, half of it written: the end is the same."""
     evaluator = load_prepare(shared.__file__, "mine", tmp_path)
     replace = os.replace
+    for name in ("text", "tokenizer.tiktoken", "val.tokens", "manifest.json"):
 
-    def replace_or_die(source, target):
-        if os.path.basename(target) == name:
-            if os.path.isfile(source):
-                os.truncate(source, os.path.getsize(source) // 2)
-            raise SystemExit("killed")
-        replace(source, target)
+        def replace_or_die(source, target, name=name):
+            if os.path.basename(target) == name:
+                if os.path.isfile(source):
+                    os.truncate(source, os.path.getsize(source) // 2)
+                raise SystemExit("killed")
+            replace(source, target)
 
-    with monkeypatch.context() as patches, pytest.raises(SystemExit, match="killed"):
-        patches.setattr(os, "replace", replace_or_die)
-        evaluator.main([])
+        with monkeypatch.context() as patches, pytest.raises(SystemExit, match="killed"):
+            patches.setattr(os, "replace", replace_or_die)
+            evaluator.main([])
     assert evaluator.main([]) == 0 and evaluator.main(["--verify"]) == 0
     kept = evaluator.CACHE / "tokens/train_00004.tokens"
     written = kept.stat().st_mtime_ns

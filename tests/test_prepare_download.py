@@ -1,7 +1,4 @@
-"""Downloads against a real HTTP server on loopback that misbehaves, one way at a time.
-
-Run: uv run pytest tests/test_prepare_download.py
-"""
+"""Downloads against a real HTTP server on loopback that misbehaves, one way at a time."""
 
 import hashlib
 import http.server

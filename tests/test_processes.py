@@ -1,7 +1,4 @@
-"""Processes and files alone, and the command that tells a person: real processes, real signals.
-
-uv run pytest tests/test_processes.py
-"""
+"""Processes and files alone, and the command that tells a person: real processes, real signals."""
 
 import os
 import re

@@ -4,7 +4,6 @@ away. Loop, Ray and processes are the real ones; evaluator and training are stan
     uv run pytest tests/test_ray_runner.py -m "slow or not slow"
 """
 
-import importlib.util
 import os
 import re
 import shutil
@@ -20,9 +19,7 @@ import pytest
 from conftest import ROOT, Checkout, ended, errors, hear, wait_for
 
 from harness import machine, ray_runner
-from harness.console import UserError
 from harness.processes import find_processes
-from harness.ray_runner import check_ray
 from loop import DOMAIN
 
 pytestmark = pytest.mark.xdist_group("ray")  # one cluster after another: two cores carry no more
@@ -86,16 +83,6 @@ def field(checkout, monkeypatch):
     field.end()
 
 
-def test_missing_extra_is_refused_with_the_command(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(sys, "argv", ["loop.py", "--agent", "random", "--workers", "4"])
-    with pytest.raises(UserError) as refused:
-        check_ray(4, "")
-    command = "uv run --extra ray loop.py --agent random --workers 4"
-    assert str(refused.value) == f"--workers 4 needs Ray, which is not installed: '{command}'"
-    assert refused.value.code == 2
-
-
 def test_node_whose_scores_would_not_compare_is_told_why_and_what_to_do(field: Field, monkeypatch):
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(field.checkout.cache))
     facts = machine.describe(DOMAIN, field.checkout.path, machine.variables_for_training("fake"))
@@ -112,10 +99,12 @@ def test_node_whose_scores_would_not_compare_is_told_why_and_what_to_do(field: F
         assert refusal.startswith(told) and bool(refusal) == bool(told)
 
 
+@pytest.mark.slow
 def test_installed_packages_are_the_same_before_and_after_ray_is_imported():
     code = "from harness import machine; before = machine.installed_packages()\n"
     code += "import ray; assert machine.installed_packages() == before"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
+    assert "optuna" in machine.OF_EXTRAS and not machine.OF_EXTRAS & machine.installed_packages().keys()
 
 
 @pytest.mark.slow

@@ -1,7 +1,4 @@
-"""The audit's clean process: the network leaves its run through torch.export, and is scored with none of its code.
-
-Run: uv run pytest tests/test_score.py
-"""
+"""The audit's clean process: the network leaves its run through torch.export, and is scored with none of its code."""
 
 import json
 import subprocess
@@ -55,12 +52,11 @@ class Rich(nn.Module):
             return 15 * torch.tanh(x @ self.toy.wte.weight.T / 15)
 
 
-def test_network_scores_the_same_in_a_process_without_the_candidate(tiny, tmp_path):
+def test_network_scores_the_same_in_a_process_without_the_candidate(tiny, evaluator, tmp_path):
     model = Wrapped(lambda logits, idx: logits, Rich()).train()
     model._orig_mod = model.model  # as torch.compile wraps a model, without its cost
     record = audit(tiny, tmp_path, model, batch_size=51)
     assert (record["exported"], record["export_problem"], model.training) == ("result.pt2", None, True)
-    evaluator = load_prepare(tiny[0], "tiny", tiny[1])
     command = [sys.executable, "-P", evaluator.__file__, "--score", str(tmp_path / "result.pt2")]
     env = environment(evaluator, OMP_NUM_THREADS="1")  # as here: sums are rounded alike
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path, timeout=300)
@@ -114,19 +110,17 @@ class TwoFaced(Toy):
     ("kind", "reason"),
     [("peeks", r"model looks ahead: it predicts a token 0\.00[789]"), ("counts", "forward fills the buffer counts")],
 )
-def test_network_with_another_face_is_refused_in_the_clean_process(tiny, tmp_path, kind, reason):
+def test_network_with_another_face_is_refused_in_the_clean_process(tiny, evaluator, tmp_path, kind, reason):
     record = audit(tiny, tmp_path, TwoFaced(kind))
     assert record["exported"], record["export_problem"]
-    evaluator = load_prepare(tiny[0], "tiny", tiny[1])
     refused(evaluator, reason, evaluator._score_network, tmp_path / "result.pt2")
 
 
-def test_foreign_operator_torn_file_and_no_file_are_one_error_line_each(tiny, tmp_path, capsys):
+def test_foreign_operator_torn_file_and_no_file_are_one_error_line_each(evaluator, tmp_path, capsys):
     path = tmp_path / "own.pt2"
     idx = torch.zeros(2, 32, dtype=torch.int64)
     torch.export.save(torch.export.export(Wrapped(lambda logits, idx: twice(logits)), (idx,), strict=False), path)
     (tmp_path / "torn.pt2").write_bytes(path.read_bytes()[:5000])
-    evaluator = load_prepare(tiny[0], "tiny", tiny[1])
     for name, reason in {
         "own.pt2": FOREIGN,
         "torn.pt2": "torn.pt2 is not an exported network (BadZipFile",

@@ -186,16 +186,6 @@ def polar_by_svd(u):
     return U @ torch.diag_embed(s) @ Vt
 
 
-@pytest.mark.parametrize("shape", [(3, 96, 32), (3, 32, 96), (1, 1, 32)])
-def test_polar_express_equals_its_polynomial_of_the_singular_values_in_float32_on_a_cpu(shape):
-    u = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    expected = polar_by_svd(u)
-    torch.testing.assert_close(train.polar_express(u), expected, rtol=1e-9, atol=1e-9)
-    got = train.polar_express(u.float())
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)  # bfloat16 is about 1e-2 off
-
-
 def reference_muon(p, g, m, r, lr, mu, wd):
     """One matrix, one step, in float64, from MODEL.md."""
     m = m + (1 - mu) * (g - m)
@@ -210,8 +200,7 @@ def reference_muon(p, g, m, r, lr, mu, wd):
 
 
 @pytest.mark.parametrize("shape", [(48, 16), (16, 48), (1, 32)])
-def test_muon_equals_a_float64_reference_over_steps(monkeypatch, shape):
-    monkeypatch.setattr(train, "polar_express", polar_by_svd)  # independent of the product's rounding
+def test_muon_equals_a_float64_reference_over_steps(shape):
     generator = torch.Generator().manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for _ in range(2)]
     optimizer = MuonAdamW([{"kind": "muon", "params": params, "lr": 0.02}])

@@ -1,6 +1,5 @@
 """harness/device.py: what a run needs of its device. Run: uv run pytest tests/test_train_device.py"""
 
-import math
 import os
 import re
 import time
@@ -22,34 +21,15 @@ CUDA = torch.device("cuda")
 # ---- Attention ----
 
 
-def plain_attention(q, k, v, window):
-    """The softmax over the keys that each query may see, written out, in float64."""
-    T, H, D = q.shape[1:]
-    k = k.repeat_interleave(H // k.size(2), dim=2)
-    v = v.repeat_interleave(H // v.size(2), dim=2)
-    distance = torch.arange(T)[:, None] - torch.arange(T)
-    hidden = (distance < 0) | (distance > window)
-    scores = torch.einsum("bthd,bshd->bhts", q.double(), k.double()) / math.sqrt(D)
-    weights = torch.softmax(scores.masked_fill(hidden, -math.inf), dim=-1)
-    return torch.einsum("bhts,bshd->bthd", weights, v.double())
-
-
 @pytest.mark.parametrize(("T", "window", "kv_heads"), [(10, 0, 1), (10, 4, 2), (10, 9, 1), (200, 1, 4), (200, 150, 2)])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_attention_equals_the_formula(T, window, kv_heads):
-    """Forward and gradient by SDPA, forward by the mask of FlexAttention."""
+def test_mask_of_flex_attention_shows_what_sdpa_shows(T, window, kv_heads):
+    """SDPA itself is held against a float64 reference in test_train.py."""
     generator = torch.Generator().manual_seed(3)
-    qkv = [torch.randn(2, T, heads, 16, generator=generator).requires_grad_() for heads in (4, kv_heads, kv_heads)]
-    y = device.sdpa_attention(*qkv, window)
-    expected = plain_attention(*qkv, window)
-    torch.testing.assert_close(y.double(), expected, atol=1e-5, rtol=1e-5)
-    seed = torch.arange(y.numel()).view(y.shape).sin()
-    got, want = (torch.autograd.grad((each * seed).sum(), qkv) for each in (y, expected))
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    qkv = [torch.randn(2, T, heads, 16, generator=generator) for heads in (4, kv_heads, kv_heads)]
     mask = device.attention_mask("flex", T, window, CPU)
-    y = flex_attention(*(t.detach().transpose(1, 2) for t in qkv), block_mask=mask, enable_gqa=True).transpose(1, 2)
-    torch.testing.assert_close(y.double(), expected, atol=1e-5, rtol=1e-4)
+    y = flex_attention(*(t.transpose(1, 2) for t in qkv), block_mask=mask, enable_gqa=True).transpose(1, 2)
+    torch.testing.assert_close(y, device.sdpa_attention(*qkv, window), atol=1e-5, rtol=1e-4)
 
 
 def test_model_is_exported_with_sdpa_whatever_trained_and_no_mask_of_the_tracers_is_kept(monkeypatch):
@@ -224,14 +204,6 @@ def test_warm_up_trains_and_evaluates_says_where_time_goes_and_leaves_no_trace(c
     assert (threads, f" {rows} rows:" in times) == ("threads: 1 of 1", True)
 
 
-@pytest.mark.parametrize(("half_seconds", "threads"), [(0.89, 2), (0.91, 4)])
-def test_half_the_threads_are_taken_where_they_are_a_tenth_faster(monkeypatch, half_seconds, threads):
-    monkeypatch.setattr(device, "seconds_of", lambda _: {4: 1.0, 2: half_seconds}[torch.get_num_threads()])
-    torch.set_num_threads(4)
-    device.choose_threads(lambda: None)
-    assert torch.get_num_threads() == threads
-
-
 # ---- A GPU that torch cannot start ----
 
 
@@ -277,9 +249,3 @@ def test_sample_continues_its_prompt_on_one_line_until_it_is_long_enough_or_the_
         assert device.write_sample(model, LETTERS, "t", 64, characters) == sample
     assert device.write_sample(torch.nn.Linear(1, 1), LETTERS, "t", 64) == ""
     assert capsys.readouterr().err.startswith("no sample: RuntimeError: ")
-
-
-def test_peak_of_a_device_is_found_by_whole_words():
-    peaks = {"NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA A100-SXM4-80GB": 312, "NVIDIA A10": 125}
-    for name, tflops in (peaks | {"NVIDIA RTX A4000": 0, "cpu": 0}).items():
-        assert device.peak_flops(name) == tflops * 1e12, name
