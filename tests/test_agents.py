@@ -37,6 +37,8 @@ def test_proposal_is_the_edited_file_with_its_description_and_other_changes_are_
     found = lab.propose('assert not pathlib.Path("experiment.txt").exists(); git("diff --quiet HEAD"); knob("LR", 0.2)')
     assert isinstance(found, Edit), found
     assert (found.description, found.touched) == ("LR 0.1 -> 0.2", ())
+    assert lab.propose('knob("LR", 0.3)', TRAIN.replace("= 4", "= 9")).description == "DEPTH 4 -> 9, LR 0.1 -> 0.3"
+    assert lab.propose('say(repr(os.environ["CUDA_VISIBLE_DEVICES"])); knob("LR", 0.3)').description == "''"
     crashed = TRAIN + "1 / 0\n"  # where there is one, the agent begins from it, and leaving it is no edit
     assert lab.propose("pass", start=crashed).kind == "unchanged"
     assert lab.propose(EDIT, start=crashed).source == EDITED + b"1 / 0\n"
@@ -139,6 +141,9 @@ def test_silent_slow_or_stopped_agent_is_ended_and_only_a_whole_edit_counts(lab,
     answer = lab.propose("time.sleep(600)", limit=0.5)
     assert answer.kind == "failed" and re.fullmatch("the agent ended with timeout after . s", answer.reason)
     assert lab.propose(Agent("/nonexistent/agent")).kind == "failed"
+    with monkeypatch.context() as patch:
+        patch.setattr(lab.worktree, "folder", lab.outside / "agent1.py" / "1")  # no room for its worktree, say
+        assert lab.propose(EDIT).kind == "failed"
     threading.Timer(1, lab.stop.set).start()
     assert isinstance(lab.propose(EDIT + "time.sleep(600)"), NoProposal)
 

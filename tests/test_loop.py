@@ -320,10 +320,14 @@ def test_patience_target_hours_dollars_and_the_stop_file_end_a_night_and_notify_
     bill = '{"type": "result", "total_cost_usd": 0.75, "usage": {"input_tokens": 9, "output_tokens": 9}}'
     dear = checkout.agent(f"print({bill!r})\n{DEEPER}")
     done = checkout.loop("--tag", "t", "--agent-cmd", dear, "--max-usd", "1", "--max-experiments", "5")
-    assert "--max-usd 1 is spent" in done.stderr and [run.cost.get("usd") for run in checkout.runs()[-2:]] == [0.75] * 2
+    assert "--max-usd 1 is spent" in done.stderr and "Its agents cost 1.50 dollars." in done.stderr
+    assert [run.cost.get("usd") for run in checkout.runs()[-2:]] == [0.75] * 2
     agent = checkout.agent(DEEPER + '\nopen(os.environ["CHECKOUT"] + "/STOP", "w")')
     checkout.loop("--tag", "t", "--agent-cmd", agent, CHECKOUT=str(checkout.path))
     assert not (checkout.path / "STOP").exists()
+    refused = checkout.agent("print('Error: 401, log in again'); sys.exit(1)")  # whatever the nights before have kept
+    (error,) = errors(checkout.loop("--tag", "t", "--agent-cmd", refused, code=1))
+    assert error.startswith("error: the agent was refused: ")
 
 
 def test_persons_files_and_branch_stay_as_they_are_and_their_instructions_count_at_once(checkout: Checkout):
@@ -332,7 +336,7 @@ def test_persons_files_and_branch_stay_as_they_are_and_their_instructions_count_
     (checkout.path / "prepare.py").write_text((checkout.path / "prepare.py").read_text() + "# mine\n")
     (checkout.path / "notes.txt").write_text("mine")
     (checkout.path / "program.md").write_text("Try depth.\n")
-    checkout.loop(*ONE, deeper)
+    assert "the checkout has edits of yours" in checkout.loop(*ONE, deeper).stderr
     assert (checkout.outside / "prompt").read_text().startswith("Try depth.")
     assert (checkout.path / "prepare.py").read_text().endswith("# mine\n")
     assert (checkout.path / "notes.txt").read_text() == "mine"

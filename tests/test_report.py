@@ -67,6 +67,11 @@ def test_better_score_than_the_best_is_explained():
         assert line.startswith("best score of a single run: 1.600000, run 0007, ") and said in line
 
 
+def test_hours_in_which_nothing_ran_are_told():
+    night = small_ledger(made(200, WARMER, 1.9, "discard", "after a rate limit", base=WIDER))
+    assert re.search(r"^pace: .* 40 s each, and 3\.2 h without a run$", report_text(night), re.MULTILINE)
+
+
 def worker(doing: str, seconds: float, run: int = 0, description: str = "") -> dict:
     return {"doing": doing, "run": run, "description": description, "since": time.time() - seconds}
 
@@ -154,7 +159,8 @@ def test_audit_doubts_in_one_line_each(runs, said):
 
 def test_audit_without_a_kept_change_or_a_held_out_split():
     baseline_only = [dataclasses.replace(run, busy_others=0.5) for run in audited() if run.commit == BASELINE]
-    text, doubts = audit_text(Ledger(DOMAIN, [*small_ledger().runs[:2], *baseline_only]), "audit 1")
+    later = made(20, WIDER, 1.6, "keep", "wider", base=BASELINE)
+    text, doubts = audit_text(Ledger(DOMAIN, [*small_ledger().runs[:2], *baseline_only, later]), "audit 1")
     assert "no change was in the branch" in text and not doubts
     assert "stopped before both had run" in audit_text(small_ledger(*baseline_only), "audit 1")[0]
     assert text.endswith("others used over 10% of the processors in 2 of these runs: their scores are weak")

@@ -64,6 +64,8 @@ def test_workers_beyond_the_devices_propose_ahead_and_rest_alone_where_their_age
     agent = checkout.agent("""
         if os.getcwd().endswith("/1"):
             sys.exit("worker one fell over")
+        if "Running or waiting now" in prompt:
+            (OUTSIDE / "told").touch()
         n = count()
         if n % 2:
             knob("DEPTH", 4 + n)
@@ -77,6 +79,6 @@ def test_workers_beyond_the_devices_propose_ahead_and_rest_alone_where_their_age
     process.send_signal(signal.SIGINT)
     ended(process)
     best = [float(row[1]) for row in checkout.rows() if row[3] == "keep"]
-    assert best == sorted(best, reverse=True) and len(best) > 2
+    assert best == sorted(best, reverse=True) and len(best) > 2 and (checkout.outside / "told").exists()
     again = {run.again_of for run in checkout.runs()}
     assert all(run.number in again for run in checkout.runs() if run.is_stale)
