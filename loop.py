@@ -123,12 +123,11 @@ class Ratchet:
                     runs = self.measure(run, device)
                     with self.lock:
                         status, reason = self.decide(runs, edit)
-                        is_stale = status == "keep" and edit.base != self.tag.champion
-                        if is_stale:
+                        if status == "keep" and edit.base != self.tag.champion:
                             status, reason = "discard", STALE
                         elif status == "keep" and self.domain.approve:
                             status = "pending"
-                        run = self.record(runs, status, reason, is_stale)
+                        run = self.record(runs, status, reason)
                 finally:
                     self.in_flight.pop(run.fingerprint, None)
             if status == "pending":
@@ -282,10 +281,10 @@ class Ratchet:
             if not is_approved:
                 return self.record([replace(run, is_refused=True)], "discard", "not approved")
             if run.base != self.tag.champion:
-                return self.record([run], "discard", STALE, is_stale=True)
+                return self.record([run], "discard", STALE)
             return self.record([run], "keep")
 
-    def record(self, runs: list[Run], status: str, reason: str = "", is_stale: bool = False) -> Run:
+    def record(self, runs: list[Run], status: str, reason: str = "") -> Run:
         """Append the lines of one experiment; a kept commit is the champion from now on."""
         decided = []
         for run in runs:
@@ -294,7 +293,7 @@ class Ratchet:
             elif run.commit == runs[0].commit:
                 is_first = run.number == runs[0].number
                 own = status if is_first or status == "keep" else "discard"
-                decided.append(replace(run, status=own, reason=reason, is_stale=is_stale))
+                decided.append(replace(run, status=own, reason=reason, is_stale=reason == STALE))
             else:
                 decided.append(replace(run, status="keep" if run.commit == self.tag.champion else "discard"))
         # The champion's own replicates first: the last `keep` line is the champion.

@@ -404,6 +404,7 @@ class Worktree:
         self.notes = self.folder.with_name(f"{number}.agent")  # the prompt, and what the CLI said
         self.log = self.notes / "agent.log"
         self.cost = Cost()  # of the last call
+        self.was_cut_off = False  # before it could tell what it cost
         self._answers = self.notes / "answer"
         self._tag = tag
         self._repository = tag.repository
@@ -448,6 +449,7 @@ class Worktree:
         except (OSError, UserError) as error:  # it updates itself, say, or the disk is full
             return NoProposal(f"the agent does not start: {error}", "failed")
         answer = self._read_answer()
+        self.was_cut_off = ending.problem.startswith(("timeout", "no output"))
         if agent.has_model:
             self.cost = answer.cost
         return self._look(agent, champion, start, ending, answer)

@@ -58,7 +58,10 @@ def describe(domain: Domain, place: Path, variables: dict[str, str], is_isolated
     command = isolation.wrap(domain.describe_command, place) if is_isolated else domain.describe_command
     options = {"capture_output": True, "text": True, "timeout": DESCRIBE_SECONDS}
     options["start_new_session"] = True  # Ctrl-C is for the loop
-    child = subprocess.run(command, cwd=place, env=variables, **options)
+    try:
+        child = subprocess.run(command, cwd=place, env=variables, **options)
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"the evaluator said nothing of itself in {DESCRIBE_SECONDS} s") from error
     if child.returncode:
         lines = child.stderr.strip().splitlines() or ["the evaluator cannot describe itself"]
         raise UserError(one_line(lines[-1].removeprefix("error: "), 500), 2 if child.returncode == 2 else 1)

@@ -251,11 +251,8 @@ def _keep_compiled(job: Job, place: Place, folder: Path) -> None:
     if job.is_audit:
         return
     place.compile_cache.mkdir(parents=True, exist_ok=True)
-    own = place.compile_cache / job.run.commit
-    with contextlib.suppress(OSError):  # another worker runs the same commit
-        if own.exists():
-            own.rename(folder / "old")
-        (folder / "compiled").rename(own)
+    with contextlib.suppress(OSError):  # it ran before, and began with a copy of these
+        (folder / "compiled").rename(place.compile_cache / job.run.commit)
     with contextlib.suppress(OSError):  # another worker removes the same ones
         for old in sorted(place.compile_cache.iterdir(), key=lambda path: path.lstat().st_mtime)[:-COMPILED_KEPT]:
             if old.name not in (job.run.base, job.run.commit):

@@ -351,10 +351,9 @@ class Session:
     def _work(self, agent: Agent, worktree: Worktree) -> None:
         """A worker: one experiment after another. A crash is given to the next proposal, to be mended, once."""
         crash: Run | None = None
-        offers = 0  # of it
         refusal = ""
         cost = Cost()  # of the agent's calls since its last run
-        failures = 0  # of these in a row
+        failures = refusals = 0  # of these in a row
         while edit := self._next_stale():
             self._take_through(edit)
         while self._begin():
@@ -364,13 +363,15 @@ class Session:
                 with self.ratchet.lock:
                     self.begun -= 1
                 refusal = answer.reason if answer.kind in ("refused edit", "unchanged") else ""
-                offers += 1
                 failures += 1
-                if answer.kind == "refused edit" or offers >= OFFERS:
+                refusals = refusals + 1 if answer.kind == "refused" else 0
+                if answer.kind == "refused edit" or failures >= OFFERS:
                     crash = None
-                self._rest(agent, answer, failures, worktree)
+                if refusals and not self.has_proposed and (refusals == MOST_REFUSALS or not agent.has_model):
+                    raise UserError(f"the agent was refused: {answer.reason}")
+                self._rest(answer, failures, worktree)
                 continue
-            failures = 0
+            failures = refusals = 0
             self.has_proposed = True
             self.waiting_for = ""
             run, refusal = self._take_through(replace(answer, cost=cost.as_dict()))
@@ -378,7 +379,6 @@ class Session:
                 cost = Cost()
             is_new_crash = crash is None and run is not None and run.status == "crash"
             crash = run if is_new_crash else None  # a mend that crashes too ends it: else it goes on for ever
-            offers = 0
 
     def _begin(self) -> bool:
         """Take one of --max-experiments; False where nothing more is to begin."""
@@ -411,10 +411,11 @@ class Session:
         if self.no_more.is_set() and isinstance(answer, NoProposal):
             raise Stopped
         with self.ratchet.lock:
-            usd = worktree.cost.usd
-            self.dearest_usd = max(self.dearest_usd, usd or 0.0)
-            # A CLI that tells its price, and was ended before it did, may have cost as much as any.
-            self.spent_usd += self.dearest_usd * agent.reports_usd if usd is None else usd
+            usd = worktree.cost.usd or 0.0
+            if worktree.cost.usd is None and worktree.was_cut_off:  # it may have cost as much as any
+                usd = self.dearest_usd
+            self.dearest_usd = max(self.dearest_usd, usd)
+            self.spent_usd += usd
             answer = self._check_packages(answer)
         if isinstance(answer, NoProposal):
             return answer
@@ -441,17 +442,15 @@ class Session:
         ledger = self.tag.ledger
         latest = [run for run in ledger.rows if run.purpose == "experiment"][-LATEST_VERDICTS:]
         verdicts = [compare.verdict(ledger, run) for run in latest]
-        running = [one["description"] for one in list(self.doing.values()) if one["description"]]
+        waiting = [one["description"] for one in list(self.doing.values()) if one["doing"].startswith("waiting")]
+        running = [*self.ratchet.in_flight.values(), *waiting]
         crash_log = read_tail(self.tag.folder(crash.number) / "run.log", CRASH_LINES) if crash else ""
         return prompt.write_prompt(
             instructions, ledger, running, verdicts, refusal, crash_log, suggestions, self.tag.source
         )
 
-    def _rest(self, agent: Agent, no_proposal: NoProposal, failures: int, worktree: Worktree) -> None:
+    def _rest(self, no_proposal: NoProposal, failures: int, worktree: Worktree) -> None:
         """Say why there is no proposal, and let this worker rest: longer for every failure in a row."""
-        is_hopeless = failures >= MOST_REFUSALS or not agent.has_model
-        if no_proposal.kind == "refused" and is_hopeless and not self.has_proposed:
-            raise UserError(f"the agent was refused: {no_proposal.reason}")
         seconds = rest_seconds(no_proposal.kind, failures)
         if no_proposal.kind == "rate limit":
             self.rate_limited_until = time.monotonic() + seconds

@@ -79,7 +79,7 @@ class Tag:
             return
         repository("update-ref", f"refs/heads/{self.branch}", self.champion)
         if is_shown:
-            say("note: the checkout has edits of yours: its files stay as they are, at an earlier champion")
+            say("note: the checkout has edits of yours: its files stay as they are")
 
     def _has_persons_edits(self) -> bool:
         """Whether the checkout differs from the champion by more than that it still shows an earlier one: a kill may

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -176,14 +175,19 @@ def test_import_has_no_side_effects_and_a_run_without_data_is_one_error_line(smo
     assert re.search(r"\nerror: profile 'smoke' is not prepared .*: run 'uv run prepare.py'\n$", run.stderr)
 
 
+INTERRUPT = """
+import os, signal, sys, train
+def log(line, **options):
+    if line.startswith("step 00001"):
+        os.kill(os.getpid(), signal.SIGINT)
+train.log = log
+sys.exit(train.main())
+"""
+
+
 def test_ctrl_c_while_it_trains_ends_it_without_a_traceback(smoke_env):
-    run = subprocess.Popen([sys.executable, "train.py"], cwd=ROOT, env=smoke_env, stdout=-1, stderr=-1, text=True)
-    while not run.stderr.readline().startswith("step 00001"):
-        assert run.poll() is None
-    run.send_signal(signal.SIGINT)
-    out, err = run.communicate(timeout=60)
-    assert (run.returncode, out) == (130, "")
-    assert "Traceback" not in err
+    run = python(smoke_env, "-c", INTERRUPT)
+    assert (run.returncode, run.stdout) == (130, "") and "Traceback" not in run.stderr
 
 
 def test_refusal_of_the_evaluator_is_one_error_line(monkeypatch, capsys):
