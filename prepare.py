@@ -152,15 +152,15 @@ def _lock(path, waiting_for):
             path.touch()
             path.chmod(0o666)
         file = open(path, "r+")  # noqa: SIM115 (it stays open, and the lock with it)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting: {waiting_for} (lock {path})", file=sys.stderr, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        return file
     except OSError as error:
-        remedy = "set AUTORESEARCH_LOCKS (AUTORESEARCH_CACHE, for data) to a folder that you can write to"
-        raise UserError(f"lock {path} cannot be opened ({error}): {remedy}") from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        print(f"waiting: {waiting_for} (lock {path})", file=sys.stderr, flush=True)
-        fcntl.flock(file, fcntl.LOCK_EX)
-    return file
+        remedy = "set AUTORESEARCH_LOCKS (AUTORESEARCH_CACHE, for data) to a folder to write to, on a disk with locks"
+        raise UserError(f"lock {path} cannot be taken ({error}): {remedy}") from error
 
 
 # ----- Download: parquet shards by HTTP, continued and checked -----
@@ -231,12 +231,12 @@ def _download(session, url, path, bar):
         except (OSError, UserError) as error:
             if isinstance(error, UserError):  # all has come, and it is bad: from the start again
                 part.unlink()
-            failures += 1
-            if _size(part) > most_bytes:  # more than ever before: the line breaks, but it gets there
-                most_bytes = _size(part)
-                failures = 0
-            refused = getattr(error, "response", None) is not None  # the session has repeated what may be repeated
-            if refused or failures == ATTEMPTS:
+            # More than ever before: the line breaks, but it gets there.
+            failures = 0 if _size(part) > most_bytes else failures + 1
+            most_bytes = max(most_bytes, _size(part))
+            # What the session has repeated, or what came whole and is other data, will not get better.
+            is_final = getattr(error, "response", None) is not None or isinstance(error.__cause__, KeyError)
+            if is_final or failures == ATTEMPTS:
                 raise
             time.sleep(BACKOFF_SECONDS * 2 ** max(failures - 1, 0))
 
@@ -281,7 +281,8 @@ def _texts(num_shards: int, workers: int) -> dict[str, Path]:
         return _hub_texts(num_shards, workers)
     folder = CACHE / "text"
     if not (CACHE / "manifest.json").exists():  # what is there may be of another text
-        shutil.rmtree(folder, ignore_errors=True)
+        for stale in (folder, CACHE / "tokens"):
+            shutil.rmtree(stale, ignore_errors=True)
     if folder.exists():
         print(f"kept {folder}: to read {SOURCE} anew, delete {CACHE} and run again")
     else:
@@ -305,14 +306,14 @@ def _listed_files(num_shards, workers):
     answer = _session().get(f"{HUB}/api/datasets/{SOURCE}/parquet", timeout=HTTP_TIMEOUT)
     configs = answer.json() if answer.ok else None
     if not configs:
-        said = f"{HUB} lists no such data (HTTP {answer.status_code})"
-        raise UserError(f"source {SOURCE!r} is no local path, and {said}: mend it in PROFILES")
+        said = f"source {SOURCE!r} is no local path, and {HUB} lists no such data (HTTP {answer.status_code})"
+        raise UserError(f"{said}: mend it in PROFILES (401, 403: set HF_TOKEN; 429, 5xx: run it again)")
     splits = configs.get("default") or next(iter(configs.values()))
     listed = splits.get("train") or next(iter(splits.values()))
-    urls = {CACHE / f"download/{i:05d}.parquet": HUB + urlsplit(url).path for i, url in enumerate(listed)}
-    wanted = dict(itertools.islice(urls.items(), num_shards))
-    _download_all(wanted, workers)
-    return list(wanted)
+    folder = CACHE / "download" / SOURCE
+    urls = {folder / f"{i:05d}.parquet": HUB + urlsplit(url).path for i, url in enumerate(listed[:num_shards])}
+    _download_all(urls, workers)
+    return list(urls)
 
 
 def _local_files() -> list[Path]:
@@ -323,7 +324,7 @@ def _local_files() -> list[Path]:
         return _installed_files()
     source = Path(SOURCE).expanduser()
     if SOURCE.startswith(("/", "~", ".")) and not source.exists():
-        raise UserError(f"source {source.absolute()} does not exist: mend it in PROFILES")
+        raise UserError(f"source {source.absolute()} does not exist: mend it in PROFILES (from / or ~)")
     candidates = [source] if source.is_file() else _sorted_files(source, "*")
     files = [file for file in candidates if file.suffix in TEXT_KINDS]
     if source.exists() and not files:
@@ -347,11 +348,7 @@ def _torch_files() -> list[Path]:
     files = [file for file in folder.rglob("*.py") if file != folder / "version.py" and codegen not in file.parents]
 
     # Not in the order of names: the first files would be of one or two packages, and `smoke` reads only the first.
-    def name_digest(file):
-        name = file.relative_to(folder).as_posix()
-        return hashlib.sha256(name.encode()).digest()
-
-    return sorted(files, key=name_digest)
+    return sorted(files, key=lambda file: hashlib.sha256(file.relative_to(folder).as_posix().encode()).digest())
 
 
 def _installed_files() -> list[Path]:
@@ -367,8 +364,7 @@ def _installed_files() -> list[Path]:
 def _read_documents(files):
     for path in _progress(files, desc="read", unit="file"):
         if path.suffix == ".parquet":
-            for documents in _document_batches(path):
-                yield from documents
+            yield from itertools.chain.from_iterable(_document_batches(path))
         elif path.suffix == ".jsonl":
             yield from _read_jsonl(path)
         else:
@@ -418,7 +414,7 @@ def _open_parquet(path):
             raise KeyError(f"its type is {text_type}, not string")
     except (pa.ArrowException, KeyError, OSError) as error:
         problem = f"is not a readable parquet file with a text column ({error})"
-        raise UserError(f"{path} {problem}: mend or delete it") from error
+        raise UserError(f"{path} {problem}: mend or delete it, or choose a source with strings in 'text'") from error
     return parquet
 
 
@@ -520,10 +516,7 @@ class Tokenizer:
         """The profile's tokenizer."""
         lines = (CACHE / "tokenizer.tiktoken").read_bytes().splitlines()
         meta = json.loads((CACHE / "tokenizer.json").read_bytes())
-        ranks = {}
-        for line in lines:
-            token, rank = line.split()
-            ranks[base64.b64decode(token)] = int(rank)
+        ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
         special = meta["special_tokens"]
         return cls(tiktoken.Encoding("bpe", pat_str=meta["pattern"], mergeable_ranks=ranks, special_tokens=special))
 
@@ -572,29 +565,30 @@ def get_token_bytes(device="cpu") -> torch.Tensor:
 def _train_tokenizer(shards):
     import rustbpe
 
-    shutil.rmtree(CACHE / "tokens", ignore_errors=True)  # another tokenizer's
     bpe = rustbpe.Tokenizer()
     bpe.train_from_iterator(_tokenizer_texts(shards), BOS_ID, pattern=SPLIT_PATTERN)
     tokens = [bytes(token) for token, _ in bpe.get_mergeable_ranks()]  # by rank
     if len(tokens) < BOS_ID:
         remedy = f"{MORE_TEXT}; text that repeats itself needs a smaller vocab_size in PROFILES"
         raise UserError(f"the vocabulary has {len(tokens)} tokens, {BOS_ID} are needed: {remedy}")
-    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)]
+    text = "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens))
+    path = CACHE / "tokenizer.tiktoken"
+    if not path.exists() or path.read_text(encoding="utf-8") != text:  # else the token files are this tokenizer's
+        shutil.rmtree(CACHE / "tokens", ignore_errors=True)
     _write_text(CACHE / "tokenizer.json", json.dumps({"pattern": SPLIT_PATTERN, "special_tokens": SPECIAL_TOKENS}))
-    _write_text(CACHE / "tokenizer.tiktoken", "".join(lines))
+    _write_text(path, text)
 
 
 def _tokenizer_texts(shards):
     """The beginning of each document, until TOKENIZER_CHARS have been given out."""
     chars_left = TOKENIZER_CHARS
     for path in _progress(shards, desc="tokenizer", unit="shard"):
-        for documents in _document_batches(path):
-            for document in documents:
-                text = document[: min(chars_left, TOKENIZER_DOCUMENT_CHARS)]
-                yield text
-                chars_left -= len(text)
-                if chars_left == 0:
-                    return
+        for document in itertools.chain.from_iterable(_document_batches(path)):
+            text = document[: min(chars_left, TOKENIZER_DOCUMENT_CHARS)]
+            yield text
+            chars_left -= len(text)
+            if chars_left == 0:
+                return
 
 
 # ----- Tokens: one memory-mapped file a shard -----
@@ -646,10 +640,7 @@ def _encoded_batches(tokenizer, batches, pool):
         arrays = [tokenizer.encode_array(text) for text in documents]
         return [np.append(np.uint16(BOS_ID), array.astype(np.uint16)) for array in arrays]
 
-    while True:
-        group = list(itertools.islice(batches, 8 * (os.cpu_count() or 1)))
-        if not group:
-            return
+    while group := list(itertools.islice(batches, 8 * (os.cpu_count() or 1))):
         yield from pool.map(encode, group)
 
 
@@ -712,7 +703,7 @@ def _write_manifest(train: list[str]) -> dict:
     scored_rows = max(EVAL_TOKENS // MAX_SEQ_LEN, 1)
     rows = {}
     for split, names in {"val": ["val"], "test": ["test"], "train": train}.items():
-        stream = RowStream([_read_shard(_tokens_path(name)) for name in names], MAX_SEQ_LEN)
+        stream = RowStream(names, MAX_SEQ_LEN)
         rows[split] = len(stream.take(max(scored_rows, MIN_ROWS)))  # full rows; no more are counted than are enough
         if rows[split] < MIN_ROWS:
             raise UserError(f"split {split!r} has {rows[split]} rows, {MIN_ROWS} are needed: {MORE_TEXT}")
@@ -749,47 +740,40 @@ class RowStream:
     a pick is one bisection, and the last key of a length is the document of that length that came first.
     """
 
-    def __init__(self, shards: list[Shard], T: int, forever: bool = False):
+    def __init__(self, names: list[str], T: int, forever: bool = False):
         self.epoch = 1  # pass over the shards, of the newest document in the buffer
         self._width = T + 1
         self._next_arrival = LOW_32_BITS  # counts down
         self._keys = []  # sorted
         self._places = {}  # key -> tokens of its shard, start in them
-        self._batches = self._read_batches(shards, forever)
+        self._batches = self._read_batches(names, forever)
+        self._rows = self._pack_rows()
 
     def take(self, rows: int) -> np.ndarray:
         """The next rows, int64 (rows, T + 1); fewer where a stream that does not go round has run out."""
-        pieces = []
-        num_rows = 0
-        while num_rows < rows:
-            row = self._pack_row()
-            if row is None:
-                break
-            pieces += row
-            num_rows += 1
-        if num_rows == 0:
-            return np.empty((0, self._width), np.int64)
-        return np.concatenate(pieces, dtype=np.int64).reshape(num_rows, self._width)
+        pieces = [np.empty(0, np.int64), *itertools.chain.from_iterable(itertools.islice(self._rows, rows))]
+        return np.concatenate(pieces, dtype=np.int64).reshape(-1, self._width)
 
-    def _pack_row(self) -> list[np.ndarray] | None:
-        """The pieces of documents that fill one row; None where the stream has run out."""
+    def _pack_rows(self):
+        """Yields for each row the pieces of documents that fill it, until the stream has run out."""
         keys = self._keys
-        pieces = []
-        left = self._width
-        while left > 0:
-            if len(keys) < PACKING_BUFFER:
-                self._refill()
-            if not keys:
-                return None  # what remains does not fill a row
-            at = bisect.bisect(keys, left << 32 | LOW_32_BITS) - 1  # the longest that fits
-            if at < 0:
-                at = bisect.bisect(keys, keys[0] | LOW_32_BITS) - 1  # none fits: the shortest
-            key = keys.pop(at)
-            tokens, start = self._places.pop(key)
-            length = min(key >> 32, left)
-            pieces.append(tokens[start : start + length])
-            left -= length
-        return pieces
+        while True:
+            pieces = []
+            left = self._width
+            while left > 0:
+                if len(keys) < PACKING_BUFFER:
+                    self._refill()
+                if not keys:
+                    return  # what remains does not fill a row
+                at = bisect.bisect(keys, left << 32 | LOW_32_BITS) - 1  # the longest that fits
+                if at < 0:
+                    at = bisect.bisect(keys, keys[0] | LOW_32_BITS) - 1  # none fits: the shortest
+                key = keys.pop(at)
+                tokens, start = self._places.pop(key)
+                length = min(key >> 32, left)
+                pieces.append(tokens[start : start + length])
+                left -= length
+            yield pieces
 
     def _refill(self) -> None:
         for epoch, tokens, lengths, starts in self._batches:
@@ -803,10 +787,11 @@ class RowStream:
                 break
         self._keys.sort()
 
-    def _read_batches(self, shards, forever):
+    def _read_batches(self, names, forever):
         """Yields for each batch of documents: epoch, tokens of the shard, lengths and starts of the documents."""
         for epoch in itertools.count(1):
-            for tokens, lengths, batches in shards:
+            for name in names:  # a few are open at a time: there may be thousands
+                tokens, lengths, batches = _read_shard(_tokens_path(name))
                 starts = np.cumsum(lengths) - lengths
                 ends = np.cumsum(batches)
                 for first, end in zip(ends - batches, ends, strict=True):
@@ -817,13 +802,12 @@ class RowStream:
 
 def _open_split(split, T):
     if split != "train":
-        return RowStream([_read_shard(_tokens_path(split))], T)
+        return RowStream([split], T)
     names = list(_manifest()["train_tokens"])
     first = 0
     if SEED != 42 and len(names) > 1:  # another seed sees the shards from another one on
         first = 1 + SEED % (len(names) - 1)
-    shards = [_read_shard(_tokens_path(name)) for name in names[first:] + names[:first]]
-    return RowStream(shards, T, forever=True)
+    return RowStream(names[first:] + names[:first], T, forever=True)
 
 
 # ----- Dataloader -----
@@ -901,33 +885,25 @@ class Stopwatch:
         self.started = None  # seconds of _now
         self.stopped = None
         self.lock = None  # on the device, until the process ends
-        self.trains = False  # a training batch was asked for
+        self.is_run = _RESULT is not None  # or once a training batch was asked for
 
     def start(self, device, split) -> None:
         """Begins to count, once, when the device is free; marks the moment beside the record."""
-        self.trains = self.trains or split == "train"
+        self.is_run = self.is_run or split == "train"
         if self.started is None:
             hold_device(device)
             _touch_mark("started")
             self.started = _now()
 
-    def stop(self, seconds) -> None:
-        """Ends the counting at that many seconds. There is no way back."""
-        if self.started is not None:
-            self.stopped = self.started + seconds
-
-    def is_run(self) -> bool:
-        return _RESULT is not None or self.trains
-
     def check_loader(self, split) -> None:
         """Raises EvaluationRefused where a loader may not hand out this split now."""
         self.check_not_evaluated()
-        if split != "train" and self.is_run():
+        if split != "train" and self.is_run:
             remedy = "to choose between models, keep some rows of split 'train' out of training"
             raise EvaluationRefused(f"split {split!r} is the evaluator's alone in a training run: {remedy}")
 
     def check_not_evaluated(self) -> None:
-        if self.is_run() and self.stopped is not None:
+        if self.is_run and self.stopped is not None:
             raise EvaluationRefused("this run was evaluated: after that nothing is trained and nothing is scored again")
 
 
@@ -1015,6 +991,8 @@ def evaluate_bpb(model, tokenizer: Tokenizer, batch_size: int) -> float:
 
 
 def _evaluate(model, tokenizer, batch_size):
+    if batch_size < 1 or tokenizer.get_vocab_size() != VOCAB_SIZE:
+        raise ValueError(f"batch_size is {batch_size}, the vocabulary {tokenizer.get_vocab_size()}, not {VOCAB_SIZE}")
     first = next(iter(getattr(model, "parameters", list)()), None)  # a plain function has none
     device = torch.device("cpu") if first is None else first.device
     if device.type != "cpu":
@@ -1022,11 +1000,11 @@ def _evaluate(model, tokenizer, batch_size):
     _stopwatch.check_not_evaluated()
     seconds = training_seconds()
     _touch_mark("stopped")
-    if batch_size < 1 or tokenizer.get_vocab_size() != VOCAB_SIZE:
-        raise ValueError(f"batch_size is {batch_size}, the vocabulary {tokenizer.get_vocab_size()}, not {VOCAB_SIZE}")
     manifest = _manifest()
     constants = manifest["metric"]["constants"]
     _check_clock(seconds, constants["time_budget"])
+    if _stopwatch.started is not None:  # there is no way back: from here on there are no batches, and code of the run's
+        _stopwatch.stopped = _stopwatch.started + seconds
     if constants["max_seq_len"] != MAX_SEQ_LEN:
         problem = f"prepare.MAX_SEQ_LEN is {MAX_SEQ_LEN}, rows of {constants['max_seq_len']} tokens are scored"
         raise EvaluationRefused(f"{problem}: leave it, and give make_dataloader another T to train on other rows")
@@ -1044,7 +1022,6 @@ def _evaluate(model, tokenizer, batch_size):
     }
     rows = manifest["metric"]["rows"]
     B = min(batch_size, max(rows.values()))  # one shape for both splits: nothing recompiles
-    _stopwatch.stop(seconds)  # from here on the model has seen what it is scored on
     record |= _score(model, "val", rows["val"], B, device)
     if _AUDIT:
         test = _score(model, "test", rows["test"], B, device)
@@ -1066,7 +1043,7 @@ def _check_clock(seconds, time_budget):
             f"{time_budget} s): the clock counts from the first batch, compilation too: warm up on random tokens "
             "before next(loader), and end by prepare.training_seconds() before a step that may not fit"
         )
-    if _RESULT is not None and not _stopwatch.trains:
+    if _RESULT is not None and _stopwatch.started is None:
         raise EvaluationRefused("the clock never started: training takes its batches from make_dataloader")
 
 
@@ -1228,12 +1205,10 @@ def _check_gains(gains):
 
 # ----- Audit: the network as data, scored by a process that runs none of train.py's code -----
 
-NETWORK_FILE = "result.pt2"  # beside the record
-
 
 def _export(model, B, device) -> dict:
     """Writes the network and its weights beside the record with torch.export; what cannot be exported says why."""
-    path = _RESULT.with_name(NETWORK_FILE)
+    path = _RESULT.with_name("result.pt2")  # beside the record
     network = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     idx = torch.zeros((B, MAX_SEQ_LEN), dtype=torch.int64, device=device)
     try:
@@ -1294,13 +1269,10 @@ def _score_network(path: Path) -> dict:
     check_data(manifest)
     rows = manifest["metric"]["rows"]
     with _lock(_device_lock(device), f"another run holds {device}"):
-        val = _score(network, "val", rows["val"], B, device)
-        test = _score(network, "test", rows["test"], B, device)
-    return {
-        "val_bpb": val["val_bpb"],
-        "test_bpb": test["test_bpb"],
-        "rows": val["rows"],
-        "test_rows": test["rows"],
+        record = _score(network, "val", rows["val"], B, device)
+        record["test_bpb"] = _score(network, "test", rows["test"], B, device)["test_bpb"]
+    return record | {
+        "test_rows": rows["test"],
         "digest": manifest["digest"],
         "prepare_sha256": _sha256(Path(__file__)),
         "device_name": device_name(device),
@@ -1361,6 +1333,8 @@ def _devices(kind: str) -> dict[str, dict]:
 
 def _prepare(num_shards: int, workers: int) -> None:
     """Makes what is missing. What the metric depends on, once prepared, must come out as it was."""
+    if VOCAB_SIZE > 2**16:
+        raise UserError(f"vocab_size is {VOCAB_SIZE}: a token has 16 bits, give 65536 or less in PROFILES")
     is_prepared = (CACHE / "manifest.json").exists()
     if is_prepared:
         check_data(_manifest(may_change=SCORING))

@@ -64,9 +64,6 @@ def test_work_on_the_way_to_eval_mode_is_training_time(evaluator):
     refused(evaluator, "trained for 11.00 s by the evaluator's clock", evaluate, evaluator, model)
 
 
-# ----- a model that changes while it is scored -----
-
-
 @pytest.mark.parametrize("name", ["head.weight", "mean"])
 def test_model_that_changes_while_it_is_scored_is_refused_by_the_tensors_name(run, tmp_path, name):
     """Once, before its first logits: no later forward differs."""
@@ -113,7 +110,12 @@ def test_run_is_evaluated_once_even_if_its_model_breaks_that_off(request, kind):
         refused(evaluator, "this run was evaluated", function, *args)
 
 
-# ----- scores that nobody measured -----
+def test_no_batch_comes_after_the_clock_even_to_code_that_the_evaluation_calls(evaluator):
+    loader = make_loader(evaluator)
+    next(loader)
+    model = Toy()
+    model.state_dict = lambda: next(loader)
+    refused(evaluator, "this run was evaluated", evaluate, evaluator, model)
 
 
 def test_score_depends_on_no_loss_normalisation_or_byte_count_of_the_runs(evaluator, monkeypatch):
@@ -124,9 +126,6 @@ def test_score_depends_on_no_loss_normalisation_or_byte_count_of_the_runs(evalua
     tokenizer.encoding.decode_single_token_bytes = None
     monkeypatch.setattr(F, "cross_entropy", lambda logits, *args, **options: logits[:, 0] * 0 + 0.1)
     assert evaluator.evaluate_bpb(Toy(), tokenizer, 16) == honest
-
-
-# ----- the record -----
 
 
 def weights_digest(model):

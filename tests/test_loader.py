@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import subprocess
 import sys
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -48,15 +49,13 @@ def test_rows_equal_the_plain_rules_for_any_lengths(lengths, T, buffer_size, for
     ids = itertools.cycle(range(1, 60000))  # documents of distinct tokens
     shards = [[[[0, *itertools.islice(ids, n - 1)] for n in batch] for batch in shard] for shard in lengths]
     plain = plain_rows(rounds(shards, forever), T + 1, buffer_size)
-    before, any_prepare.PACKING_BUFFER = any_prepare.PACKING_BUFFER, buffer_size
-    try:
-        stream = any_prepare.RowStream([shard_of(shard) for shard in shards], T, forever)
+    parts = {str(number): shard_of(shard) for number, shard in enumerate(shards)}
+    with patch.multiple(any_prepare, PACKING_BUFFER=buffer_size, _read_shard=lambda path: parts[path.stem]):
+        stream = any_prepare.RowStream(list(parts), T, forever)
         for n in takes:
             expected = list(itertools.islice(plain, n))
             assert stream.take(n).tolist() == [row for row, _ in expected]
             assert not expected or stream.epoch == expected[-1][1]
-    finally:
-        any_prepare.PACKING_BUFFER = before
 
 
 def documents_on_disk(evaluator, name):

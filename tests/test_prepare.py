@@ -168,7 +168,7 @@ def test_bad_source_is_one_error_line_and_once_mended_the_same_command_works(tmp
         assert not (evaluator.CACHE / "manifest.json").exists()
         path.unlink()
         prepared(tmp_path, path, expect=1)  # gone: and the hub is not asked for it
-        assert error_line(capsys) == f"error: source {path} does not exist: mend it in PROFILES"
+        assert error_line(capsys) == f"error: source {path} does not exist: mend it in PROFILES (from / or ~)"
     assert prepared(tmp_path, write_jsonl(tmp_path / "b.jsonl", corpus())).main(["--verify"]) == 0
 
 
@@ -317,7 +317,7 @@ def test_lock_is_for_every_user_and_one_that_cannot_be_made_names_the_variable_t
     (tmp_path / "cache").write_text("in the way")
     assert evaluator.main([]) == 1
     error = error_line(capsys)
-    assert error.startswith(f"error: lock {evaluator.CACHE}/prepare.lock cannot be opened (")
+    assert error.startswith(f"error: lock {evaluator.CACHE}/prepare.lock cannot be taken (")
     assert ": set AUTORESEARCH_LOCKS (AUTORESEARCH_CACHE, for data) to a folder" in error
 
 

@@ -143,6 +143,9 @@ def test_download_takes_the_first_shards_and_the_two_held_out(evaluator, hub):
     manifest = evaluator._manifest()
     assert list(manifest["train_tokens"]) == ["shard_00000", "shard_00001"]
     requests = hub.requests()
+    written = evaluator._tokens_path("val").stat().st_mtime_ns
+    (evaluator.CACHE / "manifest.json").unlink()  # as if it had been broken off: what is done stays
+    assert evaluator.main(["--num-shards", "2"]) == 0 and evaluator._tokens_path("val").stat().st_mtime_ns == written
     assert evaluator.main(["--num-shards", "2"]) == 0  # nothing to do
     assert hub.requests() == requests and evaluator._manifest() == manifest
     assert evaluator.main(["--num-shards", "-1"]) == 0  # more training shards: the metric's digest stays
@@ -186,7 +189,7 @@ def test_download_names_what_is_missing_and_the_next_run_resumes(evaluator, hub,
     assert evaluator.main(["--num-shards", "-1"]) == 1
     error = error_line(capsys)
     assert error.startswith("error: 4 of 6 shards are missing: ")
-    assert "not a readable parquet file with a text column (" in error
+    assert "not a readable parquet file with a text column (" in error and hub.requests()[ALL[0]] == 1
     assert "shard_00001.parquet (404" in error and hub.requests()[ALL[1]] == 1  # what is refused is not asked for again
     assert "shard_00002.parquet (HTTP" in error and "timed out" in error and hub.requests()[ALL[2]] == 2
     assert "shard_00003.parquet (it came with a wrong SHA-256)" in error
@@ -206,7 +209,7 @@ def test_listed_data_set_is_fetched_and_split_and_an_unknown_one_is_told(hub, tm
     assert error_line(capsys).startswith("error: source 'some.one/corpus-2' is no local path, and http")
     hub.listing = listing
     assert evaluator.main(["--num-shards", "5"]) == 0
-    fetched = sorted((evaluator.CACHE / "download").iterdir())
+    fetched = sorted((evaluator.CACHE / "download").rglob("*.parquet"))
     assert [path.read_bytes() for path in fetched] == [hub.shards[name] for name in ALL[:5]]
     texts = {path.stem: pq.read_table(path)["text"].to_pylist() for path in evaluator.CACHE.glob("text/*.parquet")}
     assert set(texts) == {"val", "test", *(f"train_{i:05d}" for i in range(8))}

@@ -61,7 +61,7 @@ def test_network_scores_the_same_in_a_process_without_the_candidate(tiny, evalua
     env = environment(evaluator, OMP_NUM_THREADS="1")  # as here: sums are rounded alike
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr
-    keys = ("val_bpb", "test_bpb", "rows", "test_rows", "digest", "prepare_sha256", "device_name")
+    keys = {"val_bpb", "test_bpb", "rows", "test_rows", "tokens", "bytes", "digest", "prepare_sha256", "device_name"}
     assert json.loads(done.stdout) == {key: record[key] for key in keys}  # to the last digit
 
 

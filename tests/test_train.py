@@ -218,9 +218,6 @@ def test_muon_equals_a_float64_reference_over_steps(shape):
             torch.testing.assert_close(parameter.detach().double(), p[i], rtol=1e-4, atol=1e-5)
 
 
-# ---- Schedules ----
-
-
 def test_schedules_reach_every_group_and_follow_their_lines(monkeypatch):
     set_knobs(monkeypatch, WARMUP_RATIO=0.1, WARMDOWN_RATIO=0.4, FINAL_LR_FRAC=0.2)
     optimizer = build(TINY).setup_optimizer()

@@ -204,9 +204,6 @@ def test_warm_up_trains_and_evaluates_says_where_time_goes_and_leaves_no_trace(c
     assert (threads, f" {rows} rows:" in times) == ("threads: 1 of 1", True)
 
 
-# ---- A GPU that torch cannot start ----
-
-
 def test_gpu_that_torch_cannot_start_is_one_error_line_but_for_a_profile_of_the_cpu(monkeypatch, capsys):
     def init():
         raise RuntimeError("The NVIDIA driver on your system is too old\n(found version 12040)")
@@ -225,9 +222,6 @@ def test_gpu_that_torch_cannot_start_is_one_error_line_but_for_a_profile_of_the_
     assert train.main() == 1
     remedy = "train on the CPU with CUDA_VISIBLE_DEVICES= AUTORESEARCH_PROFILE=pocket"
     assert capsys.readouterr().err == f"error: compute capability 7.5 has no bfloat16: {remedy}\n"
-
-
-# ---- What the summary says ----
 
 
 LETTERS = SimpleNamespace(  # a tokenizer: a character is its own token, and 0 begins a document

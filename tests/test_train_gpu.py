@@ -1,7 +1,4 @@
-"""What only a CUDA device can show of train.py and harness/device.py.
-
-Run: uv run pytest -n 0 -m 'gpu and not slow' tests/test_train_gpu.py
-"""
+"""What only a CUDA device can show of train.py and harness/device.py. Run: uv run pytest -n 0 -m gpu"""
 
 import itertools
 
