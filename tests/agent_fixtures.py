@@ -4,7 +4,8 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
-from conftest import FAKE_TRAIN, Checkout
+from conftest import FAKE_TRAIN as TRAIN
+from conftest import Checkout
 
 import loop
 from harness.agents import Agent, NoProposal, Worktree
@@ -14,7 +15,6 @@ from harness.repository import Repository
 from harness.tag import Tag
 
 DOMAIN = replace(loop.DOMAIN, assumed_sigma={"pocket": 0.01})
-TRAIN = FAKE_TRAIN
 
 
 class Lab:

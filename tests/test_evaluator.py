@@ -143,9 +143,6 @@ def test_tokens_that_never_occur_may_have_no_probability(evaluator):
     assert evaluate(evaluator, model) < evaluate(evaluator, Toy())
 
 
-# ----- what an evaluation leaves as it was -----
-
-
 @pytest.mark.parametrize("leak", [None, "one token"])
 def test_model_returns_to_its_mode_and_random_state_is_untouched(evaluator, leak):
     """Scored or refused. It is scored in eval mode, without gradients, and gets nothing but idx."""

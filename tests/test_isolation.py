@@ -151,7 +151,8 @@ def test_environment_and_data_behind_links_are_found_inside(monkeypatch):
             command = isolation.wrap(["cat", str(link / "data")], Path.cwd(), readable=[link])
             assert subprocess.run(command, capture_output=True, text=True).stdout == "found"
     with tempfile.TemporaryDirectory(dir="/var/tmp") as name:  # the home is a link, as on many clusters
-        Path(name, "disk", ".cache", "hub").mkdir(parents=True)
+        Path(name, "disk", ".cache").mkdir(parents=True)
+        Path(name, "disk", ".cache", "hub").symlink_to("/usr")
         home = Path(name, "home")
         home.symlink_to(Path(name, "disk"))
         monkeypatch.setenv("HOME", str(home))

@@ -10,7 +10,7 @@ import torch
 from conftest import errors, hear
 
 from harness import device, knob_search
-from harness.knob_search import Search, possible_values, random_draw, read_hyperparameters, tpe_draw
+from harness.knob_search import Search, random_draw, read_hyperparameters, tpe_draw
 
 TRAIN = (Path(__file__).resolve().parents[1] / "train.py").read_text()
 
@@ -78,19 +78,6 @@ def test_hyperparameters_in_blocks_of_any_condition_are_found_and_changed_where_
     assert values("DEPTH = 8\n", "climbmix") == {}
     changed = knob_search.with_values(BLOCKS, read_hyperparameters(BLOCKS, "large"), {"DEPTH": 10, "LR": 0.25})
     assert changed == BLOCKS.replace("DEPTH = 5; LR = 0.1", "DEPTH = 10; LR = 0.25")
-
-
-def test_possible_values_are_those_that_a_person_would_write_from_a_fourth_to_fourfold():
-    assert possible_values("DEPTH", 1) == (1, 2, 3, 4)
-    assert possible_values("BATCH", 524288) == (131072, 262144, 524288, 1048576, 2097152)
-    rates = possible_values("MATRIX_LR", 0.04)
-    assert (rates[0], rates[16], rates[-1]) == (0.01, 0.04, 0.16) and 0.0183 in rates  # evenly by their logarithm
-    ratios = possible_values("WARMUP_RATIO", 0.0)
-    assert (ratios[0], ratios[5], ratios[-1]) == (0.0, 0.05, 1.0)
-    assert possible_values("COMPILE", True) == (False, True)
-    assert possible_values("WINDOW_PATTERN", "SLL") == ("L", "SL", "SSL", "SSSL", "SSSSL", "SLL")
-    for value in ("adam", "", 0.0, 0, -1.0, float("inf")):
-        assert possible_values("X", value) == (), value
 
 
 @pytest.mark.parametrize("profile", ["climbmix", "pocket"])

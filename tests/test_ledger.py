@@ -48,9 +48,10 @@ def test_champion_is_the_last_keep_and_the_branch_is_its_lineage():
     pending = run(6, "new", 0.5, "pending", base="more")
     ledger = ledger_of(*NIGHT, pending)
     assert ledger.champion == "more" and ledger.pending() == [pending] and len(ledger.rows) == 5
-    meanwhile = run(7, "more", 0.85, "keep", purpose="replicate")  # the champion once more
-    ledger = ledger_of(*ledger.runs, meanwhile, replace(pending, status="keep"))
-    assert ledger.champion == "new" and ledger.pending() == [] and len(ledger.rows) == 7
+    fresh = [run(7, "more", 0.85, "keep", purpose="replicate"), run(8, "new", 0.6, purpose="replicate")]  # meanwhile
+    ledger = ledger_of(*ledger.runs, *fresh, replace(pending, status="keep"))
+    assert ledger.champion == "new" and ledger.pending() == [] and len(ledger.rows) == 8
+    assert ledger.believed("new") == 0.6 and ledger.first_run_of("new").number == 6  # whose score selected it
 
 
 def test_stale_gain_is_run_again_once_whatever_its_fresh_runs(tag):

@@ -1,7 +1,6 @@
 """loop.py as a person meets it: real git, real processes, a fake evaluator, one worker.
 
-Two nights are scripted, step by step, and the first tests look at what they left. uv run pytest tests/test_loop.py
-"""
+Two nights are scripted, step by step, and the first tests look at what they left."""
 
 import fcntl
 import json
@@ -204,6 +203,7 @@ def test_tag_goes_on_from_runs_jsonl_alone_and_only_where_scores_compare(checkou
     (error,) = errors(checkout.loop(*BASELINE, code=2))
     assert "begun by an older loop.py: choose another --tag" in error
     assert "1.080000" in checkout.loop("report", str(old)).stdout
+    assert "unknown: nothing ran twice" in checkout.loop("report", str(old), AUTORESEARCH_PROFILE="other").stdout
 
 
 def test_approval_decides_whether_a_gain_stands(checkout: Checkout):
@@ -221,6 +221,7 @@ def test_approval_decides_whether_a_gain_stands(checkout: Checkout):
     assert question["score"] == 1.07 and question["diff"].endswith("0002/change.diff")
     assert "waits for approval" in checkout.loop(*BASELINE, code=2).stderr  # nobody is there to give it
     assert checkout.runs()[-1].status == "pending"
+    assert "that run waits for approval" in checkout.loop("try", "--again", "2", code=2).stderr
     answer.write_text("0")
     checkout.loop(*BASELINE, "--approve", approve)
     assert checkout.statuses() == ["keep", "keep"]
@@ -322,6 +323,9 @@ def test_patience_target_hours_dollars_and_the_stop_file_end_a_night_and_notify_
     done = checkout.loop("--tag", "t", "--agent-cmd", dear, "--max-usd", "1", "--max-experiments", "5")
     assert "--max-usd 1 is spent" in done.stderr and "Its agents cost 1.50 dollars." in done.stderr
     assert [run.cost.get("usd") for run in checkout.runs()[-2:]] == [0.75] * 2
+    asks = f"print({bill!r})\nif 'left train.py as it was: May I?' in prompt:\n    {DEEPER}"
+    checkout.loop(*ONE, checkout.agent(asks.replace('"result",', '"result", "result": "May I?",')))
+    assert checkout.runs()[-1].cost["usd"] == 1.5  # of both calls
     agent = checkout.agent(DEEPER + '\nopen(os.environ["CHECKOUT"] + "/STOP", "w")')
     checkout.loop("--tag", "t", "--agent-cmd", agent, CHECKOUT=str(checkout.path))
     assert not (checkout.path / "STOP").exists()

@@ -216,9 +216,6 @@ def test_long_documents_encode_as_if_whole(shared, monkeypatch, parts):
         assert tokenizer.encode(text) == whole
 
 
-# ----- tokens -----
-
-
 def test_token_files_hold_every_document_and_batch_and_a_truncated_one_is_named(own, tmp_path):
     """Nulls, empty and ill-formed documents, large strings, row groups of 1 to 300."""
     documents = ["", None, "a\x00b", "<|reserved_0|> text", "x" * 300_000, *corpus()[:395]]

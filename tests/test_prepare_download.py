@@ -8,6 +8,7 @@ import threading
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import patch
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -186,6 +187,10 @@ def test_download_names_what_is_missing_and_the_next_run_resumes(evaluator, hub,
     del hub.shards[ALL[1]]
     hub.plans = {ALL[2]: ["silent"] * 2, ALL[3]: ["corrupt"] * 2}
     evaluator.HTTP_TIMEOUT, evaluator.ATTEMPTS = (5, 0.5), 2
+    with patch.object(hub, "shards", {}):  # the first fails, the others would fare no better
+        assert evaluator.main(["--num-shards", "-1", "--download-workers", "1"]) == 1
+    assert error_line(capsys).startswith("error: 6 of 6 shards are missing: ") and hub.requests() == {ALL[5]: 1}
+    hub.times.clear()
     assert evaluator.main(["--num-shards", "-1"]) == 1
     error = error_line(capsys)
     assert error.startswith("error: 4 of 6 shards are missing: ")

@@ -18,9 +18,6 @@ from harness.device import DeviceError
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
 
-# ---- Attention ----
-
-
 @pytest.mark.parametrize(("T", "window", "kv_heads"), [(10, 0, 1), (10, 4, 2), (10, 9, 1), (200, 1, 4), (200, 150, 2)])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_mask_of_flex_attention_shows_what_sdpa_shows(T, window, kv_heads):
@@ -130,9 +127,6 @@ def test_kernel_is_fetched_once_and_a_run_takes_the_newest_that_loads_and_names_
         device.load_flash_attention()
 
 
-# ---- The compiler and its cache ----
-
-
 def test_compiler_that_builds_no_kernel_is_one_error_line_with_both_remedies(monkeypatch, tmp_path):
     def compile_nothing(function):
         raise RuntimeError("PTXASError: ptxas fatal\n: Value 'sm_121a' is not defined")
@@ -154,9 +148,6 @@ def test_compile_cache_over_its_limit_is_emptied_of_what_compilers_wrote_and_of_
     device.limit_compile_cache(tmp_path, limit=499)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fit-0123.txt", "thesis"]
     assert capsys.readouterr().err == f"{tmp_path} holds 0 GB: it is emptied\n"
-
-
-# ---- Warm-up ----
 
 
 def test_device_batch_halves_until_it_fits_and_divides_the_total_and_one_row_is_the_least():

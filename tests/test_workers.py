@@ -29,6 +29,8 @@ def test_gains_that_meet_are_not_added_and_edits_that_conflict_or_repeat_are_dro
         checkout.hold.unlink()
         assert words in ended(process).stderr
     runs = checkout.runs()
+    experiments = {run.number for run in runs if run.purpose == "experiment" and not run.again_of}
+    assert len(experiments) == 6  # what was dropped does not count
     stale = runs[2]
     assert stale.is_stale and stale.status == "discard" and stale.base == runs[1].base == runs[0].commit
     assert runs[3].again_of == stale.number and runs[3].status == "discard" and runs[3].base == runs[1].commit
