@@ -90,7 +90,7 @@ def test_stopped_and_killed_ablation_goes_on_and_what_crashes_is_measured_beside
     for replicates, runs in (("1", 11), ("2", 12)):
         done = night.loop("ablate", "--tag", "t", "--replicates", replicates, "--workers", "4", timeout=100)
         assert f"ablation of 8 changes: {runs} runs, 3 of the champion, about" in done.stderr
-    assert words(done.stdout)["IDLE_1"] == "within noise, beside its base"
+    assert words(done.stdout)["IDLE_1"] == "within noise, beside its base" and "none of these 7" in done.stdout
     measured = [(run.group.split("/")[1], run.commit) for run in night.runs() if run.purpose == "ablation"]
     twice = [*(f"without {number}" for number in (2, 3, 5, 6, 7, 8, 9)), "before 4", "with 4"]
     assert sorted(side for side, _ in measured) == sorted(["champion"] * 6 + ["without 4"] + twice * 2)

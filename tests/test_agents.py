@@ -144,6 +144,7 @@ def test_silent_slow_or_stopped_agent_is_ended_and_only_a_whole_edit_counts(lab,
     with monkeypatch.context() as patch:
         patch.setattr(lab.worktree, "folder", lab.outside / "agent1.py" / "1")  # no room for its worktree, say
         assert lab.propose(EDIT).kind == "failed"
+    assert [agents.rest_seconds("failed", n) for n in (1, 2, 99)] == [5, 10, 600]
     threading.Timer(1, lab.stop.set).start()
     assert isinstance(lab.propose(EDIT + "time.sleep(600)"), NoProposal)
 

@@ -233,8 +233,8 @@ def test_approval_decides_whether_a_gain_stands(checkout: Checkout):
     assert checkout.statuses() == ["keep", "keep", "discard", "discard"]
 
 
-def test_confirm_keeps_a_real_gain_and_no_lucky_or_tiny_one_and_a_waiter_hears_of_that_run(checkout: Checkout):
-    """Lucky edits look good on the first seed alone, one of them with less code; sigma is larger than the tiny gain."""
+def test_confirm_keeps_a_real_gain_and_no_lucky_or_small_one_and_a_waiter_hears_of_that_run(checkout: Checkout):
+    """Lucky edits look good on the first seed alone, one of them with less code; the small gain is one error large."""
     agent = checkout.agent("""
         path = pathlib.Path("train.py")
         n = count()
@@ -244,7 +244,7 @@ def test_confirm_keeps_a_real_gain_and_no_lucky_or_tiny_one_and_a_waiter_hears_o
             path.write_text(re.sub("LR - .*", "LR) / 100 + 0.1 * (seed != 42) - 0.03)", path.read_text()))
             say("simplify: lucky too")
         else:
-            knob("DEPTH", 4.02 if n == 3 else 12)
+            knob("DEPTH", 8 if n == 3 else 12)
     """)
     command = "--tag", "t", "--agent-cmd", agent, "--confirm", "2", "--max-experiments"
     checkout.loop(*command, "3")
@@ -256,11 +256,11 @@ def test_confirm_keeps_a_real_gain_and_no_lucky_or_tiny_one_and_a_waiter_hears_o
         waiter.wait(2)
     checkout.hold.unlink()
     ended(loop)
-    lucky, simpler, tiny, real = [run for run in checkout.runs() if run.purpose == "experiment"]
-    assert [run.reason for run in (lucky, tiny)] == ["not confirmed on fresh seeds"] * 2 and real.status == "keep"
+    lucky, simpler, small, real = [run for run in checkout.runs() if run.purpose == "experiment"]
+    assert [run.reason for run in (lucky, small)] == ["not confirmed on fresh seeds"] * 2 and real.status == "keep"
     assert simpler.score < 1.08 and simpler.reason.startswith("no simplification: it loses over one sigma")
     pairs = []
-    for experiment in (lucky, simpler, tiny, real):
+    for experiment in (lucky, simpler, small, real):
         fresh = [run for run in checkout.runs() if run.group == f"confirm {experiment.number}"]
         pairs.append(len(fresh) // 2)
         assert all(run.seed != 42 for run in fresh)
