@@ -71,7 +71,7 @@ DOMAIN = Domain(
     # bpb, the standard deviation between seeds of one train.py: the original's H100; six baselines on two CPU cores.
     # A profile that is not here is unknown until something ran twice: its baseline does, at the start.
     assumed_sigma={"climbmix": 0.00037, "pocket": 0.014},
-    startup_allowance=300,  # seconds for compilation and evaluation: a run may take 2 * its budget + this
+    startup_allowance=300,  # seconds to compile and evaluate: a run may take 2 * its budget + this, an audit 3 * + this
     rescore_tolerance=1e-3,  # bpb: kernels of another batch size round differently
     floors={},  # other numbers of the record, and the least that each must be: {"accuracy": 0.9}
     approve="",  # a shell command that must exit 0 before a keep stands; --approve sets it for one session

@@ -573,8 +573,10 @@ def _train_tokenizer(shards):
         raise UserError(f"the vocabulary has {len(tokens)} tokens, {BOS_ID} are needed: {remedy}")
     text = "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens))
     path = CACHE / "tokenizer.tiktoken"
-    if not path.exists() or path.read_text(encoding="utf-8") != text:  # else the token files are this tokenizer's
+    if not path.exists() or path.read_bytes() != text.encode():  # else the token files are this tokenizer's
         shutil.rmtree(CACHE / "tokens", ignore_errors=True)
+    for split in ("val", "test"):  # of the last two shards, of whatever number of them was asked for
+        _tokens_path(split).unlink(missing_ok=True)
     _write_text(CACHE / "tokenizer.json", json.dumps({"pattern": SPLIT_PATTERN, "special_tokens": SPECIAL_TOKENS}))
     _write_text(path, text)
 
@@ -745,7 +747,7 @@ class RowStream:
         self._width = T + 1
         self._next_arrival = LOW_32_BITS  # counts down
         self._keys = []  # sorted
-        self._places = {}  # key -> tokens of its shard, start in them
+        self._documents = {}  # key -> its tokens
         self._batches = self._read_batches(names, forever)
         self._rows = self._pack_rows()
 
@@ -769,18 +771,17 @@ class RowStream:
                 if at < 0:
                     at = bisect.bisect(keys, keys[0] | LOW_32_BITS) - 1  # none fits: the shortest
                 key = keys.pop(at)
-                tokens, start = self._places.pop(key)
-                length = min(key >> 32, left)
-                pieces.append(tokens[start : start + length])
-                left -= length
+                pieces.append(self._documents.pop(key)[:left])
+                left -= len(pieces[-1])
             yield pieces
 
     def _refill(self) -> None:
         for epoch, tokens, lengths, starts in self._batches:
             keys = ((lengths << 32) + self._next_arrival - np.arange(len(lengths))).tolist()
-            places = [(tokens, start) for start in starts.tolist()]
+            # Copies: a document that is kept for long must not keep its shard open.
+            documents = [tokens[start:end].copy() for start, end in zip(starts, starts + lengths, strict=True)]
             self._keys += keys
-            self._places.update(zip(keys, places, strict=True))
+            self._documents.update(zip(keys, documents, strict=True))
             self._next_arrival -= len(keys)
             self.epoch = epoch
             if len(self._keys) >= PACKING_BUFFER:
@@ -790,7 +791,7 @@ class RowStream:
     def _read_batches(self, names, forever):
         """Yields for each batch of documents: epoch, tokens of the shard, lengths and starts of the documents."""
         for epoch in itertools.count(1):
-            for name in names:  # a few are open at a time: there may be thousands
+            for name in names:  # one is open at a time: there may be thousands
                 tokens, lengths, batches = _read_shard(_tokens_path(name))
                 starts = np.cumsum(lengths) - lengths
                 ends = np.cumsum(batches)

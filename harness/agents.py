@@ -449,7 +449,7 @@ class Worktree:
         except (OSError, UserError) as error:  # it updates itself, say, or the disk is full
             return NoProposal(f"the agent does not start: {error}", "failed")
         answer = self._read_answer()
-        self.was_cut_off = ending.problem.startswith(("timeout", "no output"))
+        self.was_cut_off = ending.problem.startswith(("timeout", "no output", "killed"))
         if agent.has_model:
             self.cost = answer.cost
         return self._look(agent, champion, start, ending, answer)

@@ -470,7 +470,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
     ablate = commands.add_parser("ablate", help="which kept changes are real: the champion without each of them")
     ablate.add_argument("--replicates", type=int, default=3, metavar="N", help="seeds for each change (default 3)")
-    ablate.add_argument("--apply", action="store_true", help="then take out what does not carry, if nothing is lost")
+    apply_help = "then take out what does not carry, if that loses at most one sigma"
+    ablate.add_argument("--apply", action="store_true", help=apply_help)
 
     ray_help = "a Ray cluster to run them on (default: Ray on this machine; off: without Ray)"
     for command in (run, ablate):

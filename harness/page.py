@@ -347,7 +347,7 @@ class PageWriter:
         is_busy = self._child is not None and self._child.poll() is None
         is_due = len(self._tag.ledger.runs) != self._runs and time.monotonic() - self._began_at >= PAGE_SECONDS
         if is_due and not is_busy:
-            self._begin(os.environ | {MARK: f"{self._tag.mark}:page"})  # what it uses is not others'
+            self._begin()
 
     def close(self) -> None:
         """Begin the last rewrite, for which nobody waits. To be called once the loop's status is cleared: by that the
@@ -356,16 +356,16 @@ class PageWriter:
             self._child.kill()
             self._child.wait()
         if self._tag.ledger.runs:
-            self._begin(dict(os.environ))
+            self._begin()
 
-    def _begin(self, variables: dict[str, str]) -> None:
+    def _begin(self) -> None:
         self._began_at = time.monotonic()
         self._runs = len(self._tag.ledger.runs)
         with contextlib.suppress(OSError), new_file(self._tag.home / "page.log") as log:
             self._child = subprocess.Popen(
                 self.command,
                 cwd=self._tag.checkout,
-                env=variables,
+                env=os.environ | {MARK: f"{self._tag.mark}:page"},  # what it uses is not others'
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=log,

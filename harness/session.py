@@ -64,7 +64,8 @@ def open_session(tag: Tag, is_stopped, edits_checkout: bool = False) -> Descript
     Under the tag's lock. `edits_checkout`: the checkout holds an edit that is to be measured. UserError for what only
     a person can mend.
     """
-    sweep(tag.mark)
+    for left in ("run", "agent", "approve"):
+        sweep(f"{tag.mark}:{left}")
     remove_folder(tag.home / "scratch")
     facts = _describe(tag, is_stopped)
     first = tag.ledger.first_run
@@ -284,7 +285,9 @@ class Session:
         self.doing[threading.current_thread().name] = state
 
     def _on_training(self, run: Run) -> None:
-        self._set_doing("training", run.number, run.description)
+        idea = self.doing.get(threading.current_thread().name, {}).get("description")
+        is_repeat = run.purpose == "replicate" and idea  # of the idea that this worker confirms
+        self._set_doing("training", run.number, idea if is_repeat else run.description)
 
     def _on_decided(self, run: Run) -> None:
         self.watch.see(run)
@@ -442,8 +445,7 @@ class Session:
         ledger = self.tag.ledger
         latest = [run for run in ledger.rows if run.purpose == "experiment"][-LATEST_VERDICTS:]
         verdicts = [compare.verdict(ledger, run) for run in latest]
-        waiting = [one["description"] for one in list(self.doing.values()) if one["doing"].startswith("waiting")]
-        running = [*self.ratchet.in_flight.values(), *waiting]
+        running = [one["description"] for one in list(self.doing.values()) if one["description"]]
         crash_log = read_tail(self.tag.folder(crash.number) / "run.log", CRASH_LINES) if crash else ""
         return prompt.write_prompt(
             instructions, ledger, running, verdicts, refusal, crash_log, suggestions, self.tag.source

@@ -144,9 +144,10 @@ def test_download_takes_the_first_shards_and_the_two_held_out(evaluator, hub):
     manifest = evaluator._manifest()
     assert list(manifest["train_tokens"]) == ["shard_00000", "shard_00001"]
     requests = hub.requests()
-    written = evaluator._tokens_path("val").stat().st_mtime_ns
+    tokens = evaluator._tokens_path("shard_00000")
+    written = tokens.stat().st_mtime_ns
     (evaluator.CACHE / "manifest.json").unlink()  # as if it had been broken off: what is done stays
-    assert evaluator.main(["--num-shards", "2"]) == 0 and evaluator._tokens_path("val").stat().st_mtime_ns == written
+    assert evaluator.main(["--num-shards", "2"]) == 0 and tokens.stat().st_mtime_ns == written
     assert evaluator.main(["--num-shards", "2"]) == 0  # nothing to do
     assert hub.requests() == requests and evaluator._manifest() == manifest
     assert evaluator.main(["--num-shards", "-1"]) == 0  # more training shards: the metric's digest stays
