@@ -1,6 +1,5 @@
 """The GPU day's loop on the CPU: from nothing to an audited ledger on text of one's own, with the real prepare.py,
-train.py and loop.py. Run: uv run pytest -n 0 -m slow tests/test_gpu_day.py
-"""
+train.py and loop.py. Run: uv run pytest -n 0 -m slow tests/test_gpu_day.py"""
 
 import json
 import os

@@ -106,10 +106,10 @@ class TwoFaced(Toy):
         return logits + self.counts
 
 
-@pytest.mark.parametrize(
-    ("kind", "reason"),
-    [("peeks", r"model looks ahead: it predicts a token 0\.00[789]"), ("counts", "forward fills the buffer counts")],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "reason"), [
+    ("peeks", r"model looks ahead: it predicts a token 0\.00[789]"), ("counts", "forward fills the buffer counts"),
+])  # fmt: skip
 def test_network_with_another_face_is_refused_in_the_clean_process(tiny, evaluator, tmp_path, kind, reason):
     record = audit(tiny, tmp_path, TwoFaced(kind))
     assert record["exported"], record["export_problem"]

@@ -186,6 +186,7 @@ sys.exit(train.main())
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_it_trains_ends_it_without_a_traceback(smoke_env):
     run = python(smoke_env, "-c", INTERRUPT)
     assert (run.returncode, run.stdout) == (130, "") and "Traceback" not in run.stderr
