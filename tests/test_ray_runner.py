@@ -121,8 +121,7 @@ def test_loop_on_a_cluster_outlives_what_it_loses(field: Field, monkeypatch):
 
     # A killed loop leaves no training, and the next one ends what hid.
     loop = field.loop(address)
-    pids = wait_for(lambda: len(field.training()) >= 2 and field.training(), LONG)
-    (daemon,) = (pid for pid in pids if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"sleep"))
+    (daemon,) = wait_for(lambda: find_processes("cmdline", rb"^sleep") & set(field.training()), LONG)
     loop.kill()
     loop.communicate()
     wait_for(lambda: field.training() == [daemon], LONG)
