@@ -779,7 +779,8 @@ class RowStream:
         for epoch, tokens, lengths, starts in self._batches:
             keys = ((lengths << 32) + self._next_arrival - np.arange(len(lengths))).tolist()
             # Copies: a document that is kept for long must not keep its shard open.
-            documents = [tokens[start:end].copy() for start, end in zip(starts, starts + lengths, strict=True)]
+            ends = (starts + lengths).tolist()
+            documents = [tokens[start:end].copy() for start, end in zip(starts.tolist(), ends, strict=True)]
             self._keys += keys
             self._documents.update(zip(keys, documents, strict=True))
             self._next_arrival -= len(keys)

@@ -285,7 +285,7 @@ def _try_without(ratchet, source: bytes, taken: list[Contribution], replicates: 
     first = ratchet.new_run(Edit(source, tag.champion, description))
     runs = [ratchet.execute(first, device)]
     for _ in range(replicates):
-        if runs[-1].status == "crash":
+        if any(run.status == "crash" for run in runs):
             break
         runs += ratchet.measure_pair(first, device)
     with ratchet.lock:

@@ -381,10 +381,9 @@ def append_runs(path: Path, runs: Iterable[Run]) -> None:
     """Append their lines at once, durably: after this call they are decided, whatever is killed."""
     lines = b""
     for run in runs:
-        values = dataclasses.asdict(run)
-        for key in [key for key, value in values.items() if value in (None, "", (), {}) or value is False]:
-            del values[key]
-        lines += json.dumps(values).encode() + b"\n"
+        values = dataclasses.asdict(run).items()
+        told = {key: value for key, value in values if value is not False and value not in (None, "", (), {})}
+        lines += json.dumps(told).encode() + b"\n"
     with open(path, "ab") as file:
         file.write(lines)
         file.flush()

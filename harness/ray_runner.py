@@ -175,7 +175,7 @@ class Actor:
         place = Place(
             output=folder,
             scratch=folder / "scratch",
-            compile_cache=self.folder.parent / "compiled" if self.terms.home else self.folder / "compiled",
+            compile_cache=(self.terms.home or self.folder) / "compiled",
             mark=self.mark,
             device=self._device(self.facts),
         )
