@@ -41,7 +41,8 @@ from harness.tag import Tag
 EDITABLE = "train.py"
 BANNER = re.compile(r"^# ?[-=#]{3}.*\n(?:#.*\n){0,2}", re.MULTILINE)  # a rule, and comments below it
 OF_BLOCK = re.compile(r"\b(knobs|hyper-?parameters)\b", re.IGNORECASE)  # in the banner above the block
-NEUTRAL = ("DEVICE_BATCH_SIZE", "LOSS_CHUNK")  # memory only: the loss does not depend on them
+# Memory and speed alone: the loss does not depend on them, and compilation takes minutes that no budget counts.
+NEUTRAL = ("DEVICE_BATCH_SIZE", "LOSS_CHUNK", "COMPILE")
 PATTERNS = ("L", "SL", "SSL", "SSSL", "SSSSL")
 FACTORS = [4 ** (step / 16) for step in range(-16, 17)]  # of a baseline's number: log-uniform from a fourth to fourfold
 DOUBLINGS = (0.25, 0.5, 1, 2, 4)  # of a large whole number: kernels want powers of two
@@ -202,9 +203,7 @@ def random_draw(rng: random.Random) -> Draw:
     """One hyperparameter at a time."""
 
     def draw(space: Space) -> dict[str, int]:
-        # COMPILE, say, costs minutes: by chance alone a switch is turned only where there is nothing else.
-        names = [name for name, values in space.items() if values != (False, True)] or list(space)
-        name = rng.choice(names)
+        name = rng.choice(list(space))
         return {name: rng.randrange(len(space[name]))}
 
     return draw
