@@ -1,4 +1,4 @@
-"""prepare.py: profiles, data, tokenizer, dataloader, clock, evaluator.
+"""prepare.py: profiles, data, tokenizer, dataloader, clock, evaluator; no model and no training.
 
     uv run prepare.py                     # prepare the profile's data; once more: resume, or do nothing
     uv run prepare.py --num-shards 100    # have more training shards (-1: all)
@@ -1295,7 +1295,8 @@ def describe() -> dict:
     except UserError as error:
         manifest = {}
         problem = str(error)
-    device = torch.device(default_device())
+    kind = default_device()
+    name, devices = _devices(kind)
     return {
         "profile": PROFILE,
         "reason": PROFILE_REASON,
@@ -1305,20 +1306,23 @@ def describe() -> dict:
         "problem": problem,
         "digest": manifest.get("digest"),
         "rows": manifest["metric"]["rows"] if manifest else {},
-        "device": device.type,
-        "device_name": device_name(device),
-        "devices": _devices(device.type),
+        "device": kind,
+        "device_name": name,
+        "devices": devices,
         "prepare_sha256": _sha256(Path(__file__)),
     }
 
 
-def _devices(kind: str) -> dict[str, dict]:
-    """What a run can be given on this machine, by the value of CUDA_VISIBLE_DEVICES that gives it."""
+def _devices(kind: str) -> tuple[str, dict[str, dict]]:
+    """The name of this machine's first device that can be used, and those of that name, each by the value of
+    CUDA_VISIBLE_DEVICES that gives it to a run."""
     if kind != "cuda":
-        return {kind: {"lock": str(_device_lock(torch.device(kind))), "free_gb": 0.0}}
+        device = torch.device(kind)
+        return device_name(device), {kind: {"lock": str(_device_lock(device)), "free_gb": 0.0}}
     count = torch.cuda.device_count()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = [name.strip() for name in visible.split(",")] if visible else [str(i) for i in range(count)]
+    chosen = ""
     devices = {}
     for i, name in enumerate(names[:count]):
         device = torch.device("cuda", i)
@@ -1327,10 +1331,12 @@ def _devices(kind: str) -> dict[str, dict]:
         except RuntimeError as error:  # it is full, or somebody else's alone
             problem = f"GPU {name} cannot be used: {str(error).splitlines()[0]}"
             continue
-        devices[name] = {"lock": str(_device_lock(device)), "free_gb": free_bytes / 1e9}
+        chosen = chosen or device_name(device)
+        if device_name(device) == chosen:  # scores of another one do not compare
+            devices[name] = {"lock": str(_device_lock(device)), "free_gb": free_bytes / 1e9}
     if not devices:
         raise UserError(f"{problem}: free it, or choose others by CUDA_VISIBLE_DEVICES")
-    return devices
+    return chosen, devices
 
 
 def _prepare(num_shards: int, workers: int) -> None:
@@ -1347,6 +1353,7 @@ def _prepare(num_shards: int, workers: int) -> None:
     _tokenize(texts)
     manifest = _write_manifest(train)
     if torch.cuda.is_available():  # a run then needs no network
+        sys.path.append(str(Path(__file__).parent))  # python -P, as the loop calls this file, leaves it out
         from harness.device import fetch_attention_kernel
 
         fetch_attention_kernel()

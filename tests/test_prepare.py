@@ -5,6 +5,8 @@ import os
 import random
 import re
 import shutil
+import subprocess
+import sys
 from collections import Counter, defaultdict
 from functools import cache
 from types import SimpleNamespace
@@ -306,6 +308,18 @@ def test_killed_preparation_is_completed_by_the_next_run(shared, tmp_path, monke
 # ----- locks, the device -----
 
 
+@pytest.mark.slow
+def test_preparation_fetches_the_attention_kernel_when_it_is_called_as_the_loop_calls_it(tiny, tmp_path):
+    """With -P nothing beside the file is on Python's path. A driver is pretended, and there is no network."""
+    shutil.copy(tiny[0], tmp_path)
+    (tmp_path / "harness").symlink_to(PREPARE.parent / "harness")
+    start = "import runpy, sys, torch; torch.cuda.is_available = lambda: True; sys.argv[0] = 'prepare.py'"
+    command = [sys.executable, "-P", "-c", f"{start}; runpy.run_path('prepare.py', run_name='__main__')"]
+    env = os.environ | {"AUTORESEARCH_PROFILE": "tiny", "AUTORESEARCH_CACHE": str(tiny[1]), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (done.returncode, "no attention kernel was fetched" in done.stderr) == (0, True), done.stderr
+
+
 def test_lock_is_for_every_user_and_one_that_cannot_be_made_names_the_variable_to_set(tmp_path, capsys):
     evaluator = load_prepare(PREPARE, "smoke", tmp_path / "cache", AUTORESEARCH_LOCKS=str(tmp_path / "locks"))
     path = evaluator.LOCKS / "gpu.lock"
@@ -324,19 +338,23 @@ def test_devices_are_named_as_cuda_visible_devices_names_them(shared, monkeypatc
         "get_device_properties": lambda device: SimpleNamespace(uuid=f"uuid-{torch.device(device).index}"),
         "mem_get_info": lambda device: (device.index * 10**9, 80 * 10**9),
         "device_count": lambda: 2,
+        "get_device_name": lambda device: "H100",
     }
     for name, function in pretended.items():
         monkeypatch.setattr(torch.cuda, name, function)
-    devices = [{"lock": str(shared.LOCKS / f"uuid-{i}.lock"), "free_gb": float(i)} for i in (0, 1)]
+    locks = [str(shared.LOCKS / f"uuid-{i}.lock") for i in (0, 1)]
+    devices = [{"lock": lock, "free_gb": float(i)} for i, lock in enumerate(locks)]
     for visible, names in [("", ["0", "1"]), ("3, GPU-5", ["3", "GPU-5"])]:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        assert shared._devices("cuda") == dict(zip(names, devices, strict=True))
+        assert shared._devices("cuda") == ("H100", dict(zip(names, devices, strict=True)))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: ("H100", "L4")[device.index])
+    assert list(shared._devices("cuda")[1]) == ["3"]  # the other one is of another kind
 
     def out_of_memory(device):
         raise RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`")
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda one: out_of_memory(one) if one.index else (0, 0))
-    assert list(shared._devices("cuda")) == ["3"]  # the other one is full
+    assert list(shared._devices("cuda")[1]) == ["3"]  # the other one is full
     monkeypatch.setattr(torch.cuda, "mem_get_info", out_of_memory)
     with pytest.raises(shared.UserError, match="GPU GPU-5 cannot be used: CUDA error: out of memory: free it, or"):
         shared._devices("cuda")
