@@ -1,4 +1,4 @@
-"""loop.py, the ratchet: agents propose edits of train.py; the loop commits, runs, decides, and keeps or drops them.
+"""loop.py, the ratchet: it commits an edit, has it run, decides, keeps or drops it. How a step is done: harness/.
 
     uv run loop.py --agent claude             # all night (Ctrl-C once: finish what runs and stop; twice: stop now)
     uv run loop.py try "raise depth to 10"    # one experiment on the edit now in train.py, for an agent that loops
@@ -35,7 +35,7 @@ from harness.console import UserError, say
 from harness.domain import Description, Domain
 from harness.edit import Dropped, Edit, compile_problem, fingerprint, syntax_size
 from harness.ledger import STALE, Run
-from harness.replicates import FIRST_SEED, broken_floor, fresh_seed
+from harness.replicates import FIRST_SEED, fresh_seed
 from harness.runner import Job, Runner
 from harness.tag import Tag
 
@@ -48,19 +48,15 @@ PYTHON = (sys.executable, "-P", "-u")
 RUN_TRAIN = "import os, runpy, sys; sys.path.append(os.getcwd()); runpy.run_path('train.py', run_name='__main__')"
 DESCRIBE = "import json, os, sys; sys.path.append(os.getcwd()); import prepare; print(json.dumps(prepare.describe()))"
 
-METRIC = "val_bpb"
-LOWER_IS_BETTER = True
-EDITABLE = "train.py"
-
 DOMAIN = Domain(
-    metric=METRIC,
+    metric="val_bpb",
     test_metric="test_bpb",
-    lower_is_better=LOWER_IS_BETTER,
+    lower_is_better=True,
     unit="bpb",
     score_name="validation bits per byte",
     score_range=(0.01, 100.0),
     score_digits=6,  # decimals in results.tsv
-    editable=EDITABLE,
+    editable="train.py",
     instructions="program.md",
     describe_command=(*PYTHON, "-c", DESCRIBE),  # what it prints says the time budget: seconds of training
     prepare_command=(*PYTHON, "prepare.py"),
@@ -111,6 +107,7 @@ class Ratchet:
         """
         while True:
             with self.runner.device() as device:  # waits until one is free
+                self.runner.wait_for_disk(self.tag.home)
                 try:
                     edit, run = self.begin(edit)
                 except Dropped as dropped:
@@ -120,7 +117,7 @@ class Ratchet:
                         stale = self.tag.ledger[edit.again_of]
                         return self.record([stale], "discard", f"gained on a former champion; {dropped}")
                 try:
-                    runs = self.measure(run, device)
+                    runs = self.run_and_confirm(run, device)
                     with self.lock:
                         status, reason = self.decide(runs, edit)
                         if status == "keep" and edit.base != self.tag.champion:
@@ -142,7 +139,7 @@ class Ratchet:
             champion = self.tag.champion
             if edit.base != champion:
                 sources = self.tag.source(champion), self.tag.source(edit.base), edit.source
-                merged = self.repository.merge(*sources, theirs_win=edit.wins)
+                merged = self.repository.merge(*sources, theirs_win=edit.overrides)
                 if merged is None:
                     raise Dropped(f"it conflicts with the new champion {champion[:7]}")
                 edit = replace(edit, source=merged, base=champion)
@@ -178,29 +175,29 @@ class Ratchet:
         mark = fingerprint(source)
         if mark == fingerprint(self.tag.source(self.tag.champion)):
             return f"{name} is the champion's (comments, layout and the seed do not count)"
-        if mark in self.in_flight:
-            return f"{name} repeats an experiment that runs now ({self.in_flight[mark]})"
+        if (running := self.in_flight.get(mark)) is not None:
+            return f"{name} repeats an experiment that runs now ({running})"
         earlier = self.tag.ledger.find_repeat(mark)
         if earlier is not None and earlier.number != again_of:
             again = f"'uv run loop.py try --again {earlier.number}' runs it once more"
             return f"{name} repeats run {earlier.number} ({earlier.status}: {earlier.description}): {again}"
         return ""
 
-    def measure(self, run: Run, device) -> list[Run]:
+    def run_and_confirm(self, run: Run, device) -> list[Run]:
         """The run, measured or crashed. With --confirm a gain is followed by fresh runs of candidate and base, as long
         as they show one: they are judged once, when all have run."""
-        first = self.execute(run, device)
+        first = self.run_once(run, device)
         runs = [first]
-        if not self.confirm or first.status == "crash" or self.gain(first) <= 0:
+        if not self.confirm or self.find_refusal(runs) or self.gain(first) <= 0:
             return runs
         say(f"  {run.description}: a gain so far, up to {self.confirm} fresh seeds to confirm it")
         for _ in range(self.confirm):
-            runs += self.measure_pair(run, device)
+            runs += self.run_pair(run, device)
             if any(one.status == "crash" for one in runs) or self.fresh_gain(runs)[0] <= 0:
                 break
         return runs
 
-    def measure_pair(self, run: Run, device) -> list[Run]:
+    def run_pair(self, run: Run, device) -> list[Run]:
         """Champion and candidate once more, both on one fresh seed."""
         seed = fresh_seed()
         pair = []
@@ -214,21 +211,21 @@ class Ratchet:
                 group=f"confirm {run.number}",
                 description=f"{what} (seed {seed})",
             )
-            pair.append(self.execute(again, device))
+            pair.append(self.run_once(again, device))
         return pair
 
-    def execute(self, run: Run, device) -> Run:
+    def run_once(self, run: Run, device) -> Run:
         """Make one run; it gets a number and a folder if it has none."""
         if not run.number:
             with self.lock:
                 run = replace(run, number=self.tag.new_folder())
-        summary = (self.tag.ledger.first_run or run).summary
+        summary = (self.tag.ledger.baseline_run or run).summary
         same = {key: summary[key] for key in self.domain.same_in_every_run if key in summary}
         with self.lock:
             archive = self.repository.archive(run.commit)
         say(f"run {run.number:04d}: {run.description}")
         self.on_training(run)
-        return self.runner.measure(Job(run, archive, self.facts, self.domain, same), device)
+        return self.runner.make(Job(run, archive, self.facts, self.domain, same), device)
 
     # The rules
 
@@ -246,7 +243,7 @@ class Ratchet:
 
     def decide(self, runs: list[Run], edit: Edit) -> tuple[str, str]:
         """`keep`, `discard` or `crash`, and why where that needs a word. Better than what is believed of the base is
-        kept; a simplification also at about the same score."""
+        kept; a simplification also at about the same score. Repeats are decided in replicates, removals in ablation."""
         if refusal := self.find_refusal(runs):
             return refusal
         gain = self.gain(runs[0])
@@ -270,7 +267,7 @@ class Ratchet:
             return "crash", runs[0].reason
         if crash := next((run for run in runs if run.status == "crash"), None):
             return "discard", f"a fresh run crashed: {crash.reason}"
-        if broken := broken_floor(runs[0], self.domain):
+        if broken := ledger.broken_floor(runs[0], self.domain):
             return "discard", broken
         return None
 
@@ -278,11 +275,13 @@ class Ratchet:
         """The verdict on a gain that waits for an approval; it is stale where the champion has moved meanwhile."""
         is_approved = self.approve(run)
         with self.lock:
+            group = f"confirm {run.number}"
+            fresh = [one for one in self.tag.ledger.runs if one.group == group and one.status == "pending"]
             if not is_approved:
-                return self.record([replace(run, is_refused=True)], "discard", "not approved")
+                return self.record([replace(run, is_refused=True), *fresh], "discard", "not approved")
             if run.base != self.tag.champion:
-                return self.record([run], "discard", STALE)
-            return self.record([run], "keep")
+                return self.record([run, *fresh], "discard", STALE)
+            return self.record([run, *fresh], "keep")
 
     def record(self, runs: list[Run], status: str, reason: str = "") -> Run:
         """Append the lines of one experiment; a kept commit is the champion from now on."""
@@ -292,7 +291,7 @@ class Ratchet:
                 decided.append(run)
             elif run.commit == runs[0].commit:
                 is_first = run.number == runs[0].number
-                own = status if is_first or status == "keep" else "discard"
+                own = status if is_first or status in ("keep", "pending") else "discard"
                 decided.append(replace(run, status=own, reason=reason, is_stale=reason == STALE))
             else:
                 decided.append(replace(run, status="keep" if run.commit == self.tag.champion else "discard"))

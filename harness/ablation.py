@@ -1,4 +1,4 @@
-"""Which of the kept changes are real: the champion without each of them, beside the champion, on fresh seeds.
+"""Which of the kept changes are real: the champion without each of them, on fresh seeds.
 
 A change is taken back from the champion's file. Where later changes stand on it, its own commit and the one before it
 are compared instead. Every run is a line of runs.jsonl: a stopped ablation goes on, and `--replicates 5` after
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 from harness.compare import align
 from harness.console import UserError, duration, one_line, say
-from harness.edit import Edit, compile_problem, fingerprint
+from harness.edit import Edit, compile_problem, fingerprint, syntax_size
 from harness.files import read_text
-from harness.ledger import Ledger, Run, is_simpler_keep, wants_simpler
+from harness.ledger import Ledger, Run, is_simpler_keep
 from harness.replicates import fresh_seed
 
 CHAMPION = "champion"  # a side; the others are `without 7`, or `before 7` and `with 7`, by the number of a change's run
@@ -41,11 +41,6 @@ class Contribution:
         if abs(self.gain) <= 2 * self.standard_error:
             return "within noise"
         return "carries" if self.gain > 0 else "harms"
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether it is worth nothing. A simplification within the noise is worth its lines."""
-        return self.word == "harms" or (self.word == "within noise" and not wants_simpler(self.run.description))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,7 +164,7 @@ def _measure(ratchet, group: str, side: str, commit: str) -> None:
     seed = fresh_seed()
     run = Run(0, commit, seed=seed, purpose="ablation", group=f"{group}/{side}", description=f"{side}, seed {seed}")
     with ratchet.runner.device() as device:
-        run = ratchet.execute(run, device)
+        run = ratchet.run_once(run, device)
     if run.status == "crash" and side == CHAMPION:
         raise UserError(f"the champion {commit[:7]} crashed: {run.reason} ({ratchet.tag.folder(run.number)}/run.log)")
     with ratchet.lock:
@@ -249,10 +244,11 @@ def apply(ratchet, replicates: int) -> None:
     """Take out every change that does not carry, and keep that as a simplification if it loses at most one sigma on
     fresh seeds; else put the one back that contributed most, and try again."""
     tag = ratchet.tag
-    idle = [one for one in read_contributions(tag.ledger, group_of(tag.champion)) if one.is_idle]
+    found = read_contributions(tag.ledger, group_of(tag.champion))
+    idle = [one for one in found if one.word in ("within noise", "harms")]
     idle.sort(key=lambda one: one.gain)
     for _ in range(APPLY_TRIES):
-        source, taken = _without_all(tag, idle)
+        source, taken = without_all(tag, idle)
         if not taken:
             say("every change carries, makes the code shorter, or stands below one that does: nothing is taken out")
             return
@@ -265,14 +261,17 @@ def apply(ratchet, replicates: int) -> None:
         idle = [one for one in idle if one is not taken[-1]]  # the largest of those that were taken out
 
 
-def _without_all(tag, idle: list[Contribution]) -> tuple[bytes, list[Contribution]]:
-    """The champion's file without these changes, and those that could be taken out, by their contribution."""
+def without_all(tag, idle: list[Contribution]) -> tuple[bytes, list[Contribution]]:
+    """The champion's file without these changes, and those that were taken out, by their contribution. One that made
+    the code shorter is worth that, unless it harms."""
     source = tag.source(tag.champion)
     taken = []
     for one in sorted(idle, key=lambda one: -one.run.number):  # the latest first: it may stand on an earlier one
-        shorter = take_back(tag.repository, source, tag.source(one.run.commit), tag.source(one.run.base))
-        if shorter is not None and not compile_problem(shorter, tag.domain.editable):
-            source = shorter
+        without = take_back(tag.repository, source, tag.source(one.run.commit), tag.source(one.run.base))
+        if without is None or compile_problem(without, tag.domain.editable):
+            continue
+        if one.word == "harms" or syntax_size(without) <= syntax_size(source):
+            source = without
             taken.append(one)
     return source, [one for one in idle if one in taken]
 
@@ -283,11 +282,11 @@ def _try_without(ratchet, source: bytes, taken: list[Contribution], replicates: 
     numbers = ", ".join(str(one.run.number) for one in sorted(taken, key=lambda one: one.run.number))
     description = f"simplify: without the changes of {'runs' if len(taken) > 1 else 'run'} {numbers}"
     first = ratchet.new_run(Edit(source, tag.champion, description))
-    runs = [ratchet.execute(first, device)]
+    runs = [ratchet.run_once(first, device)]
     for _ in range(replicates):
         if any(run.status == "crash" for run in runs):
             break
-        runs += ratchet.measure_pair(first, device)
+        runs += ratchet.run_pair(first, device)
     with ratchet.lock:
         if refusal := ratchet.find_refusal(runs):
             return ratchet.record(runs, *refusal)

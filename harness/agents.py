@@ -1,4 +1,4 @@
-"""The coding agents' CLIs and their worktrees: a prompt in, a proposal (or why none) and its cost out.
+"""The coding agents' CLIs and their worktrees: a prompt in, a proposal (or why none) and its cost out. It judges none.
 
 A new agent is one more row of AGENTS; without a row, `loop.py --agent-cmd "COMMAND"` takes any command. The prompt
 comes on standard input, or as {prompt_file} in the command; JSON that a CLI leaves in the folder {answer} is read like
@@ -81,8 +81,8 @@ AGENTS = {
     "droid": Agent("droid exec --skip-permissions-unsafe -o stream-json", f"{NPM} droid", True),
     "kimi": Agent(f"kimi --output-format stream-json -p {READ}", f"{NPM} @moonshot-ai/kimi-code", True),
     "cline": Agent(f"cline --json --auto-approve true {READ}", f"{NPM} cline", True),
-    "random": Agent(f"{SEARCH} random {{tag}} {{direction}}", has_model=False),
-    "tpe": Agent(f"{SEARCH} tpe {{tag}} {{direction}}", has_model=False, package="optuna"),
+    "random": Agent(f"{SEARCH} random {{editable}} {{tag}} {{direction}}", has_model=False),
+    "tpe": Agent(f"{SEARCH} tpe {{editable}} {{tag}} {{direction}}", has_model=False, package="optuna"),
 }
 
 LOG_INS = {  # name: a quick command without network, the pattern in what it says that means no, and the remedy
@@ -158,7 +158,7 @@ def _codex_has_own_access() -> bool:
     """An API key, or a provider of the user's own: its check knows neither."""
     config = Path(os.environ.get("CODEX_HOME", Path.home() / ".codex"), "config.toml")
     has_key = "CODEX_API_KEY" in os.environ or "CODEX_ACCESS_TOKEN" in os.environ
-    return has_key or re.search("provider|base_url", read_text(config)) is not None
+    return has_key or re.search("provider|base_url", read_text(config.resolve())) is not None
 
 
 # What tells a CLI that another one of its kind started it.
@@ -375,19 +375,19 @@ class NoProposal:
     """Why an agent gave none."""
 
     reason: str
-    kind: str  # unchanged, refused edit (the next prompt says why); failed; rate limit; refused (log-in, credit, model)
+    kind: str  # unchanged, bad edit (the next prompt says why); failed; rate limit; hopeless (log-in, credit, model)
 
 
 NO_MONEY = r"insufficient.?(quota|credit|balance|fund)|credit balance|out of credit|billing|payment|\b402\b"
 RATE_LIMIT = r"\b429\b|rate.?limit|too many requests|(usage|session|weekly) limit|hit your .{0,30}limit|quota"
-REFUSED = (
+NO_ACCESS = (
     r"\b40[134]\b|unauthori[sz]ed|forbidden|authenticat|api.?key|credentials|log(ged)?.?in\b"
     r"|model.{0,60}(not found|not exist|not available|not supported|no access)|unknown model"
 )
 
 
 def _kind_of_failure(said: str) -> str:
-    for kind, pattern in (("refused", NO_MONEY), ("rate limit", RATE_LIMIT), ("refused", REFUSED)):
+    for kind, pattern in (("hopeless", NO_MONEY), ("rate limit", RATE_LIMIT), ("hopeless", NO_ACCESS)):
         if re.search(pattern, said, re.IGNORECASE):
             return kind
     return "failed"
@@ -427,7 +427,8 @@ class Worktree:
         prompt_file = (self.folder if takes_file else self.notes) / "prompt.md"
         gpus = {"CUDA_VISIBLE_DEVICES": ""} if agent.has_model else {}  # none: they are for the runs
         places = {"{prompt_file}": str(prompt_file), "{answer}": str(self._answers)}
-        places |= {"{tag}": self._tag.name, "{direction}": self._tag.domain.direction}
+        domain = self._tag.domain
+        places |= {"{editable}": domain.editable, "{tag}": self._tag.name, "{direction}": domain.direction}
         words = shlex.split(agent.command)
         for place, value in places.items():
             words = [word.replace(place, value) for word in words]
@@ -499,14 +500,14 @@ class Worktree:
             with open_regular(self.folder / name) as file:
                 source = file.read(MAX_EDIT_BYTES + 1)
         except OSError:
-            return NoProposal(f"{name} is not a regular file", "refused edit")
+            return NoProposal(f"{name} is not a regular file", "bad edit")
         if len(source) > MAX_EDIT_BYTES:
-            return NoProposal(f"{name} is over {MAX_EDIT_BYTES // 2**20} MiB", "refused edit")
+            return NoProposal(f"{name} is over {MAX_EDIT_BYTES // 2**20} MiB", "bad edit")
         if source != start:
             description = one_line(read_text(self.folder / DESCRIPTION_FILE, first=2000))
             description = description or describe_edit(self._tag.source(champion), source, name)
             touched = self._touched(champion)
-            return Edit(source, champion, description, touched=touched, wins=not agent.has_model)
+            return Edit(source, champion, description, touched=touched, overrides=not agent.has_model)
         said = one_line(answer.said, REASON_CHARS)
         if not ending.problem and not answer.is_error:
             return NoProposal(f"the agent left {name} as it was: {said}".rstrip(": "), "unchanged")
@@ -516,7 +517,7 @@ class Worktree:
         if answer.is_error or not answer.said:  # else the words are the model's own
             kind = _kind_of_failure(said)
         if not agent.has_model and ending.problem == f"exit code {NOTHING_TO_TURN}":
-            kind = "refused"
+            kind = "hopeless"
         return NoProposal(f"the agent {how}: {said}".rstrip(": "), kind)
 
     def _touched(self, champion: str) -> tuple[str, ...]:

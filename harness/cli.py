@@ -1,4 +1,4 @@
-"""The commands: their arguments, what they call, and their exit codes.
+"""The commands: their arguments, what they call, and their exit codes. What they do stands elsewhere.
 
 0 done, or stopped by request; 1 error or crash; 2 usage or refusal. What a person can mend, or the machine did, is one
 line and never a traceback.
@@ -211,7 +211,7 @@ def commit_to_repeat(tag: Tag, number: int | None) -> str:
     if ledger[number].purpose in MEASURED:
         remedy = "give the number of an experiment's run, or --base for the champion"
         raise UserError(f"--again {number}: that run was part of an {ledger[number].purpose}: {remedy}", 2)
-    if ledger[number].status == "pending":
+    if not ledger[number].is_decided:
         raise UserError(f"--again {number}: that run waits for approval: start the loop with --approve first", 2)
     return ledger[number].commit
 
@@ -244,10 +244,8 @@ def try_edit(tag: Tag, ratchet: type, source: bytes, description: str) -> int:
             raise UserError(f"refused: {problem}", 2)
         replicates.run_baseline(loop)
         if not is_baseline:
-            try:
-                loop.experiment(Edit(source, tag.champion, description))
-            finally:
-                put_back(tag, source)
+            loop.experiment(Edit(source, tag.champion, description))
+            put_back(tag, source)  # not where it was stopped: the edit may be committed nowhere
 
     one_session(tag, ratchet, work, edits_checkout=True)
     return _exit_code(tag)
@@ -307,7 +305,7 @@ def _wait_for_verdict(tag: Tag) -> int:
     fresh tag is no verdict yet, nor is a gain on a former champion or a run that only confirms another."""
     known = {run.number for run in tag.ledger.rows}
     while tag.is_busy():
-        time.sleep(0.2)
+        time.sleep(1)  # it must not load the machine that is measured
         tag.load()
         for run in tag.ledger.rows:
             if run.number not in known and run.purpose != "baseline" and not run.is_stale and not run.group:
@@ -321,7 +319,8 @@ def command_report(domain: Domain, checkout: Path, ratchet: type, args: argparse
         path = Path(args.ledger)
         if not path.is_file():
             raise UserError(f"{path} is not a file: give a results.tsv", 2)
-        ledger, bad = parse_tsv(read_text(path), domain, os.environ.get("AUTORESEARCH_PROFILE") or TSV_PROFILE)
+        profile = os.environ.get("AUTORESEARCH_PROFILE") or TSV_PROFILE
+        ledger, bad = parse_tsv(read_text(path.resolve()), domain, profile)
         if not ledger.rows:
             raise UserError(f"{path} has no rows: a ledger has lines of {domain.columns.strip()!r}")
         if bad:
@@ -380,7 +379,7 @@ def command_ablate(domain: Domain, checkout: Path, ratchet: type, args: argparse
 
 
 def command_check(domain: Domain, checkout: Path, ratchet: type, args: argparse.Namespace) -> int:
-    """Is everything there that a night needs? One short run is made and left nowhere."""
+    """Is everything there that a night needs? One run is made and left nowhere."""
     if args.agent or args.agent_cmd:
         choose_agent(args.agent, args.agent_cmd)
         print(f"agent: {args.agent or args.agent_cmd} is there")
@@ -394,7 +393,7 @@ def command_check(domain: Domain, checkout: Path, ratchet: type, args: argparse.
             print(f"device: {facts.device_name}, {len(facts.devices)} of them ({', '.join(facts.devices)})")
             print(f"data: {facts.problem or f'prepared in {facts.cache}'}")
             machine.try_isolation(domain, folder, machine.variables_for_training(), facts)
-            print(f"isolation: {isolation.why_not() or 'runs are isolated by bubblewrap'}")
+            print(f"isolation: {isolation.problem() or 'runs are isolated by bubblewrap'}")
             if problem := machine.lacking_disk(checkout):
                 raise UserError(problem)
             if not facts.prepared:
@@ -478,7 +477,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         command.add_argument("--workers", type=int, default=1, metavar="N", help="runs at a time (default 1)")
         command.add_argument("--ray", metavar="ADDRESS", help=ray_help)
 
-    check = commands.add_parser("check", help="is everything there that a night needs? One short run")
+    check = commands.add_parser("check", help="is everything there that a night needs? It makes one run")
     check.add_argument("--agent", metavar="NAME", help="look for this agent and its log-in too")
     check.add_argument("--agent-cmd", metavar="CMD")
 

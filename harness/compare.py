@@ -1,4 +1,4 @@
-"""A run beside its base: what its log tells of the training, the verdict on it, and that verdict in one line.
+"""A run beside its base: what its log tells of the training, and its verdict as people read it. It decides nothing.
 
 Numbers from a log are the run's own words; the score, the seconds and the tokens scored are measured.
 """
@@ -118,7 +118,7 @@ def _difference_words(ledger: Ledger, run: Run) -> str:
 def _gain(ledger: Ledger, run: Run) -> tuple[float, float | None]:
     """The difference that decides, and its standard error: what is believed of the commit against what is believed of
     its base. A repeat without a base stands against the mean of its commit's earlier runs."""
-    if run.base and run.status != "pending":
+    if run.base and run.is_decided:
         gain = ledger.domain.gain(ledger.believed(run.base), ledger.believed(run.commit))
         return gain, ledger.standard_error(run.base, run.commit)
     others = _beside(ledger, run)
@@ -173,7 +173,7 @@ def _noise_line(ledger: Ledger, run: Run) -> str:
     noise = ledger.noise
     words = _difference_words(ledger, run)
     scores = ledger.scores(run.commit)
-    if len(scores) > 1 and run.status != "pending":
+    if len(scores) > 1 and run.is_decided:
         selected = "" if len(ledger.believed_scores(run.commit)) == len(scores) else " but the first, which selected it"
         believed = ledger.domain.score_text(ledger.believed(run.commit))
         words = f"{run.commit[:7]} ran {len(scores)} times: believed {believed}, the mean of all{selected}: {words}"
@@ -191,7 +191,7 @@ def _rule_line(ledger: Ledger, run: Run) -> str:
         return f"{STALE}{f': run {again.number:04d}' if again else ''}"
     if run.reason:
         return f"{run.status} because: {run.reason}"
-    if run.status == "pending":
+    if not run.is_decided:
         return "a gain that waits for approval: it is kept once the command given by --approve exits 0"
     if run.status == "keep" and run.base and gain <= 0:
         is_simpler = wants_simpler(run.description)

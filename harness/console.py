@@ -81,7 +81,8 @@ UNPRINTABLE = re.compile(r"[\x00-\x20\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u
 
 def one_line(text: str, limit: int = 200) -> str:
     """Fit for a cell of the ledger."""
-    return " ".join(UNPRINTABLE.sub(" ", text).split())[:limit].rstrip()
+    whole = text.encode(errors="replace").decode()  # JSON may hold half a character
+    return " ".join(UNPRINTABLE.sub(" ", whole).split())[:limit].rstrip()
 
 
 # Ctrl-C once, or a file STOP: finish what runs. Ctrl-C twice, or SIGTERM: stop now
@@ -124,6 +125,7 @@ class Interrupts:
             number = self._sent[self._heeded]
             self._heeded += 1
             if number == signal.SIGTERM or self.is_stopping:
+                self.is_stopping = True
                 self.stop.set()
                 raise StopNow
             self._finish()

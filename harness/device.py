@@ -1,6 +1,7 @@
-"""What a training run needs of its device. It stands beside train.py in every candidate's tree, and no agent edits it.
+"""What a training run needs of its device, and nothing of the model or its training.
 
-train.py imports it first: this starts the process's clock, and sets variables that torch reads when it is imported.
+It stands beside train.py in every candidate's tree, and no agent edits it. train.py imports it first: this starts the
+process's clock, and sets variables that torch reads when it is imported.
 Order: attention and its back-ends, the compile cache, warm-up with the device batch that fits, what the summary says.
 Shapes: B batch rows, T time, H query heads, D head size.
 """

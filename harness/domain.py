@@ -1,4 +1,4 @@
-"""What is researched: the block at the top of loop.py, and the two JSON objects that an evaluator must give.
+"""What is researched: types of the block in loop.py and of an evaluator's two JSON objects. Their values stand there.
 
 A fork changes `Domain`'s values. Whatever an evaluator says that does not fit raises ContractError with the key.
 """

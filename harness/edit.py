@@ -1,4 +1,4 @@
-"""An edit of the one file: whether it compiles, what it repeats, whether it says less, and what it is called.
+"""An edit of the one file: whether it compiles, repeats another or says less, and its name; not whether it is good.
 
 Pure functions of sources. Where a source is not Python, its lines and words stand in for the syntax tree.
 """
@@ -23,7 +23,7 @@ class Edit:
     again_of: int = 0  # the run whose gain on a former champion runs again here
     touched: tuple[str, ...] = ()  # other files that the agent changed: undone
     cost: dict | None = None  # of the agent's calls
-    wins: bool = False  # where it conflicts with a new champion: its agent changes nothing but values
+    overrides: bool = False  # it changes values alone: where they conflict with a new champion's, they replace them
 
 
 class Dropped(Exception):

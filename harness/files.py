@@ -1,4 +1,4 @@
-"""Files in folders that agents and runs can write to: read without a hang, written whole, locked."""
+"""Files in folders that agents and runs can write to: read without a hang, written whole, locked. No contents."""
 
 import contextlib
 import fcntl
@@ -15,11 +15,10 @@ STAY_ON_THIS_DISK = "--one-file-system" if sys.platform == "linux" else "-x"  # 
 def open_regular(path: Path):
     """Open a regular file to read bytes. OSError for anything else: a run may leave a pipe there, which never ends."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
-    file = os.fdopen(descriptor, "rb")
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        file.close()
+        os.close(descriptor)
         raise OSError(f"{path} is not a regular file")
-    return file
+    return os.fdopen(descriptor, "rb")
 
 
 def read_text(path: Path, first: int = -1, last: int = 0) -> str:
@@ -51,7 +50,7 @@ def new_file(path: Path, buffering: int = -1):
 def open_to_append(path: Path):
     """Open a file to append text, made where it is missing. OSError for a pipe that nobody reads."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
-    return os.fdopen(os.open(path, flags, 0o666), "a")
+    return os.fdopen(os.open(path, flags, 0o666), "a", errors="replace")
 
 
 def write_atomically(path: Path, content: str | bytes, has_other_writers: bool = False) -> None:

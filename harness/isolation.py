@@ -1,4 +1,4 @@
-"""What a run sees of the machine, and what it can change, by bubblewrap (bwrap) where that is installed and works.
+"""What a run, and no agent, sees and can change of the machine, by bubblewrap (bwrap) where that is installed.
 
 A run sees the machine's files read-only, a /tmp and a /dev/shm of its own, no network and no other process; what it
 starts ends with it. The hidden files of the home folder, where programs keep keys and caches, are out of its sight
@@ -25,7 +25,7 @@ INSTALL = "'apt install bubblewrap' or your system's package of it"
 _given_up: list[str] = []  # why isolation was switched off in this process
 
 
-def why_not() -> str:
+def problem() -> str:
     """Why runs are not isolated on this machine, "" if they are."""
     return _given_up[0] if _given_up else _why_it_fails()
 
@@ -61,7 +61,7 @@ def wrap(command: Iterable[str], folder: Path, writable: Iterable[Path] = (), re
     empty = [*filter(Path.is_dir, (Path("/tmp"), Path("/dev/shm"))), *_hidden()]
     for path in empty:
         words += ["--tmpfs", path] if path.is_dir() else ["--ro-bind", "/dev/null", path]
-    binds = [("--ro-bind", path) for path in (*_of_python(), *_of_hub(), *readable)]
+    binds = [("--ro-bind", path) for path in (*_python_folders(), *_hub_folders(), *readable)]
     binds += [("--bind", path) for path in (*writable, folder)]
     for kind, given in binds:
         path = _below_real_home(given)
@@ -88,13 +88,13 @@ def _hidden() -> list[Path]:
     return [path for path in sorted(home.glob(".*")) if not path.is_symlink() and (path.is_dir() or path.is_file())]
 
 
-def _of_python() -> list[Path]:
+def _python_folders() -> list[Path]:
     """The interpreter and its packages."""
     places = [sys.prefix, sys.base_prefix, *filter(os.path.isdir, sys.path)]
     return [Path(place).absolute() for place in dict.fromkeys(places)]
 
 
-def _of_hub() -> list[Path]:
+def _hub_folders() -> list[Path]:
     """What was fetched from a hub before, attention kernels say."""
     hub = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", "~/.cache/huggingface"), "hub")
     places = [hub, os.environ.get("KERNELS_CACHE") or hub]

@@ -1,13 +1,13 @@
-"""The agents without a model: they turn hyperparameters of the editable file. A coding agent should beat them.
+"""The agents without a model: they turn hyperparameters of the editable file, and change no code.
 
     uv run loop.py --agent random                              # one hyperparameter at a time
     uv run --extra tpe loop.py --agent tpe                     # all of them at once, by Optuna
     uv run --extra tpe loop.py --agent claude --suggest tpe    # three suggestions in a model's prompt
-    python -P harness/knob_search.py random TAG minimize       # in a worktree: one edit of its train.py
-    python -P harness/knob_search.py tpe TAG minimize COMMIT   # prints three suggestions for that commit's train.py
+    python -P harness/knob_search.py random train.py TAG minimize       # in a worktree: one edit of its train.py
+    python -P harness/knob_search.py tpe train.py TAG minimize COMMIT   # prints three suggestions for that commit's
 
-Both draw from the same values around those in the baseline's train.py. What was tried is read from the ledger for every
-proposal and kept nowhere. To Optuna a trial is a run's score with the values in that run's train.py, whoever wrote it;
+Both draw from the same values around those in the baseline's file. What was tried is read from the ledger for every
+proposal and kept nowhere. To Optuna a trial is a run's score with the values in that run's file, whoever wrote it;
 a crash is a failed one, and a run without a verdict a running one, so that several workers get different proposals.
 A program of its own: finding the block that counts evaluates a condition that an agent may have written.
 """
@@ -38,10 +38,9 @@ from harness.processes import MARK
 from harness.repository import Repository
 from harness.tag import Tag
 
-EDITABLE = "train.py"
 BANNER = re.compile(r"^# ?[-=#]{3}.*\n(?:#.*\n){0,2}", re.MULTILINE)  # a rule, and comments below it
-OF_BLOCK = re.compile(r"\b(knobs|hyper-?parameters)\b", re.IGNORECASE)  # in the banner above the block
-# Memory and speed alone: the loss does not depend on them, and compilation takes minutes that no budget counts.
+KNOBS_TITLE = re.compile(r"\b(knobs|hyper-?parameters)\b", re.IGNORECASE)  # in the banner above the block
+# They change no step's loss, only memory and speed; and compilation takes minutes that no budget counts.
 NEUTRAL = ("DEVICE_BATCH_SIZE", "LOSS_CHUNK", "COMPILE")
 PATTERNS = ("L", "SL", "SSL", "SSSL", "SSSSL")
 FACTORS = [4 ** (step / 16) for step in range(-16, 17)]  # of a baseline's number: log-uniform from a fourth to fourfold
@@ -70,7 +69,7 @@ class Hyperparameter:
 def read_hyperparameters(source: str, profile: str) -> dict[str, Hyperparameter]:
     """Name -> the assignment in the block that counts under the profile: the last one that is executed."""
     banners = [*BANNER.finditer(source)]
-    begin = next((banner.end() for banner in banners if OF_BLOCK.search(banner.group())), len(source))
+    begin = next((banner.end() for banner in banners if KNOBS_TITLE.search(banner.group())), len(source))
     end = next((banner.start() for banner in banners if banner.start() >= begin), len(source))
     found: dict[str, Hyperparameter] = {}
     lines_above = "\n" * source[:begin].count("\n")  # blank: the numbers of the block's lines stay
@@ -97,7 +96,7 @@ def _collect(statements: list[ast.stmt], profile: str, found: dict[str, Hyperpar
 
 def _is_taken(test: ast.expr, profile: str) -> bool:
     """Whether this machine takes a branch. A condition that asks more than profile and device is taken as false."""
-    code = compile(ast.Expression(test), EDITABLE, "eval")
+    code = compile(ast.Expression(test), "condition", "eval")
     try:
         return bool(eval(code, {"PROFILE": profile}))
     except NameError:
@@ -179,7 +178,7 @@ class Search:
         space = {name: values for name, values in self.space.items() if name in found}
         if not space:
             where = "lines NAME = value, as the baseline has, under a banner that says 'Knobs' or 'Hyperparameters'"
-            problem = f"{EDITABLE} has no hyperparameter to turn ({where}): use an agent with a model"
+            problem = f"the file has no hyperparameter to turn ({where}): use an agent with a model"
             raise UserError(problem, NOTHING_TO_TURN)
         for _ in range(TRIES):
             drawn = {name: space[name][place] for name, place in draw(space).items()}
@@ -237,24 +236,28 @@ def tpe_draw(search: Search, direction: str, seed: int | None = None) -> Draw:
 
 def search_ledger(tag: Tag, profile: str) -> Search:
     """The search after all that a tag's ledger holds."""
-    search = Search(tag.repository.read(tag.ledger.baseline, EDITABLE), profile)
+    read, name = tag.repository.read, tag.repository.editable
+    search = Search(read(tag.ledger.baseline, name), profile)
     decided = set()
     for run in tag.ledger.runs:
         decided.add(run.commit)
-        source = tag.repository.read(run.commit, EDITABLE)
+        source = read(run.commit, name)
         if run.counts:
             search.tell(source, "COMPLETE", run.score, run.fingerprint)
         elif run.status == "crash":
             search.tell(source, "FAIL", None, run.fingerprint)
-    # One that was cut off by a kill stays here: it costs a little of the space around its values.
-    for commit in set(tag.repository("for-each-ref", "--format=%(objectname)", tag.refs).split()) - decided:
-        search.tell(tag.repository.read(commit, EDITABLE), "RUNNING")
+    # One that was cut off by a kill stays here: it costs a little of the space around its values. One without a folder
+    # is of a former night of this name.
+    for line in tag.repository("for-each-ref", "--format=%(objectname) %(refname:lstrip=-1)", tag.refs).splitlines():
+        commit, number = line.split()
+        if commit not in decided and tag.folder(int(number)).is_dir():
+            search.tell(read(commit, name), "RUNNING")
     return search
 
 
 def suggest(tag: Tag, profile: str) -> list[str]:
     """What TPE would change in the champion: `DEPTH 1 -> 2, MATRIX_LR 0.04 -> 0.031`. [] where it fails, and said."""
-    command = [sys.executable, "-P", __file__, "tpe", tag.name, tag.domain.direction, tag.champion]
+    command = [sys.executable, "-P", __file__, "tpe", tag.domain.editable, tag.name, tag.domain.direction, tag.champion]
     options = {"capture_output": True, "text": True, "start_new_session": True}  # Ctrl-C is for the loop
     env = variables_for_agent(profile) | {MARK: f"{tag.mark}:suggest"}
     options |= {"cwd": tag.checkout, "env": env, "timeout": SUGGEST_SECONDS}
@@ -267,13 +270,13 @@ def suggest(tag: Tag, profile: str) -> list[str]:
 
 
 def main() -> int:
-    agent, name, direction, *commits = sys.argv[1:]
+    agent, editable, name, direction, *commits = sys.argv[1:]
     try:
-        repository = Repository(Path.cwd(), EDITABLE, "program.md")
+        repository = Repository(Path.cwd(), editable, "program.md")
         tag = Tag(repository, name, None)  # of the domain only the direction matters
         search = search_ledger(tag, os.environ.get("AUTORESEARCH_PROFILE", "climbmix"))
         draw = tpe_draw(search, direction) if agent == "tpe" else random_draw(random.Random())
-        source = repository.read(commits[0] if commits else repository.head(), EDITABLE)
+        source = repository.read(commits[0] if commits else repository.head(), editable)
         edits = list(itertools.islice(search.propose(source, draw), SUGGESTIONS if commits else 1))
         if not edits:
             raise UserError("every change at hand has been tried: the hyperparameters are exhausted")
@@ -282,7 +285,7 @@ def main() -> int:
         return error.code if isinstance(error, UserError) else NOTHING_TO_TURN
     print("\n".join(description for _, description in edits))
     if not commits:
-        Path(EDITABLE).write_bytes(edits[0][0])
+        Path(editable).write_bytes(edits[0][0])
         Path("experiment.txt").write_text(edits[0][1] + "\n")
     return 0
 

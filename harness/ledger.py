@@ -1,7 +1,7 @@
-"""runs.jsonl, the state of a tag, and everything that follows from it: champion, believed scores, noise, standing.
+"""runs.jsonl, and all that follows from it: champion, believed scores, noise, standing. It runs and decides nothing.
 
 runs.jsonl has a line for every run that was decided, with all that is known of it, appended and fsynced. results.tsv is
-its rendering for people. `Ledger` answers every question about them; it runs nothing and decides nothing.
+its rendering for people. `Ledger` answers every question about them.
 sigma is the standard deviation of the score between seeds of one and the same code, in the unit of the score.
 """
 
@@ -66,6 +66,11 @@ class Run:
     packages: dict[str, str] = field(default_factory=dict)  # of the baseline: distribution -> version
 
     @property
+    def is_decided(self) -> bool:
+        """Not while it waits for an approval."""
+        return self.status != "pending"
+
+    @property
     def counts(self) -> bool:
         """Whether its score is one of those by which commits are compared; one of MEASURED is not."""
         return self.score is not None and self.purpose in ("baseline", "experiment", "replicate")
@@ -112,7 +117,7 @@ class Ledger:
             self._by_number.pop(run.number, None)
             self._by_number[run.number] = run
         self.runs = list(self._by_number.values())
-        deciding = [run for run in self.runs if run.purpose not in MEASURED and run.status != "pending"]
+        deciding = [run for run in self.runs if run.purpose not in MEASURED and run.is_decided]
         self._kept = [run for run in deciding if run.status == "keep"]
         self._of_commit: dict[str, list[Run]] = {}
         for run in sorted(deciding, key=lambda run: run.number):  # what waited is decided after its fresh runs
@@ -147,7 +152,7 @@ class Ledger:
         return self._kept[-1].commit if self._kept else ""
 
     @property
-    def first_run(self) -> Run | None:
+    def baseline_run(self) -> Run | None:
         """The baseline's first run: profile, device, digest and packages of every later run must be as in it."""
         return self._kept[0] if self._kept else None
 
@@ -174,8 +179,8 @@ class Ledger:
         return [run for run in self.runs if run.is_stale and not run.group and run.number not in again]
 
     def pending(self) -> list[Run]:
-        """Gains that wait for an approval."""
-        return [run for run in self.runs if run.status == "pending"]
+        """Gains that wait for an approval, each by its first run."""
+        return [run for run in self.runs if run.status == "pending" and not run.group]
 
     # What is believed
 
@@ -209,7 +214,7 @@ class Ledger:
         found: dict[str, list[float]] = {}
         for run in self.runs:
             value = getattr(run, field)
-            if value is not None and run.status != "pending":
+            if value is not None and run.is_decided:
                 found.setdefault(run.commit, []).append(value)
         return list(found.values())
 
@@ -337,6 +342,15 @@ def is_simpler_keep(ledger: Ledger, loss: float) -> bool:
         return True
     sigma = ledger.sigma
     return sigma is not None and loss <= sigma and ledger.given_away() + loss <= 2 * sigma
+
+
+def broken_floor(run: Run, domain: Domain) -> str:
+    """The first number of the record below its floor, "" if none is."""
+    for key, least in domain.floors.items():
+        value = run.record.get("floors", {}).get(key)
+        if not isinstance(value, int | float) or not value >= least:  # NaN too
+            return f"{key} {value} is below its floor {least:g}"
+    return ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------

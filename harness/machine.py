@@ -1,4 +1,4 @@
-"""The machine: what a child's environment holds, what must be there before a run, and who else uses the processors."""
+"""The machine: a child's environment, what a run needs of it, who else uses the processors. Devices: runner.py."""
 
 import contextlib
 import importlib.metadata
@@ -23,10 +23,10 @@ DESCRIBE_SECONDS = 600  # that the evaluator may take to describe itself: a driv
 LOOK_SECONDS = 0.5  # between looks at what processes used
 MIN_FREE_GB = 1.0  # GB that the disk must have free before a run
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH|_PAT$", re.IGNORECASE)  # names withheld from training
-OF_A_RUN = (  # the loop sets these anew for each child: what its own environment says of them is not handed on
+RUN_VARIABLES = (  # the loop sets these anew for each child: what its own environment says of them is not handed on
     "AUTORESEARCH_RESULT", "AUTORESEARCH_AUDIT", "AUTORESEARCH_SEED", "AUTORESEARCH_MARK",
 )  # fmt: skip
-OF_EXTRAS = {  # what the extras ray and tpe bring may come and go: a tag takes up --workers or --agent tpe later
+EXTRA_PACKAGES = {  # what the extras ray and tpe bring may come and go: a tag takes up --workers or --agent tpe later
     "alembic", "attrs", "colorlog", "jsonschema", "jsonschema-specifications", "mako", "msgpack", "optuna", "protobuf",
     "ray", "referencing", "rpds-py", "sqlalchemy",
 }  # fmt: skip
@@ -34,7 +34,7 @@ OF_EXTRAS = {  # what the extras ray and tpe bring may come and go: a tag takes 
 
 def variables_for_agent(profile: str) -> dict[str, str]:
     """The environment of an agent: the person's own, and the profile of the run."""
-    kept = {key: value for key, value in os.environ.items() if key not in OF_A_RUN}
+    kept = {key: value for key, value in os.environ.items() if key not in RUN_VARIABLES}
     return kept | {"AUTORESEARCH_PROFILE": profile}
 
 
@@ -43,7 +43,7 @@ def variables_for_training(profile: str = "") -> dict[str, str]:
     that Ray gave its worker."""
     kept = {}
     for key, value in os.environ.items():
-        if key not in OF_A_RUN and not key.startswith(("PYTHON", "RAY_")) and not SECRET.search(key):
+        if key not in RUN_VARIABLES and not key.startswith(("PYTHON", "RAY_")) and not SECRET.search(key):
             kept[key] = value
     if profile:
         kept["AUTORESEARCH_PROFILE"] = profile
@@ -74,7 +74,7 @@ def describe(domain: Domain, place: Path, variables: dict[str, str], is_isolated
 
 def try_isolation(domain: Domain, place: Path, variables: dict[str, str], facts: Description) -> None:
     """Give isolation up, and say so, where the evaluator does not find its GPUs inside: a driver may need more."""
-    if facts.device == "cpu" or isolation.why_not():
+    if facts.device == "cpu" or isolation.problem():
         return
     try:
         found = describe(domain, place, variables, is_isolated=True)
@@ -115,7 +115,7 @@ def installed_packages() -> dict[str, str]:
     packages = sysconfig.get_paths()["purelib"]
     places = [place for place in sys.path if not place.startswith(packages + os.sep)]
     found = {str(one.name).lower(): one.version for one in importlib.metadata.distributions(path=places) if one.name}
-    return {name: version for name, version in found.items() if name not in OF_EXTRAS}
+    return {name: version for name, version in found.items() if name not in EXTRA_PACKAGES}
 
 
 def changed_packages(before: dict[str, str]) -> list[str]:

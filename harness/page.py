@@ -1,7 +1,7 @@
-"""progress.png and report.html: every run in one picture, and everything about a tag in one file that loads nothing.
+"""progress.png and report.html: every run in one picture, all of a tag in one file. The figures are the ledger's.
 
 Both are drawn by matplotlib and jinja2, which take a second to import: they are imported where they are used.
-Everything that an agent or a run wrote is escaped, and the page has no scripts.
+Everything that an agent or a run wrote is escaped, and the page has no scripts and loads nothing.
 """
 
 import contextlib

@@ -58,7 +58,7 @@ def run_child(
     file = new_file(log, buffering=0)
     with open_regular(stdin) if stdin else open(os.devnull) as source:
         process = subprocess.Popen(
-            [*_dying(), *command],
+            [*_die_with_parent(), *command],
             cwd=cwd,
             env=env | {MARK: mark, "PWD": str(cwd)},  # opencode takes its folder from PWD
             stdin=source,
@@ -86,7 +86,7 @@ def run_child(
 
 
 @functools.cache
-def _dying() -> list[str]:
+def _die_with_parent() -> list[str]:
     """The words before a command that let it die with the thread that starts it, [] where setpriv is missing or old."""
     words = [shutil.which("setpriv"), "--pdeathsig", "KILL", "--"]
     is_able = words[0] and subprocess.run([*words, "true"], capture_output=True).returncode == 0

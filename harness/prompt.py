@@ -1,4 +1,4 @@
-"""What an agent is told: the human's instructions, then what only the loop knows. Pure text from the ledger.
+"""What an agent is told: the human's instructions, then what only the loop knows. Pure text; it reaches no agent here.
 
 Everything is cut to a number of lines, whatever the ledger's length.
 """
@@ -57,7 +57,8 @@ def write_prompt(
         )
         parts.append(f"{title}\n\n{''.join(_bullets(looks)).rstrip()}")
     if suggestions:
-        title = f"TPE, told all runs, would change {domain.editable} so (take one, a part of one, or your own idea):"
+        ideas = "by chance before ten runs have scores; take one, a part of one, or your own idea"
+        title = f"TPE, told all runs, would change {domain.editable} so ({ideas}):"
         parts.append(f"{title}\n\n{''.join(_bullets(suggestions)).rstrip()}")
     if verdicts:
         tables = "\n\n".join(text[:TASK_CHARS] for text in verdicts)

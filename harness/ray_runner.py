@@ -1,4 +1,4 @@
-"""Runs on the nodes of a Ray cluster: one actor a worker, and a Run comes back as from runner.py.
+"""Runs on the nodes of a Ray cluster: one actor a worker, and a Run comes back as from runner.py. No cluster is made.
 
 Ray places the actors, starts lost ones again, and uses nodes that join late. An actor asks its node's own evaluator
 first: a node whose scores would not compare is left out for a minute. Ray, an optional extra, is imported where it is
@@ -45,7 +45,7 @@ CONNECT_SECONDS = 2  # for a port to answer
 CONNECT_TRIES = 3
 MAX_JOB_BYTES = 256 * 2**20  # a job carries the commit's files
 OBJECT_STORE_BYTES = 100 * 2**20  # for long logs that come back
-OF_RAY = {  # in the loop's environment, and in that of the processes of a Ray on this machine
+RAY_ENVIRONMENT = {  # in the loop's environment, and in that of the processes of a Ray on this machine
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else Ray makes an environment anew for every worker
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_memory_monitor_refresh_ms": "0",  # the run that fills the memory is the one to end, not Ray's worker
@@ -54,7 +54,7 @@ OF_RAY = {  # in the loop's environment, and in that of the processes of a Ray o
     "RAY_max_direct_call_object_size": str(MAX_JOB_BYTES),
     "RAY_task_rpc_inlined_bytes_limit": str(MAX_JOB_BYTES),
 }
-OF_LOCAL_RAY = {
+LOCAL_RAY_ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # off, as on those, Ray listens on the loopback only
     "RAY_AUTH_MODE": "token",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "10",  # what a killed loop leaves of Ray ends after that
@@ -276,8 +276,10 @@ class RayRunner(Runner):
             home=None if address else tag.home,
         )
         share = {"num_gpus": 1, "num_cpus": 0}
-        if facts.device != "cuda":  # a whole node: where nodes differ, as much as the smallest one has
-            share = {"num_cpus": min((cpus for node in nodes if (cpus := node["Resources"].get("CPU", 0))), default=1)}
+        if facts.device != "cuda":  # a whole node like this one: two runs on one would end each other
+            cpus = {node["NodeID"]: node["Resources"].get("CPU", 0) for node in nodes}
+            own = cpus.get(self._ray.get_runtime_context().get_node_id())
+            share = {"num_cpus": own or max(cpus.values(), default=0) or 1}
         self._actor = self._ray.remote(max_restarts=-1, max_task_retries=0, **share)(Actor)
         gpus = sum(int(node["Resources"].get("GPU", 0)) for node in nodes)
         say(f"Ray on {self._where}: nodes {len(nodes)}, GPUs {gpus}")
@@ -288,7 +290,7 @@ class RayRunner(Runner):
 
     def _start_ray(self, facts: Description, address: str):
         """Start Ray on this machine, or join the cluster at an address; the module. UserError if that fails."""
-        for name, value in (OF_RAY | ({} if address else OF_LOCAL_RAY)).items():
+        for name, value in (RAY_ENVIRONMENT | ({} if address else LOCAL_RAY_ENVIRONMENT)).items():
             os.environ.setdefault(name, value)
         # A working folder that holds nothing else: Ray would put the checkout on the workers' path.
         package = Path(__file__).parent
@@ -360,10 +362,12 @@ class RayRunner(Runner):
         while True:
             if self._is_gone:
                 raise self._gone()
-            if self.stop.is_set() or self.is_stopping():
+            if self.stop.is_set():
                 raise Stopped
             with contextlib.suppress(queue.Empty):
                 return self._seats.get(timeout=0.2)
+            if self.is_stopping():  # not before: what has begun is finished
+                raise Stopped
 
     def _wait_for(self, seat: Seat, reference):
         """What an actor returns."""

@@ -1,4 +1,4 @@
-"""Runs of commits that exist already: the baseline, a commit once more, the two sides of an audit.
+"""Runs of commits that exist already: the baseline, a commit once more, the two sides of an audit. No new edit.
 
 Functions of a ratchet (loop.py), which executes and records.
 """
@@ -8,24 +8,14 @@ import statistics
 
 from harness import machine
 from harness.console import UserError, say
-from harness.domain import Domain
 from harness.edit import fingerprint
-from harness.ledger import Run
+from harness.ledger import Run, broken_floor
 
 FIRST_SEED = 42  # of every attempt's first run; further runs take seeds that no edit can foresee
 
 
 def fresh_seed() -> int:
     return secrets.randbelow(10**9)
-
-
-def broken_floor(run: Run, domain: Domain) -> str:
-    """The first number of the record below its floor, "" if none is."""
-    for key, least in domain.floors.items():
-        value = run.record.get("floors", {}).get(key)
-        if not isinstance(value, int | float) or not value >= least:  # NaN too
-            return f"{key} {value} is below its floor {least:g}"
-    return ""
 
 
 def run_baseline(ratchet) -> None:
@@ -49,7 +39,7 @@ def run_baseline(ratchet) -> None:
             packages={} if done else machine.installed_packages(),
         )
         with ratchet.runner.device() as device:
-            run = ratchet.execute(run, device)
+            run = ratchet.run_once(run, device)
         if run.status == "crash":
             log = ratchet.tag.folder(run.number) / "run.log"
             raise UserError(f"the baseline crashed: {run.reason} (log {log})")
@@ -73,7 +63,7 @@ def run_again(ratchet, commit: str) -> Run:
     base = "" if commit in ledger_now.lineage() else first.base
     run = Run(0, commit, base, seed, "replicate", description=f"{first.description} (again, seed {seed})")
     with ratchet.runner.device() as device:
-        run = ratchet.execute(run, device)
+        run = ratchet.run_once(run, device)
     with ratchet.lock:
         if run.status == "crash":
             return ratchet.record([run], "crash", run.reason)
@@ -96,7 +86,7 @@ def check_run(ratchet) -> Run:
     """The champion's file once, for `check`: nothing is recorded."""
     run = Run(0, ratchet.tag.champion, purpose="baseline", description="check")
     with ratchet.runner.device() as device:
-        return ratchet.execute(run, device)
+        return ratchet.run_once(run, device)
 
 
 def audit(ratchet, replicates: int) -> str:
@@ -112,7 +102,7 @@ def audit(ratchet, replicates: int) -> str:
             group = f"audit {number}/{role}"
             run = Run(0, commit, seed=seed, purpose="audit", group=group, description=f"{role}, seed {seed}")
             with ratchet.runner.device() as device:
-                run = ratchet.execute(run, device)
+                run = ratchet.run_once(run, device)
             if run.status == "crash":
                 log = ratchet.tag.folder(run.number) / "run.log"
                 raise UserError(f"the audit of the {role} {commit[:7]} crashed: {run.reason} (log {log})")

@@ -1,4 +1,4 @@
-"""What a person reads as text: `status` on one screen, the `report` of a ledger, the table of an audit.
+"""What a person reads as text: `status`, the `report` of a ledger, the table of an audit. It measures nothing.
 
 All of it follows from a Ledger; only `status` asks a tag what its loop does now. "In the branch" is what the champion
 stands on: a later verdict may have gone back to a champion before a kept change.
@@ -12,8 +12,7 @@ from collections import Counter
 from harness.compare import BUSY, align, former_text, is_busy, mean_of_known, unit_of
 from harness.console import duration, one_line
 from harness.domain import Domain
-from harness.ledger import STATUSES, Change, Ledger, Run, wants_simpler
-from harness.replicates import broken_floor
+from harness.ledger import STATUSES, Change, Ledger, Run, broken_floor, wants_simpler
 
 LAST_ROWS = 10
 MOST_WORKERS = 12  # of which `status` tells one by one
@@ -157,7 +156,7 @@ def changes_table(ledger: Ledger, numbered: list[tuple[int, Change]]) -> list[li
     domain = ledger.domain
     speed = f"{unit_of(domain)}/s"
     table = [["", "run", "commit", domain.metric, "gain", "± 2 errors", "", "steps", speed, "description"]]
-    first = ledger.first_run
+    first = ledger.baseline_run
     score = domain.score_text(ledger.believed(first.commit))
     table.append(["", f"{first.number:04d}", first.commit[:8], score, "", "", "", *_speeds(ledger, first.commit)])
     table[-1].append(one_line(first.description))
@@ -287,7 +286,10 @@ def audit_text(ledger: Ledger, group: str) -> tuple[str, list[str]]:
     """Baseline and champion on fresh seeds, in the run's own process and in a clean one; and what is to be doubted,
     a line each."""
     domain = ledger.domain
-    before = _ledger_before(ledger, group)
+    began = next(place for place, run in enumerate(ledger.runs) if run.group.partition("/")[0] == group)
+    then = Ledger(domain, ledger.runs[:began], ledger.profile)  # what is believed may have changed since
+    # sigma without this audit's own runs, where it is known: a belief that was far off would hide in it.
+    before = ledger if then.sigma is None else then
     by_role: dict[str, list[Run]] = {}
     for run in ledger.runs:
         name, _, role = run.group.partition("/")
@@ -298,11 +300,11 @@ def audit_text(ledger: Ledger, group: str) -> tuple[str, list[str]]:
     notes = []
     doubts = []
     for role, runs in by_role.items():
-        rows += _rows_of_role(ledger, role, runs)
+        rows += _rows_of_role(then, role, runs)
         notes += _record_lines(domain, role, runs)
         for run in runs:
             doubts += _doubts_of_run(domain, run, role)
-        doubts += _doubts_of_belief(ledger, runs, role, before)
+        doubts += _doubts_of_belief(then, runs, role, before)
     is_clean = all(run.clean_score is not None for runs in by_role.values() for run in runs)
     if set(by_role) == {"baseline", "champion"}:
         names = ("clean_score", "clean_test_score") if is_clean else ("score", "test_score")
@@ -313,7 +315,6 @@ def audit_text(ledger: Ledger, group: str) -> tuple[str, list[str]]:
         rows.append(["gain ± 2 standard errors", *texts, "", ""])
         doubts += _doubts_of_gains(gains, error or 0.0, domain)
     else:
-        then = Ledger(domain, ledger.runs[: ledger.runs.index(by_role["baseline"][0])], ledger.profile)
         stopped = "this audit was stopped before both had run"
         notes.append("no change was in the branch" if then.champion == then.baseline else stopped)
     if busy := sum(is_busy(run) for runs in by_role.values() for run in runs):
@@ -321,13 +322,6 @@ def audit_text(ledger: Ledger, group: str) -> tuple[str, list[str]]:
     if not is_clean:
         notes.append("not every run was scored in a clean process: the gain is of the runs' own scores")
     return "\n".join(align(rows, right=(1, 2, 3, 4)) + notes), doubts
-
-
-def _ledger_before(ledger: Ledger, group: str) -> Ledger:
-    """Without this audit's own runs, where sigma is known without them: a belief that was far off would hide in it."""
-    earlier = [run for run in ledger.runs if run.group.partition("/")[0] != group]
-    before = Ledger(ledger.domain, earlier, ledger.profile)
-    return ledger if before.sigma is None else before
 
 
 def _rows_of_role(ledger: Ledger, role: str, runs: list[Run]) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""Git, as the loop uses it: without hooks and filters, under an identity of its own, and told what to do about locks.
+"""Git, as the loop uses it: without hooks and filters, under an identity of its own. It knows no tag and no ledger.
 
 `repository("rev-parse", "HEAD")` runs any command; what is done in several places, or in several steps, has a method.
 """
@@ -41,9 +41,9 @@ class Repository:
 
         self.checkout = checkout
         self.editable = editable
-        # Of the person, who edits the first; behind a mirror of packages uv rewrites the other, and nothing reads it.
+        # Never reset: a person edits the first at any time, and behind a mirror of packages uv rewrites the other.
         self.left_alone = (instructions, "uv.lock")
-        self._worktrees = threading.Lock()  # git takes away what another `git worktree` has only half made
+        self._worktrees = threading.Lock()  # one `git worktree` at a time: each removes what another has half made
         self._failure = git.CommandError
         self._runner = git.Git
         self._command = ["git"]
@@ -144,7 +144,7 @@ class Repository:
 
     def commit(self, parent: str, source: bytes, message: str, ref: str) -> str:
         """A commit of the parent's tree with the editable file replaced, kept under `ref`."""
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(dir=self.common) as folder:
             path = Path(folder, "source")
             path.write_bytes(source)
             blob = self("hash-object", "-w", "--no-filters", str(path))
@@ -158,7 +158,7 @@ class Repository:
 
     def merge(self, ours: bytes, base: bytes, theirs: bytes, theirs_win: bool = False) -> bytes | None:
         """Three-way merge of the editable file's text. Where the changes overlap, None, or theirs."""
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(dir=self.common) as folder:
             paths = []
             for name, data in (("ours", ours), ("base", base), ("theirs", theirs)):
                 path = Path(folder, name)

@@ -1,4 +1,4 @@
-"""One run on this machine: a Run that says what to execute goes in, the same Run with what was measured comes out.
+"""One run on this machine: a Run that says what to execute goes in, what was measured comes out, and no verdict.
 
 `measure` unpacks the commit into a fresh folder, so whatever an agent did to other files of its worktree, the evaluator
 that runs is the commit's. `Runner` gives devices to workers, and repeats what came to nothing by the machine's fault.
@@ -46,6 +46,7 @@ COMPILED_KEPT = 4  # commits whose compilers' files are kept: the champion's are
 FREE_MEMORY_TOLERANCE = 1.0  # GB by which a GPU's free memory may differ from what it was at the start
 SUSPECT_RETRIES = 2  # of a run that came to nothing by the machine's fault, or by a doing of its own
 RETRY_SECONDS = 10  # between looks at a machine that must recover
+WAITED = re.compile(r"^waiting: another run holds", re.MULTILINE)  # in a log: the evaluator's own word
 
 
 class MachineFault(Exception):
@@ -127,7 +128,7 @@ def _measure_in(folder: Path, job: Job, place: Place, stop: threading.Event) -> 
     _take_compiled(job, place, folder)
     others = machine.OthersMeter(place.mark)
     clock = _Clock(_result(folder))
-    run = replace(job.run, started_at=time.time(), is_isolated=not isolation.why_not())
+    run = replace(job.run, started_at=time.time(), is_isolated=not isolation.problem())
     log = place.output / "run.log"
 
     def watch() -> None:
@@ -142,9 +143,11 @@ def _measure_in(folder: Path, job: Job, place: Place, stop: threading.Event) -> 
     with contextlib.suppress(OSError), open_regular(_result(folder)) as file:
         (place.output / "result.json").write_bytes(file.read(MAX_RECORD_BYTES))
     try:
-        run = _believe(run, job, folder, text, ending, clock)
+        run = _check_output(run, job, folder, text, ending, clock)
     except _Crashed as crash:
         remove_folder(folder)  # a disk that this run alone had filled is its own fault
+        if ending.problem.startswith("timeout") and WAITED.search(text):
+            raise MachineFault(f"another run held the device: {ending.problem}", is_suspect=True) from crash
         _look_for_fault(job, place, folder)
         return replace(run, status="crash", reason=str(crash))
     _check_comparable(job, run)
@@ -207,7 +210,7 @@ def _run_command(
     }
     if job.facts.device == "cuda":
         variables["CUDA_VISIBLE_DEVICES"] = place.device
-    if not isolation.why_not():
+    if not isolation.problem():
         lock = _make_lock(job.facts.devices[place.device].get("lock", ""))
         command = isolation.wrap(command, folder, writable=lock, readable=[Path(job.facts.cache)])
     return run_child(
@@ -262,7 +265,7 @@ def _keep_compiled(job: Job, place: Place, folder: Path) -> None:
 # What a run said: what was printed is held against the record, and the evaluator's clock against the loop's own
 
 
-def _believe(run: Run, job: Job, folder: Path, log: str, ending: Ending, clock: _Clock) -> Run:
+def _check_output(run: Run, job: Job, folder: Path, log: str, ending: Ending, clock: _Clock) -> Run:
     """The run with what it measured. Raises _Crashed with the reason where that cannot be believed."""
     domain = job.domain
     summary = parse_summary(log, domain.metric)
@@ -479,7 +482,7 @@ class Runner:
         finally:
             self._free.put(device)
 
-    def measure(self, job: Job, device) -> Run:
+    def make(self, job: Job, device) -> Run:
         """The run, measured or crashed. Waits as long as the machine cannot make it; raises Stopped."""
         suspicions = 0
         while True:
@@ -493,6 +496,11 @@ class Runner:
                     self.waiting = ""
                     return replace(job.run, status="crash", reason=str(fault))
                 self._wait(str(fault))
+
+    def wait_for_disk(self, folder: Path) -> None:
+        """Wait until the disk of a folder has room; raises Stopped."""
+        while problem := machine.lacking_disk(folder):
+            self._wait(problem)
 
     def _wait(self, reason: str) -> None:
         if reason != self.waiting:

@@ -1,4 +1,4 @@
-"""A session on a tag: what an earlier one left is put right, workers are started, and a person's signals are heeded.
+"""A session on a tag: what an earlier one left, workers, a person's signals. No verdicts: those are loop.py's.
 
 The main thread supervises: it heeds signals, tells `status` what runs, and refreshes the page. Every worker is a thread
 with a worktree of its own: it asks its agent for an edit and takes that through the ratchet (loop.py), again and again.
@@ -67,8 +67,9 @@ def open_session(tag: Tag, is_stopped, edits_checkout: bool = False) -> Descript
     for left in ("run", "agent", "approve"):
         sweep(f"{tag.mark}:{left}")
     remove_folder(tag.home / "scratch")
+    tag.clear_live()  # a killed loop's
     facts = _describe(tag, is_stopped)
-    first = tag.ledger.first_run
+    first = tag.ledger.baseline_run
     if first is None:
         _begin_branch(tag, edits_checkout)
         return facts
@@ -117,7 +118,7 @@ def _describe(tag: Tag, is_stopped) -> Description:
             machine.prepare_data(tag.domain, tree, machine.variables_for_agent(facts.profile), is_stopped)
             facts = machine.describe(tag.domain, tree, variables)
         machine.try_isolation(tag.domain, tree, variables, facts)
-    why = isolation.why_not()
+    why = isolation.problem()
     if why and why != isolation.OFF:
         say(f"note: runs are not isolated ({why})")
     if is_stopped():
@@ -165,7 +166,8 @@ class Session:
         self.waiting_since = 0.0
         self.doing: dict[str, dict] = {}  # thread -> what it does
         self.failure: BaseException | None = None
-        self.again: deque[Run] = deque()  # stale gains of an earlier session
+        self.pending: deque[Run] = deque()  # gains of an earlier session that wait for approval,
+        self.again: deque[Run] = deque()  # and stale ones
         self.ratchet.on_decided = self._on_decided
         self.ratchet.on_training = self._on_training
         self.ratchet.approve = self._ask_approval
@@ -199,7 +201,7 @@ class Session:
             thread.start()
             threads.append(thread)
         wrote_live_at = 0.0
-        while any(thread.is_alive() for thread in threads):
+        while threads := [thread for thread in threads if thread.is_alive()]:
             try:
                 self.interrupts.heed()
             except StopNow:
@@ -213,7 +215,6 @@ class Session:
                 wrote_live_at = time.monotonic()
                 self._tell_state()
             threads[0].join(POLL_SECONDS)
-            threads = [thread for thread in threads if thread.is_alive()] or threads[:1]
         if self.failure is not None:
             raise self.failure
 
@@ -290,8 +291,10 @@ class Session:
         self._set_doing("training", run.number, idea if is_repeat else run.description)
 
     def _on_decided(self, run: Run) -> None:
+        if not run.is_stale:  # that one waits for a device once more
+            self.doing.pop(threading.current_thread().name, None)
         self.watch.see(run)
-        is_verdict = run.purpose == "experiment" and not run.is_stale and run.status != "pending"
+        is_verdict = run.purpose == "experiment" and not run.is_stale and run.is_decided
         if is_verdict and self.options.max_experiments < math.inf:
             self.decided += 1
             left = self.options.max_experiments - self.decided
@@ -328,11 +331,12 @@ class Session:
         """Baseline, what an earlier session left open, then experiments until it is enough."""
         self.watch.look_for_target()
         self.supervise({"opening": self._open})
+        self.pending = deque(self.tag.ledger.pending())
         self.again = deque(self.tag.ledger.stale_gains())
         ahead = self.options.ahead
         if ahead is None:
             ahead = self.options.workers if self.facts.device == "cuda" else 0
-        wanted = max(self.options.max_experiments, len(self.again))
+        wanted = max(self.options.max_experiments, len(self.pending) + len(self.again))
         count = int(min(self.options.workers + ahead, wanted))
         worktrees = [Worktree(self.tag, number) for number in range(1, count + 1)]
         work = {f"worker {n}": lambda w=worktree: self._work(agent, w) for n, worktree in enumerate(worktrees, 1)}
@@ -348,8 +352,6 @@ class Session:
         if pending and not self.domain.approve:
             remedy = "start with the same --approve CMD as before"
             raise UserError(f"run {pending[0].number} waits for approval, and nobody is there to give it: {remedy}", 2)
-        for run in pending:
-            self.ratchet.ask_approval(run)
 
     def _work(self, agent: Agent, worktree: Worktree) -> None:
         """A worker: one experiment after another. A crash is given to the next proposal, to be mended, once."""
@@ -357,18 +359,22 @@ class Session:
         refusal = ""
         cost = Cost()  # of the agent's calls since its last run
         failures = refusals = 0  # of these in a row
-        while edit := self._next_stale():
-            self._take_through(edit)
+        while run := self._next_of(self.pending):
+            run = self.ratchet.ask_approval(run)
+            if run.is_stale:
+                self.again.append(run)
+        while run := self._next_of(self.again):
+            self._take_through(Edit(self.tag.source(run.commit), run.base, run.description, again_of=run.number))
         while self._begin():
             answer = self._propose(agent, worktree, crash, refusal)
             cost = cost + worktree.cost
             if isinstance(answer, NoProposal):
                 with self.ratchet.lock:
                     self.begun -= 1
-                refusal = answer.reason if answer.kind in ("refused edit", "unchanged") else ""
+                refusal = answer.reason if answer.kind in ("bad edit", "unchanged") else ""
                 failures += 1
-                refusals = refusals + 1 if answer.kind == "refused" else 0
-                if answer.kind == "refused edit" or failures >= OFFERS:
+                refusals = refusals + 1 if answer.kind == "hopeless" else 0
+                if answer.kind == "bad edit" or failures >= OFFERS:
                     crash = None
                 if refusals and not self.has_proposed and (refusals == MOST_REFUSALS or not agent.has_model):
                     raise UserError(f"the agent was refused: {answer.reason}")
@@ -386,20 +392,18 @@ class Session:
     def _begin(self) -> bool:
         """Take one of --max-experiments; False where nothing more is to begin."""
         with self.ratchet.lock:
-            if self.is_stopping() or self.spent_usd >= self.options.max_usd:
-                return False
-            if self.begun >= self.options.max_experiments:
-                return False
-            self.begun += 1
-            return True
+            may_begin = self._may_begin()
+            self.begun += may_begin
+            return may_begin
 
-    def _next_stale(self) -> Edit | None:
-        """A gain on a former champion that an earlier session left, as an edit; it counts as no new experiment."""
+    def _may_begin(self) -> bool:
+        is_spent = self.spent_usd >= self.options.max_usd or self.begun >= self.options.max_experiments
+        return not (is_spent or self.is_stopping())
+
+    def _next_of(self, left: deque) -> Run | None:
+        """A gain that an earlier session left; it counts as no new experiment."""
         with self.ratchet.lock:
-            if not self.again or self.is_stopping():
-                return None
-            run = self.again.popleft()
-        return Edit(self.tag.source(run.commit), run.base, run.description, again_of=run.number)
+            return left.popleft() if left and not self.is_stopping() else None
 
     def _propose(self, agent: Agent, worktree: Worktree, crash: Run | None, refusal: str) -> Edit | NoProposal:
         """An edit by the agent, or why there is none."""
@@ -425,17 +429,21 @@ class Session:
         if answer.touched:
             say(f"note: the agent also changed {', '.join(answer.touched)}: undone")
         problem = self.ratchet.find_problem(answer.source) if base == self.tag.champion else ""
-        return NoProposal(problem, "refused edit") if problem else answer
+        return NoProposal(problem, "bad edit") if problem else answer
 
     def _check_packages(self, answer: Edit | NoProposal) -> Edit | NoProposal:
-        """An agent that installed something has its edit refused, and the environment is put back."""
-        first = self.tag.ledger.first_run
+        """The environment is put back where an agent installed something, and its edit is refused. Whose it was is not
+        known where several work: an edit that needs it crashes."""
+        first = self.tag.ledger.baseline_run
         changes = machine.changed_packages(first.packages)
         if not changes:
             return answer
         machine.restore_packages(first.packages)
         reason = f"no new dependency is allowed, and {', '.join(changes[:3])} was installed: put back"
-        return NoProposal(reason, "refused edit")
+        if sum(one["doing"] == "proposing" for one in list(self.doing.values())) > 1:
+            say(f"note: {reason}")
+            return answer
+        return NoProposal(reason, "bad edit")
 
     def _prompt(self, crash: Run | None, refusal: str, suggestions: list[str]) -> str:
         name = self.domain.instructions
@@ -461,7 +469,7 @@ class Session:
         self.waiting_for = f"no proposal: {no_proposal.reason}"
         say(f"no proposal: {no_proposal.reason}; again in {duration(seconds)} ({worktree.log})")
         until = time.monotonic() + seconds
-        while time.monotonic() < max(until, self.rate_limited_until) and not self.is_stopping():
+        while time.monotonic() < max(until, self.rate_limited_until) and self._may_begin():
             self.no_more.wait(POLL_SECONDS)
 
     def _take_through(self, edit: Edit) -> tuple[Run | None, str]:
@@ -470,7 +478,7 @@ class Session:
         try:
             return self.ratchet.experiment(edit), ""
         except Stopped:
-            say(f"dropped: {edit.description}: the loop stops before it was decided")
+            say(f"not decided: {edit.description}: the loop stops before")
             raise
         except Dropped as dropped:
             say(f"dropped: {edit.description}: {dropped}")

@@ -1,4 +1,4 @@
-"""One tag: its branch, its refs, and its folder <git common dir>/autoresearch/<tag>/, which no reset or clean reaches.
+"""One tag: its branch, refs, lock and folder <git common dir>/autoresearch/<tag>/. What its ledger means: ledger.py.
 
     runs.jsonl         the state: a line a run that was decided (ledger.py)
     results.tsv        its rendering, copied to the checkout
@@ -7,7 +7,8 @@
     status.json        what a running loop does at this moment; gone when it ends
     lock               held by the loop
 
-Kill the loop anywhere: runs.jsonl, the refs and the run folders are all that the next one needs.
+No reset or clean of the checkout reaches it. Kill the loop anywhere: runs.jsonl, the refs and the run folders are all
+that the next one needs.
 """
 
 import contextlib
@@ -82,8 +83,8 @@ class Tag:
             say("note: the checkout has edits of yours: its files stay as they are")
 
     def _has_persons_edits(self) -> bool:
-        """Whether the checkout differs from the champion by more than that it still shows an earlier one: a kill may
-        have come between the branch and the files."""
+        """Whether a person edited tracked files here. That the checkout still shows an earlier champion does not count:
+        a loop was killed between moving the branch and writing the files."""
         changed = self.repository.changed_files(self.checkout, self.champion)
         if changed != [self.domain.editable]:
             return bool(changed)

@@ -1,4 +1,4 @@
-"""Whether a session has done enough (--patience, --target), and what a person is told meanwhile (--notify).
+"""Whether a session has done enough (--patience, --target), and what a person is told (--notify). It ends no run.
 
 The command of --notify runs through the shell, gets the text on standard input, and has a minute (where `timeout` is
 installed). What it prints, and its exit code if that is not 0, goes to notify.log; it never blocks or ends the loop.
@@ -16,7 +16,7 @@ from harness.tag import Tag
 
 TIME_LIMIT = "60"  # seconds that a command may take
 LAST_WAIT = 5  # seconds that the end of a session waits for the last command
-RUN = '"$@" || echo "$(date): exit code $?"'
+RUN = '"$@" || { code=$?; echo "$(date): exit code $code"; }'  # in bash $(date) changes $?
 LONG_WAIT = 1800  # seconds of waiting after which a person is told
 
 
@@ -34,7 +34,9 @@ class Watch:
 
     def see(self, run: Run) -> None:
         """A run was decided. A gain on a former champion runs again, and counts then."""
-        if run.purpose == "experiment" and run.status == "keep":
+        if not run.is_decided:
+            self._without_keep = 0
+        elif run.purpose == "experiment" and run.status == "keep":
             self._without_keep = 0
             score = self._tag.domain.score_text(self._tag.ledger.best)
             self.tell(f"kept {self._tag.domain.metric} {score} (run {run.number:04d}): {run.description}")

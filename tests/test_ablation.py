@@ -6,7 +6,7 @@ import signal
 import pytest
 from conftest import Checkout, hear
 
-from harness.ablation import Contribution, order_runs, take_back
+from harness.ablation import Contribution, order_runs, take_back, without_all
 from harness.ledger import Run
 
 SIGMA = 0.01
@@ -108,9 +108,11 @@ def test_change_is_taken_back_between_its_neighbours_and_not_below_a_later_one(t
         assert take_back(tag.repository, champion, second, first) == left
 
 
-def test_simplification_is_worth_its_lines_unless_it_harms():
-    for description, gain, is_idle in (("wider", 0.0, True), ("simplify: x", 0.0, False), ("simplify: x", -9.0, True)):
-        assert Contribution(Run(2, "c", description=description), False, gain, 1.0).is_idle == is_idle
+def test_change_that_made_the_code_shorter_is_taken_out_only_where_it_harms(tag):
+    longer = tag.commit(1, b"X = 1 + 1\n" + tag.source(tag.champion), "one line more", tag.champion)
+    for gain, is_taken in ((0.0, False), (-9.0, True)):
+        change = Contribution(Run(2, tag.champion, base=longer), False, gain, 1.0)
+        assert without_all(tag, [change])[1] == [change] * is_taken
 
 
 def test_champion_runs_in_alternation_and_more_often_than_each_other():

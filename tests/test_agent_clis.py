@@ -123,7 +123,7 @@ def test_answer_without_an_edit_and_refusals_are_told_apart_in_the_clis_words(cl
     answer = cli.propose(Say("I would rather not."))
     assert (answer.kind, answer.reason) == ("unchanged", "the agent left train.py as it was: I would rather not.")
     answer = cli.propose(Status(401))
-    assert answer.kind == "refused", answer
+    assert answer.kind == "hopeless", answer
     assert "401" in answer.reason or "Invalid API key" in answer.reason
 
 

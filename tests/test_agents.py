@@ -129,7 +129,7 @@ def test_train_that_is_no_regular_file_or_too_large_is_a_refused_edit(lab):
         ('os.remove("train.py"); os.makedirs("train.py/deep")', "train.py is not a regular file"),
         ('pathlib.Path("train.py").write_bytes(b"#" * 40_000_000)', "train.py is over 4 MiB"),
     ):
-        assert lab.propose(damage) == NoProposal(told, "refused edit")
+        assert lab.propose(damage) == NoProposal(told, "bad edit")
 
 
 def test_silent_slow_or_stopped_agent_is_ended_and_only_a_whole_edit_counts(lab, monkeypatch):
@@ -238,14 +238,15 @@ LIMIT = "You've hit your usage limit. Upgrade to Pro or try again at 9:43 PM."
 FORBIDDEN = {"name": "APIError", "data": {"message": "no", "statusCode": 403}}
 OVERCOME = line("error", message="Reconnecting... 429") + "\n" + line("item.completed", item={"text": "I would not."})
 FAILURES = [  # output, exit code, kind, what the reason ends with
-    (line("result", **UNAUTHORIZED), 1, "refused", "with exit code 1: 401: No."),
+    (line("result", **UNAUTHORIZED), 1, "hopeless", "with exit code 1: 401: No."),
     (line("result", **DENIED), 0, "failed", "was not allowed to use Edit, Write: No."),
     (line("result", is_error=True, subtype="error_max_turns"), 1, "failed", "exit code 1: error_max_turns"),
     (line("turn.failed", error={"message": LIMIT}), 1, "rate limit", LIMIT),
-    (line("error", error=FORBIDDEN), 0, "refused", "the agent failed: 403: no"),
-    (line("error", error="429 insufficient_quota"), 1, "refused", "exit code 1: 429 insufficient_quota"),
+    (line("error", error=FORBIDDEN), 0, "hopeless", "the agent failed: 403: no"),
+    (line("error", error="429 insufficient_quota"), 1, "hopeless", "exit code 1: 429 insufficient_quota"),
     (OVERCOME, 0, "unchanged", "the agent left train.py as it was: I would not."),
     (line("text", part={"text": "the API says 429"}), 1, "failed", "the API says 429"),  # a model's own words
+    (line("result", is_error=True, result="cut \ud83d"), 1, "failed", "exit code 1: cut ?"),  # in half an emoji
     ("Starting\nError: 429 Too many requests\n}\n", 1, "rate limit", "Starting Error: 429 Too many requests"),
     ("", 7, "failed", "the agent ended with exit code 7"),
 ]
@@ -262,7 +263,7 @@ def test_json_left_in_the_answer_folder_is_read_and_the_log_ends_with_the_last_w
     export = json.dumps({"error": {"message": "Invalid API key", "code": "x"}, "usage": {}, "cost_usd": None}, indent=1)
     agent = lab.agent(f'pathlib.Path(sys.argv[1], "export.json").write_text({export!r}); sys.exit(1)')
     answer = lab.propose(Agent(f"{agent.command} {{answer}}"))
-    assert (answer.kind, answer.reason) == ("refused", "the agent ended with exit code 1: Invalid API key")
+    assert (answer.kind, answer.reason) == ("hopeless", "the agent ended with exit code 1: Invalid API key")
     assert lab.worktree.log.read_text().endswith("\n\nInvalid API key\n")
     assert lab.propose("pass").kind == "unchanged"  # the export of the call before is gone
 

@@ -61,3 +61,5 @@ def test_fork_checks_keeps_discards_crashes_reports_and_audits(checkout: Checkou
     assert [line.split()[-2:] for line in audit[1:3]] == [["0.2500", "0.2500"]] * 2
     assert [line.split()[-2:] for line in audit[4:6]] == [["0.3333", "0.3333"]] * 2
     assert "in a clean process" in audit[2] and "in a clean process" in audit[5]
+
+    assert "the file has no hyperparameter to turn" in checkout.loop("--agent", "random", code=1).stderr

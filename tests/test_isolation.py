@@ -97,7 +97,7 @@ def naughty(checkout):
 @pytest.fixture
 def isolated(naughty, switched_on):
     """The same with bubblewrap, and a daemon that hides in every run: its command line, found nowhere else."""
-    if why := isolation.why_not():
+    if why := isolation.problem():
         pytest.skip(why)
     naughty.env["AUTORESEARCH_ISOLATION"] = "on"
     naughty.daemon = "100000.5" + str(time.time_ns())
@@ -129,7 +129,7 @@ def test_isolated_run_leaves_nothing_and_sees_no_keys_network_or_process(isolate
 
 
 def test_processors_that_a_run_uses_are_not_said_to_be_used_by_others(tmp_path):
-    if why := isolation.why_not():
+    if why := isolation.problem():
         pytest.skip(why)
     command = [sys.executable, "-c", "import time\nwhile time.process_time() < 2: pass"]
     command = isolation.wrap(command, tmp_path)
@@ -140,7 +140,7 @@ def test_processors_that_a_run_uses_are_not_said_to_be_used_by_others(tmp_path):
 
 
 def test_environment_and_data_behind_links_are_found_inside(monkeypatch):
-    if why := isolation.why_not():
+    if why := isolation.problem():
         pytest.skip(why)
     for place in ("/tmp", "/var/tmp"):  # the first is empty inside
         with tempfile.TemporaryDirectory(dir=place) as name:
@@ -200,9 +200,9 @@ def test_machine_whose_gpu_is_out_of_sight_inside_runs_without_isolation(isolate
 
 def test_reason_why_nothing_is_isolated_names_the_remedy(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert isolation.why_not() == "bubblewrap is not installed: 'apt install bubblewrap' or your system's package of it"
+    assert isolation.problem() == "bubblewrap is not installed: 'apt install bubblewrap' or your system's package of it"
     isolation._why_it_fails.cache_clear()
     broken = tmp_path / "bwrap"
     broken.write_text("#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2\nexit 1\n")
     broken.chmod(0o755)
-    assert isolation.why_not() == "bubblewrap does not work here: bwrap: No permissions to create new namespace"
+    assert isolation.problem() == "bubblewrap does not work here: bwrap: No permissions to create new namespace"

@@ -147,6 +147,8 @@ def test_search_goes_on_from_the_ledger_alone_improves_and_ends_where_nothing_is
     assert "DEPTH = 4" in (four.path / "train.py").read_text()
     tag.load()
     tag.commit(99, b"# ---- Knobs ----\nDEPTH = 2\n", "it trains", tag.champion)  # as of a run without a verdict
+    tag.commit(98, b"# ---- Knobs ----\nDEPTH = 3\n", "of a former night", tag.champion)
+    tag.folder(99).mkdir()
     trials = knob_search.search_ledger(tag, "fake").trials
     told = [(places["DEPTH"] + 1, state, score) for places, state, score in trials]
     assert {(1, "COMPLETE", 1.12), (4, "COMPLETE", 1.09), (2, "RUNNING", None), (3, "FAIL", None)} < set(told)
@@ -157,7 +159,7 @@ def test_fork_without_anything_to_turn_is_told_so_and_the_loop_ends(checkout):
     checkout.replace("train.py", "# ---- Knobs ----", "# ---- Values ----")
     checkout.commit("a fork")
     error = errors(checkout.loop("--tag", "t", "--agent", "tpe", code=1))[0]
-    assert "train.py has no hyperparameter to turn" in error and "use an agent with a model" in error
+    assert "the file has no hyperparameter to turn" in error and "use an agent with a model" in error
 
 
 def test_suggestions_are_in_the_prompt_of_a_model(four):

@@ -211,26 +211,26 @@ def test_approval_decides_whether_a_gain_stands(checkout: Checkout):
     asked = checkout.outside / "asked"
     answer = checkout.outside / "answer"
     approve = f"cat >> {asked}; while [ ! -e {answer} ]; do sleep 0.05; done; exit $(cat {answer})"
-    command = *ONE, checkout.agent(DEEPER), "--approve", approve
-    process = checkout.popen(*command)
+    command = *ONE, checkout.agent('knob("DEPTH", 10 + count())'), "--approve", approve
+    process = checkout.popen(*command, "--confirm", "2")
     wait_for(lambda: asked.exists() and asked.read_text().endswith("}"))
-    assert checkout.runs()[-1].status == "pending" and checkout.statuses() == ["keep"]
+    assert [run.status for run in checkout.runs()[4:]] == ["pending"] * 3 and checkout.statuses() == ["keep"] * 4
     process.kill()
     process.communicate()
     question = json.loads(asked.read_text())
-    assert question["score"] == 1.07 and question["diff"].endswith("0002/change.diff")
+    assert question["score"] == 1.01 and question["diff"].endswith("0003/change.diff")
     assert "waits for approval" in checkout.loop(*BASELINE, code=2).stderr  # nobody is there to give it
     assert checkout.runs()[-1].status == "pending"
-    assert "that run waits for approval" in checkout.loop("try", "--again", "2", code=2).stderr
+    assert "that run waits for approval" in checkout.loop("try", "--again", "5", code=2).stderr
     answer.write_text("0")
     checkout.loop(*BASELINE, "--approve", approve)
-    assert checkout.statuses() == ["keep", "keep"]
+    assert checkout.statuses() == ["keep"] * 7
     answer.write_text("1")
     checkout.loop(*command)
-    assert checkout.rows()[2][3:] == ["discard", "not approved: DEPTH 5.0 -> 6.0"]
+    assert checkout.rows()[7][3:] == ["discard", "not approved: DEPTH 11 -> 12"]
     checkout.git("checkout", "-q", "autoresearch/t")
-    checkout.loop("try", "--again", "3")  # a repeat does not get around the person
-    assert checkout.statuses() == ["keep", "keep", "discard", "discard"]
+    checkout.loop("try", "--again", "8")  # a repeat does not get around the person
+    assert checkout.statuses()[7:] == ["discard", "discard"]
 
 
 def test_confirm_keeps_a_real_gain_and_no_lucky_or_small_one_and_a_waiter_hears_of_that_run(checkout: Checkout):
@@ -269,7 +269,8 @@ def test_confirm_keeps_a_real_gain_and_no_lucky_or_small_one_and_a_waiter_hears_
 
 
 def test_person_stops_a_night_once_at_once_and_by_closing_the_terminal(checkout: Checkout):
-    command = ["--tag", "t", "--agent-cmd", checkout.agent(DEEPER)]
+    heard = checkout.outside / "heard"
+    command = ["--tag", "t", "--agent-cmd", checkout.agent(DEEPER), "--notify", f"cat >> {heard}"]
     checkout.hold.touch()
 
     # Ctrl-C once finishes what runs. Meanwhile a second loop is refused, and a person can look.
@@ -296,6 +297,7 @@ def test_person_stops_a_night_once_at_once_and_by_closing_the_terminal(checkout:
         os.killpg(process.pid, signals[-1])  # as a terminal does: agent and git get it too
         assert "stopped" in ended(process).stderr
         assert checkout.statuses() == ["keep"] and checkout.orphans() == []
+    assert heard.read_text().count("the loop ended: stopped by request\n") == 3
 
     # A terminal that goes away ends nothing.
     process = checkout.popen(*command, "--max-experiments", "1")

@@ -59,9 +59,9 @@ def test_child_gets_its_prompt_or_nothing_to_read_and_tells_how_it_ended(child):
 
 def test_child_runs_where_setpriv_is_too_old_for_what_it_is_asked(child, monkeypatch):
     monkeypatch.setattr(processes.shutil, "which", lambda name: "false")
-    processes._dying.cache_clear()
+    processes._die_with_parent.cache_clear()
     assert child.run("print('ran')").problem == "" and child.log.read_text() == "ran\n"
-    processes._dying.cache_clear()
+    processes._die_with_parent.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -120,10 +120,12 @@ def test_reading_is_forgiving_and_never_hangs(tmp_path):
     assert read_tail(tmp_path / "wide", 1) == "𝕫" * 300
     os.mkfifo(tmp_path / "pipe")  # opened for reading it would wait for a writer for ever
     (tmp_path / "link").symlink_to(tmp_path / "log")
+    descriptors = len(os.listdir("/proc/self/fd"))
     for name in ("missing", "pipe", "link", "."):
         assert read_tail(tmp_path / name, 2) == read_text(tmp_path / name) == ""
         with pytest.raises(OSError):
             open_regular(tmp_path / name)
+    assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
 def test_command_that_tells_a_person_never_holds_the_loop_up_and_its_failure_is_logged(tag, monkeypatch):

@@ -14,16 +14,19 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from queue import Queue
+from threading import Event
 
 import pytest
 from conftest import ROOT, Checkout, ended, errors, hear, wait_for
 
 from harness import machine, ray_runner
 from harness.processes import find_processes
+from harness.runner import Stopped
 from loop import DOMAIN
 
 pytestmark = pytest.mark.xdist_group("ray")  # one cluster after another: two cores carry no more
-OF_RAY = {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+RAY_ENVIRONMENT = {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
 LONG = 90.0  # seconds: Ray starts a process in some, and this machine may be busy
 
 
@@ -99,18 +102,27 @@ def test_node_whose_scores_would_not_compare_is_told_why_and_what_to_do(field: F
         assert refusal.startswith(told) and bool(refusal) == bool(told)
 
 
+def test_what_has_begun_is_finished_on_a_free_actor_though_nothing_new_may_begin():
+    runner = object.__new__(ray_runner.RayRunner)
+    runner._is_gone, runner.stop, runner.is_stopping, runner._seats = False, Event(), lambda: True, Queue()
+    runner._seats.put("seat")
+    assert runner._next_seat() == "seat"
+    with pytest.raises(Stopped):
+        runner._next_seat()
+
+
 @pytest.mark.slow
 def test_installed_packages_are_the_same_before_and_after_ray_is_imported():
     code = "from harness import machine; before = machine.installed_packages()\n"
     code += "import ray; assert machine.installed_packages() == before"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
-    assert "optuna" in machine.OF_EXTRAS and not machine.OF_EXTRAS & machine.installed_packages().keys()
+    assert "optuna" in machine.EXTRA_PACKAGES and not machine.EXTRA_PACKAGES & machine.installed_packages().keys()
 
 
 @pytest.mark.slow
 def test_loop_on_a_cluster_outlives_what_it_loses(field: Field, monkeypatch):
     checkout = field.checkout
-    checkout.env |= OF_RAY
+    checkout.env |= RAY_ENVIRONMENT
     for name, value in checkout.env.items():
         monkeypatch.setenv(name, value)
     field.node(0)  # the loop's own node has no GPU

@@ -133,6 +133,8 @@ champion bbbbbbb, 2 seeds            1.685000 ± 0.007071  1.555000 ± 0.007071 
   believed before, off by +0.005000             1.680000
 gain ± 2 standard errors             0.050000 ± 0.030919  0.050000 ± 0.030919"""
     assert text == expected
+    later = made(30, WIDER, 1.9, "keep", "again", purpose="replicate")  # what was believed then is shown
+    assert audit_text(small_ledger(*audited(), later), "audit 1") == (text, [])
 
 
 DOUBTS = {

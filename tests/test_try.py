@@ -5,7 +5,7 @@ import signal
 import subprocess
 
 import pytest
-from conftest import Checkout, errors, wait_for
+from conftest import Checkout, ended, errors, wait_for
 
 
 @pytest.fixture
@@ -48,6 +48,14 @@ def test_first_try_needs_the_branch_of_a_run_and_runs_the_baseline_too(checkout:
     assert "this checkout is not on the branch of a run: 'git checkout -b autoresearch/" in error
     checkout.git("checkout", "-q", "-b", "autoresearch/t")
     checkout.set_knob(DEPTH=6)
+    checkout.hold.touch()
+    process = checkout.popen("try", "  ")
+    wait_for(checkout.orphans)
+    (checkout.path / "STOP").touch()
+    wait_for(lambda: not (checkout.path / "STOP").exists())
+    checkout.hold.unlink()
+    ended(process)
+    assert checkout.statuses() == ["keep"] and "DEPTH = 6" in (checkout.path / "train.py").read_text()
     checkout.loop("try", "  ")
     assert [row[3:] for row in checkout.rows()] == [["keep", "baseline"], ["keep", "DEPTH 4 -> 6"]]
 
