@@ -1,4 +1,4 @@
-"""Files in folders that agents and runs can write to: read without a hang, written whole, locked. No contents."""
+"""Files where agents and runs can write: read without a hang, written whole, locked. It knows nothing of contents."""
 
 import contextlib
 import fcntl

@@ -1,4 +1,4 @@
-"""What a run, and no agent, sees and can change of the machine, by bubblewrap (bwrap) where that is installed.
+"""What a run sees and can change of the machine, by bubblewrap where that is installed. Agents are not isolated.
 
 A run sees the machine's files read-only, a /tmp and a /dev/shm of its own, no network and no other process; what it
 starts ends with it. The hidden files of the home folder, where programs keep keys and caches, are out of its sight

@@ -1,10 +1,10 @@
 """The agents without a model: they turn hyperparameters of the editable file, and change no code.
 
     uv run loop.py --agent random                              # one hyperparameter at a time
-    uv run --extra tpe loop.py --agent tpe                     # all of them at once, by Optuna
+    uv run --extra tpe loop.py --agent tpe                     # one or two, by Optuna
     uv run --extra tpe loop.py --agent claude --suggest tpe    # three suggestions in a model's prompt
     python -P harness/knob_search.py random train.py TAG minimize       # in a worktree: one edit of its train.py
-    python -P harness/knob_search.py tpe train.py TAG minimize COMMIT   # prints three suggestions for that commit's
+    python -P harness/knob_search.py tpe train.py TAG minimize COMMIT   # prints three suggestions for that commit
 
 Both draw from the same values around those in the baseline's file. What was tried is read from the ledger for every
 proposal and kept nowhere. To Optuna a trial is a run's score with the values in that run's file, whoever wrote it;
@@ -181,7 +181,8 @@ class Search:
             problem = f"the file has no hyperparameter to turn ({where}): use an agent with a model"
             raise UserError(problem, NOTHING_TO_TURN)
         for _ in range(TRIES):
-            drawn = {name: space[name][place] for name, place in draw(space).items()}
+            places = draw(space)
+            drawn = {name: values[places[name]] for name, values in space.items() if name in places}
             changed = {name: value for name, value in drawn.items() if value != found[name].value}
             if not changed:
                 continue
@@ -209,8 +210,8 @@ def random_draw(rng: random.Random) -> Draw:
 
 
 def tpe_draw(search: Search, direction: str, seed: int | None = None) -> Draw:
-    """All at once, as Optuna's tree-structured Parzen estimator thinks best after what was tried; before STARTUP runs
-    have scores, one at a time by chance."""
+    """One or two at a time, to values that Optuna's tree-structured Parzen estimator thinks best after what was tried;
+    before STARTUP runs have scores, one by chance."""
     import optuna
     from optuna.distributions import CategoricalDistribution, IntDistribution
 
@@ -223,24 +224,28 @@ def tpe_draw(search: Search, direction: str, seed: int | None = None) -> Draw:
             found[name] = IntDistribution(0, last) if has_order else CategoricalDistribution(range(last + 1))
         return found
 
+    rng = random.Random(seed)
     if sum(state == "COMPLETE" for _, state, _ in search.trials) < STARTUP:
-        return random_draw(random.Random(seed))
+        return random_draw(rng)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(direction=direction, sampler=optuna.samplers.TPESampler(seed=seed))
     for places, state, score in search.trials:
         state = optuna.trial.TrialState[state]
         options = {"params": places, "distributions": distributions(places)}
         study.add_trial(optuna.create_trial(state=state, value=score, **options))
-    return lambda space: study.ask(distributions(space)).params
+
+    def draw(space: Space) -> dict[str, int]:
+        names = rng.sample(list(space), min(len(space), rng.choice((1, 2))))
+        return study.ask(distributions(names)).params
+
+    return draw
 
 
 def search_ledger(tag: Tag, profile: str) -> Search:
     """The search after all that a tag's ledger holds."""
     read, name = tag.repository.read, tag.repository.editable
     search = Search(read(tag.ledger.baseline, name), profile)
-    decided = set()
     for run in tag.ledger.runs:
-        decided.add(run.commit)
         source = read(run.commit, name)
         if run.counts:
             search.tell(source, "COMPLETE", run.score, run.fingerprint)
@@ -250,7 +255,7 @@ def search_ledger(tag: Tag, profile: str) -> Search:
     # is of a former night of this name.
     for line in tag.repository("for-each-ref", "--format=%(objectname) %(refname:lstrip=-1)", tag.refs).splitlines():
         commit, number = line.split()
-        if commit not in decided and tag.folder(int(number)).is_dir():
+        if int(number) not in tag.ledger and tag.folder(int(number)).is_dir():
             search.tell(read(commit, name), "RUNNING")
     return search
 

@@ -1,4 +1,4 @@
-"""Runs on the nodes of a Ray cluster: one actor a worker, and a Run comes back as from runner.py. No cluster is made.
+"""Runs on the nodes of a Ray cluster: one actor a worker, and a Run comes back as from runner.py. It adds no nodes.
 
 Ray places the actors, starts lost ones again, and uses nodes that join late. An actor asks its node's own evaluator
 first: a node whose scores would not compare is left out for a minute. Ray, an optional extra, is imported where it is

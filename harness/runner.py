@@ -1,4 +1,4 @@
-"""One run on this machine: a Run that says what to execute goes in, what was measured comes out, and no verdict.
+"""One run on this machine: a Run that says what to execute goes in, what was measured comes out. It decides nothing.
 
 `measure` unpacks the commit into a fresh folder, so whatever an agent did to other files of its worktree, the evaluator
 that runs is the commit's. `Runner` gives devices to workers, and repeats what came to nothing by the machine's fault.
@@ -499,8 +499,11 @@ class Runner:
 
     def wait_for_disk(self, folder: Path) -> None:
         """Wait until the disk of a folder has room; raises Stopped."""
-        while problem := machine.lacking_disk(folder):
+        problem = machine.lacking_disk(folder)
+        while problem:
             self._wait(problem)
+            problem = machine.lacking_disk(folder)
+            self.waiting = problem
 
     def _wait(self, reason: str) -> None:
         if reason != self.waiting:

@@ -78,6 +78,8 @@ def open_session(tag: Tag, is_stopped, edits_checkout: bool = False) -> Descript
         found = getattr(facts, key)
         if had != found:
             remedy = "set AUTORESEARCH_PROFILE and AUTORESEARCH_CACHE as they were, or choose another --tag"
+            if key == "device_name":
+                remedy = "make that device free and visible (CUDA_VISIBLE_DEVICES), or choose another --tag"
             raise UserError(f"tag {tag.name} was begun with {key} {had!r:.50}, this is {found!r:.50}: {remedy}", 2)
     if machine.changed_packages(first.packages):
         machine.restore_packages(first.packages)
@@ -291,8 +293,9 @@ class Session:
         self._set_doing("training", run.number, idea if is_repeat else run.description)
 
     def _on_decided(self, run: Run) -> None:
-        if not run.is_stale:  # that one waits for a device once more
-            self.doing.pop(threading.current_thread().name, None)
+        self.doing.pop(threading.current_thread().name, None)
+        if run.is_stale:
+            self._set_doing("waiting for a device", description=run.description)
         self.watch.see(run)
         is_verdict = run.purpose == "experiment" and not run.is_stale and run.is_decided
         if is_verdict and self.options.max_experiments < math.inf:

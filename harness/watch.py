@@ -34,9 +34,7 @@ class Watch:
 
     def see(self, run: Run) -> None:
         """A run was decided. A gain on a former champion runs again, and counts then."""
-        if not run.is_decided:
-            self._without_keep = 0
-        elif run.purpose == "experiment" and run.status == "keep":
+        if run.purpose == "experiment" and run.status == "keep":
             self._without_keep = 0
             score = self._tag.domain.score_text(self._tag.ledger.best)
             self.tell(f"kept {self._tag.domain.metric} {score} (run {run.number:04d}): {run.description}")

@@ -102,7 +102,7 @@ def test_proposals_are_new_and_change_exactly_what_they_describe(agent, profile)
         pairs = zip(TRAIN.splitlines(), source.decode().splitlines(), strict=True)
         comments = [(old.partition("  # ")[2], new.partition("  # ")[2]) for old, new in pairs if old != new]
         assert len(comments) == len(changed) and all(old == new for old, new in comments)
-        assert agent == "tpe" or len(changed) == 1
+        assert len(changed) <= (1 if agent == "random" else 2)
 
 
 def block(*lines: str) -> bytes:
