@@ -221,9 +221,9 @@ def ablation_text(tag, group: str) -> str:
         )
     compared = sum(not one.is_beside_base and one.standard_error is not None for one in found)
     if compared:
-        # At most: they share the champion's runs, and so rarely miss alone (Slepian 1962, Šidák 1967).
+        # Fewer, since they share the champion's runs (Slepian 1962, Šidák 1967); more, since sigma is an estimate.
         chance = 1 - statistics.NormalDist().cdf(2) ** compared
-        nights = f"at least one would still be said to carry in at most {chance:.0%} of nights"
+        nights = f"at least one would still be said to carry in about {chance:.0%} of nights"
         text.append(f"if none of these {compared} had an effect, {nights}")
     return "\n".join(text)
 
