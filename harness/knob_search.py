@@ -116,7 +116,8 @@ def with_values(source: str, hyperparameters: dict[str, Hyperparameter], values:
     for name in sorted(values, key=lambda name: hyperparameters[name].begin, reverse=True):
         place = hyperparameters[name]
         line = lines[place.line].encode()  # ast counts bytes
-        lines[place.line] = (line[: place.begin] + repr(values[name]).encode() + line[place.end :]).decode()
+        text = f'"{values[name]}"' if isinstance(values[name], str) else repr(values[name])
+        lines[place.line] = (line[: place.begin] + text.encode() + line[place.end :]).decode()
     return "\n".join(lines)
 
 
@@ -212,7 +213,10 @@ def random_draw(rng: random.Random) -> Draw:
 def tpe_draw(search: Search, direction: str, seed: int | None = None) -> Draw:
     """One or two at a time, to values that Optuna's tree-structured Parzen estimator thinks best after what was tried;
     before STARTUP runs have scores, one by chance."""
-    import optuna
+    rng = random.Random(seed)
+    if sum(state == "COMPLETE" for _, state, _ in search.trials) < STARTUP:
+        return random_draw(rng)
+    import optuna  # takes a second
     from optuna.distributions import CategoricalDistribution, IntDistribution
 
     def distributions(names: Iterable[str]) -> dict:
@@ -224,9 +228,6 @@ def tpe_draw(search: Search, direction: str, seed: int | None = None) -> Draw:
             found[name] = IntDistribution(0, last) if has_order else CategoricalDistribution(range(last + 1))
         return found
 
-    rng = random.Random(seed)
-    if sum(state == "COMPLETE" for _, state, _ in search.trials) < STARTUP:
-        return random_draw(rng)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(direction=direction, sampler=optuna.samplers.TPESampler(seed=seed))
     for places, state, score in search.trials:

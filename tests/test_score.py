@@ -116,6 +116,7 @@ def test_network_with_another_face_is_refused_in_the_clean_process(tiny, evaluat
     refused(evaluator, reason, evaluator._score_network, tmp_path / "result.pt2")
 
 
+@pytest.mark.slow
 def test_foreign_operator_torn_file_and_no_file_are_one_error_line_each(evaluator, tmp_path, capsys):
     path = tmp_path / "own.pt2"
     idx = torch.zeros(2, 32, dtype=torch.int64)

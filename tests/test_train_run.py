@@ -131,6 +131,7 @@ DECIMALS = {  # of each value of the summary, in order
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_run_ends_with_the_summary_in_order_and_format(smoke_env, tmp_path):
     env = smoke_env | {"AUTORESEARCH_RESULT": str(tmp_path / "result.json"), "AUTORESEARCH_AUDIT": "1"}
     run = python(env, "train.py")
@@ -166,6 +167,7 @@ sys.exit(train.main())
 """
 
 
+@pytest.mark.slow
 def test_import_has_no_side_effects_and_a_run_without_data_is_one_error_line(smoke_env, tmp_path):
     told = {"AUTORESEARCH_RESULT": str(tmp_path / "result.json"), "AUTORESEARCH_SEED": "9", "AUTORESEARCH_AUDIT": "1"}
     env = smoke_env | told | {"AUTORESEARCH_CACHE": str(tmp_path / "none"), "PYTHONDONTWRITEBYTECODE": "1"}
