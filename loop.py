@@ -276,7 +276,7 @@ class Ratchet:
         is_approved = self.approve(run)
         with self.lock:
             group = f"confirm {run.number}"
-            fresh = [one for one in self.tag.ledger.runs if one.group == group and one.status == "pending"]
+            fresh = [one for one in self.tag.ledger.runs if one.group == group and not one.is_decided]
             if not is_approved:
                 return self.record([replace(run, is_refused=True), *fresh], "discard", "not approved")
             if run.base != self.tag.champion:

@@ -180,7 +180,7 @@ class Ledger:
 
     def pending(self) -> list[Run]:
         """Gains that wait for an approval, each by its first run."""
-        return [run for run in self.runs if run.status == "pending" and not run.group]
+        return [run for run in self.runs if not (run.is_decided or run.group)]
 
     # What is believed
 

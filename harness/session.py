@@ -334,7 +334,6 @@ class Session:
         """Baseline, what an earlier session left open, then experiments until it is enough."""
         self.watch.look_for_target()
         self.supervise({"opening": self._open})
-        self.pending = deque(self.tag.ledger.pending())
         self.again = deque(self.tag.ledger.stale_gains())
         ahead = self.options.ahead
         if ahead is None:
@@ -351,10 +350,10 @@ class Session:
 
     def _open(self) -> None:
         run_baseline(self.ratchet)
-        pending = self.tag.ledger.pending()
-        if pending and not self.domain.approve:
-            remedy = "start with the same --approve CMD as before"
-            raise UserError(f"run {pending[0].number} waits for approval, and nobody is there to give it: {remedy}", 2)
+        self.pending = deque(self.tag.ledger.pending())
+        if self.pending and not self.domain.approve:
+            problem = f"run {self.pending[0].number} waits for approval, and nobody is there to give it"
+            raise UserError(f"{problem}: start with the same --approve CMD as before", 2)
 
     def _work(self, agent: Agent, worktree: Worktree) -> None:
         """A worker: one experiment after another. A crash is given to the next proposal, to be mended, once."""
