@@ -3,7 +3,7 @@
     uv run loop.py --agent claude             # all night (Ctrl-C once: finish what runs and stop; twice: stop now)
     uv run loop.py try "raise depth to 10"    # one experiment on the edit now in train.py, for an agent that loops
     uv run loop.py try --again 12             # an earlier experiment once more, on a fresh seed (--base: the champion)
-    uv run loop.py status [--wait]            # where the run stands
+    uv run loop.py status [--wait]            # where the night stands
     uv run loop.py report [LEDGER]            # the morning read: what was kept, progress.png, report.html
     uv run loop.py audit                      # baseline and champion again: fresh seeds, held-out split, clean process
     uv run loop.py ablate                     # which of the kept changes are real: the champion without each of them
@@ -23,7 +23,6 @@ if __name__ == "__main__":
     # Everything else comes from elsewhere: an agent may have left a json.py or a git.py here.
     sys.path.pop(0)
 
-import statistics
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -117,7 +116,7 @@ class Ratchet:
                         stale = self.tag.ledger[edit.again_of]
                         return self.record([stale], "discard", f"gained on a former champion; {dropped}")
                 try:
-                    runs = self.run_and_confirm(run, device)
+                    runs = self.run_and_confirm(run, device, edit.pairs)
                     with self.lock:
                         status, reason = self.decide(runs, edit)
                         if status == "keep" and edit.base != self.tag.champion:
@@ -143,7 +142,7 @@ class Ratchet:
                 if merged is None:
                     raise Dropped(f"it conflicts with the new champion {champion[:7]}")
                 edit = replace(edit, source=merged, base=champion)
-            if problem := self.find_problem(edit.source, edit.again_of):
+            if not edit.pairs and (problem := self.find_problem(edit.source, edit.again_of)):
                 raise Dropped(problem)
             run = self.new_run(edit)
             self.in_flight[run.fingerprint] = run.description
@@ -183,17 +182,18 @@ class Ratchet:
             return f"{name} repeats run {earlier.number} ({earlier.status}: {earlier.description}): {again}"
         return ""
 
-    def run_and_confirm(self, run: Run, device) -> list[Run]:
-        """The run, measured or crashed. With --confirm a gain is followed by fresh runs of candidate and base, as long
-        as they show one: they are judged once, when all have run."""
+    def run_and_confirm(self, run: Run, device, pairs: int = 0) -> list[Run]:
+        """The run, measured or crashed, and fresh runs of candidate and base: `pairs` of them or, with --confirm, some
+        after a gain, as long as they show one. They are judged once, when all have run."""
         first = self.run_once(run, device)
         runs = [first]
-        if not self.confirm or self.find_refusal(runs) or self.gain(first) <= 0:
+        if self.find_refusal(runs) or not (pairs or (self.confirm and self.gain(first) > 0)):
             return runs
-        say(f"  {run.description}: a gain so far, up to {self.confirm} fresh seeds to confirm it")
-        for _ in range(self.confirm):
+        if not pairs:
+            say(f"  {run.description}: a gain so far, up to {self.confirm} fresh seeds to confirm it")
+        for _ in range(pairs or self.confirm):
             runs += self.run_pair(run, device)
-            if any(one.status == "crash" for one in runs) or self.fresh_gain(runs)[0] <= 0:
+            if any(one.status == "crash" for one in runs) or not (pairs or self.fresh_gain(runs)[0] > 0):
                 break
         return runs
 
@@ -238,12 +238,12 @@ class Ratchet:
         error."""
         candidate = [run.score for run in runs[1:] if run.commit == runs[0].commit]
         champion = [run.score for run in runs[1:] if run.commit == runs[0].base]
-        gain = self.domain.gain(statistics.fmean(champion), statistics.fmean(candidate))
-        return gain, self.tag.ledger.error_of_means(len(champion), len(candidate))
+        return self.tag.ledger.difference(champion, candidate)
 
     def decide(self, runs: list[Run], edit: Edit) -> tuple[str, str]:
         """`keep`, `discard` or `crash`, and why where that needs a word. Better than what is believed of the base is
-        kept; a simplification also at about the same score. Repeats are decided in replicates, removals in ablation."""
+        kept; a simplification also at about the same score (a removal by ablation whatever its length). Repeats are
+        decided in replicates."""
         if refusal := self.find_refusal(runs):
             return refusal
         gain = self.gain(runs[0])
@@ -254,7 +254,7 @@ class Ratchet:
         if is_better:
             return "keep", ""
         if ledger.wants_simpler(edit.description):
-            if syntax_size(edit.source) >= syntax_size(self.tag.source(edit.base)):
+            if not edit.pairs and syntax_size(edit.source) >= syntax_size(self.tag.source(edit.base)):
                 return "discard", "no simplification: its code says no less"
             if ledger.is_simpler_keep(self.tag.ledger, -gain):
                 return "keep", ""

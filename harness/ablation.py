@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from harness.compare import align
 from harness.console import UserError, duration, one_line, say
 from harness.edit import Edit, compile_problem, fingerprint, syntax_size
-from harness.files import read_text
-from harness.ledger import Ledger, Run, is_simpler_keep
+from harness.ledger import Ledger, Run
 from harness.replicates import fresh_seed
+from harness.repository import WHOLE_DIFF
 
 CHAMPION = "champion"  # a side; the others are `without 7`, or `before 7` and `with 7`, by the number of a change's run
 APPLY_TRIES = 4  # candidates of --apply, each with one change more than the last
@@ -188,10 +188,7 @@ def read_contributions(ledger: Ledger, group: str) -> list[Contribution]:
         is_beside_base = f"with {number}" in scores or f"before {number}" in scores
         sides = (f"before {number}", f"with {number}") if is_beside_base else (f"without {number}", CHAMPION)
         less, more = (scores.get(side, []) for side in sides)
-        gain = error = None
-        if less and more:
-            gain = ledger.domain.gain(statistics.fmean(less), statistics.fmean(more))
-            error = ledger.error_of_means(len(less), len(more))
+        gain, error = ledger.difference(less, more)
         found.append(Contribution(ledger[number], is_beside_base, gain, error))
     return found
 
@@ -208,8 +205,10 @@ def ablation_text(tag, group: str) -> str:
         gain = "" if one.gain is None else f"{one.gain:+.{domain.score_digits}f}"
         error = "" if one.standard_error is None else domain.score_text(2 * one.standard_error)
         word = f"{one.word}, beside its base" if one.is_beside_base else one.word
-        lines = _count_lines(read_text(tag.folder(one.run.number) / "change.diff"))
-        rows.append([f"run {one.run.number:04d}", gain, error, word, lines, one_line(one.run.description, 80)])
+        options = (*WHOLE_DIFF, "--text", "--numstat")
+        numbers = tag.repository("diff", *options, one.run.base, one.run.commit, default="\t\t").split("\t")
+        description = one_line(one.run.description, 80)
+        rows.append([f"run {one.run.number:04d}", gain, error, word, f"+{numbers[0]} -{numbers[1]}", description])
     text = align(rows, right=(1, 2, 4))
     total = sum(one.gain for one in found if one.gain is not None)
     champions = [run.score for run in ledger.runs if run.group == f"{group}/{CHAMPION}" and run.score is not None]
@@ -228,14 +227,6 @@ def ablation_text(tag, group: str) -> str:
     return "\n".join(text)
 
 
-def _count_lines(diff: str) -> str:
-    """`+3 -1`."""
-    lines = diff.splitlines()
-    added = sum(line.startswith("+") and not line.startswith("+++") for line in lines)
-    taken = sum(line.startswith("-") and not line.startswith("---") for line in lines)
-    return f"+{added} -{taken}"
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # --apply
 
@@ -252,11 +243,10 @@ def apply(ratchet, replicates: int) -> None:
         if not taken:
             say("every change carries, makes the code shorter, or stands below one that does: nothing is taken out")
             return
-        with ratchet.runner.device() as device:
-            run = _try_without(ratchet, source, taken, replicates, device)
-        if run.status == "pending":
-            run = ratchet.ask_approval(run)
-        if run.status == "keep":
+        numbers = ", ".join(str(one.run.number) for one in sorted(taken, key=lambda one: one.run.number))
+        description = f"simplify: without the changes of {'runs' if len(taken) > 1 else 'run'} {numbers}"
+        edit = Edit(source, tag.champion, description, pairs=replicates)
+        if ratchet.experiment(edit).status == "keep":
             return
         idle = [one for one in idle if one is not taken[-1]]  # the largest of those that were taken out
 
@@ -274,24 +264,3 @@ def without_all(tag, idle: list[Contribution]) -> tuple[bytes, list[Contribution
             source = without
             taken.append(one)
     return source, [one for one in idle if one in taken]
-
-
-def _try_without(ratchet, source: bytes, taken: list[Contribution], replicates: int, device) -> Run:
-    """Candidate and champion in alternation on fresh seeds, decided and recorded as one experiment."""
-    tag = ratchet.tag
-    numbers = ", ".join(str(one.run.number) for one in sorted(taken, key=lambda one: one.run.number))
-    description = f"simplify: without the changes of {'runs' if len(taken) > 1 else 'run'} {numbers}"
-    first = ratchet.new_run(Edit(source, tag.champion, description))
-    runs = [ratchet.run_once(first, device)]
-    for _ in range(replicates):
-        if any(run.status == "crash" for run in runs):
-            break
-        runs += ratchet.run_pair(first, device)
-    with ratchet.lock:
-        if refusal := ratchet.find_refusal(runs):
-            return ratchet.record(runs, *refusal)
-        loss = -ratchet.fresh_gain(runs)[0]
-        if not is_simpler_keep(tag.ledger, loss):
-            worse = f"{tag.domain.score_text(loss)} worse"
-            return ratchet.record(runs, "discard", f"{worse}: over one sigma, or all simplifications together over two")
-        return ratchet.record(runs, "pending" if tag.domain.approve else "keep")

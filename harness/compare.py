@@ -15,8 +15,6 @@ from harness.ledger import STALE, Ledger, Run, wants_simpler
 
 TOO_MANY = 10**15  # steps, or tokens a step: no run makes so many
 TOO_FAR = 0.05  # of the budget: a point of the curve so far away tells nothing
-BUSY = 0.1  # of the processors used by others: from here on a score says less
-SAME_SPEED = 0.005  # a smaller difference is none
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a log tells of the training
@@ -119,11 +117,8 @@ def _gain(ledger: Ledger, run: Run) -> tuple[float, float | None]:
     """The difference that decides, and its standard error: what is believed of the commit against what is believed of
     its base. A repeat without a base stands against the mean of its commit's earlier runs."""
     if run.base and run.is_decided:
-        gain = ledger.domain.gain(ledger.believed(run.base), ledger.believed(run.commit))
-        return gain, ledger.standard_error(run.base, run.commit)
-    others = _beside(ledger, run)
-    gain = ledger.domain.gain(statistics.fmean(other.score for other in others), run.score)
-    return gain, ledger.error_of_means(1, len(others))
+        return ledger.difference(ledger.believed_scores(run.base), ledger.believed_scores(run.commit))
+    return ledger.difference([other.score for other in _beside(ledger, run)], [run.score])
 
 
 def _beside(ledger: Ledger, run: Run) -> list[Run]:
@@ -131,10 +126,6 @@ def _beside(ledger: Ledger, run: Run) -> list[Run]:
     if run.base:
         return ledger.runs_of(run.base)
     return [other for other in ledger.runs_of(run.commit) if other.number < run.number]
-
-
-def is_busy(run: Run) -> bool:
-    return run.busy_others is not None and run.busy_others > BUSY
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,10 +144,10 @@ def verdict(ledger: Ledger, run: Run) -> str:
     others = _beside(ledger, run)
     lines += _table(ledger, run, others)
     if others:
-        lines += [_noise_line(ledger, run), _rule_line(ledger, run), _speed_line(ledger, run, others)]
+        lines += [_noise_line(ledger, run), _rule_line(ledger, run)]
     else:
         lines += _baseline_lines(ledger, run)
-    if is_busy(run):
+    if run.is_busy:
         again = "--base" if run.commit == ledger.champion else f"--again {run.number}"
         who = f"others used {run.busy_others:.0%} of the processors during this run"
         lines.append(f"{who}: its score is weak ('uv run loop.py try {again}' measures it once more)")
@@ -199,20 +190,6 @@ def _rule_line(ledger: Ledger, run: Run) -> str:
     if run.status == "keep" and run.base and error is not None and gain <= 2 * error:
         return "kept: the plain rule keeps what scored better"
     return ""
-
-
-def _speed_line(ledger: Ledger, run: Run, others: list[Run]) -> str:
-    """Whether it was faster or slower by more than the machine's own drift."""
-    speed = mean_of_known(other.tokens_per_second for other in others)
-    sigma = ledger.speed_sigma()
-    if not speed or not run.tokens_per_second or sigma is None:
-        return ""
-    change = run.tokens_per_second / speed - 1
-    if abs(change) < SAME_SPEED:
-        return ""
-    is_drift = abs(change) <= 2 * sigma * math.sqrt(1 + 1 / len(others))
-    word = "no more than" if is_drift else "more than"
-    return f"speed {change:+.1%}: {word} the machine does by itself (standard deviation {sigma:.1%} of one code)"
 
 
 def _baseline_lines(ledger: Ledger, run: Run) -> list[str]:

@@ -23,6 +23,7 @@ class Edit:
     again_of: int = 0  # the run whose gain on a former champion runs again here
     touched: tuple[str, ...] = ()  # other files that the agent changed: undone
     cost: dict | None = None  # of the agent's calls
+    pairs: int = 0  # fresh runs of both sides that decide on a removal, whatever its length and its first run
     overrides: bool = False  # it changes values alone: where they conflict with a new champion's, they replace them
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from harness.console import UserError, one_line
 from harness.domain import Domain
 
+BUSY = 0.1  # of the processors used by others: from here on a score says less
 ASSUMED_DEGREES = 4  # of freedom that a profile's assumed sigma counts for: two or three runs measure sigma badly
 STATUSES = ("keep", "discard", "crash")
 MEASURED = ("audit", "ablation")  # purposes of runs that decide nothing, and are no lines of results.tsv
@@ -69,6 +70,11 @@ class Run:
     def is_decided(self) -> bool:
         """Not while it waits for an approval."""
         return self.status != "pending"
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether others used much of the machine meanwhile."""
+        return self.busy_others is not None and self.busy_others > BUSY
 
     @property
     def counts(self) -> bool:
@@ -209,19 +215,21 @@ class Ledger:
         """The champion's believed score."""
         return self.believed(self.champion)
 
-    def _measured(self, field: str) -> list[list[float]]:
-        """What the runs of each commit measured, those of MEASURED too."""
-        found: dict[str, list[float]] = {}
+    def _repeats(self, with_busy: bool) -> list[list[float]]:
+        """The scores of every commit that ran more than once, runs of MEASURED too."""
+        of_commit: dict[str, list[float]] = {}
         for run in self.runs:
-            value = getattr(run, field)
-            if value is not None and run.is_decided:
-                found.setdefault(run.commit, []).append(value)
-        return list(found.values())
+            if run.score is not None and run.is_decided and (with_busy or not run.is_busy):
+                of_commit.setdefault(run.commit, []).append(run.score)
+        return [scores for scores in of_commit.values() if len(scores) > 1]
 
     @functools.cached_property
     def noise(self) -> Noise:
-        """sigma from all commits that ran more than once, pooled with what is assumed of the profile."""
-        squares, degrees = _squares_within(self._measured("score"))
+        """sigma from all repeats, pooled with what is assumed of the profile. A busy machine adds to it: runs on one do
+        not count where others ran twice."""
+        repeated = self._repeats(with_busy=False) or self._repeats(with_busy=True)
+        degrees = sum(len(scores) - 1 for scores in repeated)
+        squares = sum(statistics.variance(scores) * (len(scores) - 1) for scores in repeated)
         assumed = self.domain.assumed_sigma.get(self.profile)
         if assumed is None and degrees == 0:
             return Noise(None, "unknown: nothing ran twice here ('uv run loop.py try --base' runs the best once more)")
@@ -237,25 +245,13 @@ class Ledger:
     def sigma(self) -> float | None:
         return self.noise.sigma
 
-    def speed_sigma(self) -> float | None:
-        """Standard deviation of the speed of one and the same code, as a fraction; None where nothing ran twice."""
-        relative = []
-        for speeds in self._measured("tokens_per_second"):
-            mean = statistics.fmean(speeds)
-            relative.append([speed / mean for speed in speeds])
-        squares, degrees = _squares_within(relative)
-        return math.sqrt(squares / degrees) if degrees else None
-
-    def error_of_means(self, *counts: int) -> float | None:
-        """Standard error of the difference of two means of so many scores; None where sigma is unknown."""
+    def difference(self, before: list[float], after: list[float]) -> tuple[float | None, float | None]:
+        """By how much the mean of `after` is better, and the standard error of that; None where it is not known."""
+        if not before or not after:
+            return None, None
+        gain = self.domain.gain(statistics.fmean(before), statistics.fmean(after))
         sigma = self.sigma
-        if sigma is None or 0 in counts:
-            return None
-        return sigma * math.sqrt(sum(1 / count for count in counts))
-
-    def standard_error(self, before: str, after: str) -> float | None:
-        """Of the difference of two commits' believed scores; None where sigma is unknown."""
-        return self.error_of_means(len(self.believed_scores(before)), len(self.believed_scores(after)))
+        return gain, None if sigma is None else sigma * math.sqrt(1 / len(before) + 1 / len(after))
 
     # What was kept
 
@@ -280,10 +276,8 @@ class Ledger:
             if kept.commit not in seen:
                 seen.add(kept.commit)
                 base = run.base or before
-                score = self.believed(kept.commit)
-                gain = self.domain.gain(self.believed(base), score)
-                error = self.standard_error(base, kept.commit)
-                found.append(Change(run, score, gain, error, kept.commit in branch))
+                gain, error = self.difference(self.believed_scores(base), self.believed_scores(kept.commit))
+                found.append(Change(run, self.believed(kept.commit), gain, error, kept.commit in branch))
             before = kept.commit
         return found
 
@@ -317,13 +311,6 @@ class Ledger:
             f"Best {self.domain.metric} {self.domain.score_text(best)} ({self.champion[:7]})"
             f"{against if in_branch else ''}; {len(rows)} runs, {changes}, {crashes} crashed."
         )
-
-
-def _squares_within(groups) -> tuple[float, int]:
-    """Sum of squared differences from each group's mean, and the degrees of freedom."""
-    groups = [values for values in groups if len(values) > 1]
-    squares = sum(statistics.variance(values) * (len(values) - 1) for values in groups)
-    return squares, sum(len(values) - 1 for values in groups)
 
 
 def wants_simpler(description: str) -> bool:

@@ -16,10 +16,10 @@ from io import BytesIO, StringIO
 from pathlib import Path
 
 from harness.ablation import ablation_text
-from harness.compare import Point, is_busy, read_curve, verdict
+from harness.compare import Point, read_curve, verdict
 from harness.console import duration, one_line
 from harness.domain import Domain
-from harness.files import new_file, read_tail, read_text, write_atomically
+from harness.files import read_tail, read_text, write_atomically
 from harness.ledger import Change, Ledger, Run
 from harness.processes import MARK
 from harness.report import audit_text, choose_changes, report_text
@@ -319,7 +319,7 @@ def _run_values(ledger: Ledger, run: Run, tag) -> dict:
         "score": "" if run.score is None else ledger.domain.score_text(run.score),
         "description": one_line(run.description, 300),
         "facts": ", ".join(facts),
-        "is_busy": is_busy(run),
+        "is_busy": run.is_busy,
         "verdict": verdict(ledger, run) if tag is not None else run.reason,
         "diff": diff,
         "log": log,
@@ -361,7 +361,7 @@ class PageWriter:
     def _begin(self) -> None:
         self._began_at = time.monotonic()
         self._runs = len(self._tag.ledger.runs)
-        with contextlib.suppress(OSError), new_file(self._tag.home / "page.log") as log:
+        with contextlib.suppress(OSError), open(self._tag.home / "page.log", "wb") as log:
             self._child = subprocess.Popen(
                 self.command,
                 cwd=self._tag.checkout,

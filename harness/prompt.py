@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from harness.agents import DESCRIPTION_FILE
-from harness.compare import is_busy
 from harness.console import one_line
 from harness.domain import Domain
 from harness.ledger import Ledger, Run
@@ -147,7 +146,7 @@ def _experiments(ledger: Ledger) -> list[Experiment]:
         score = ledger.believed(commit)
         base_score = ledger.believed(first.base)
         loss = None if None in (score, base_score) else ledger.domain.gain(score, base_score)
-        found.append(Experiment(first, status, score, loss, all(is_busy(run) for run in decisive)))
+        found.append(Experiment(first, status, score, loss, all(run.is_busy for run in decisive)))
     return found
 
 

@@ -9,10 +9,10 @@ import statistics
 import time
 from collections import Counter
 
-from harness.compare import BUSY, align, former_text, is_busy, mean_of_known, unit_of
+from harness.compare import align, former_text, mean_of_known, unit_of
 from harness.console import duration, one_line
 from harness.domain import Domain
-from harness.ledger import STATUSES, Change, Ledger, Run, broken_floor, wants_simpler
+from harness.ledger import BUSY, STATUSES, Change, Ledger, Run, broken_floor, wants_simpler
 
 LAST_ROWS = 10
 MOST_WORKERS = 12  # of which `status` tells one by one
@@ -196,9 +196,6 @@ def noise_lines(ledger: Ledger, changes: list[Change]) -> list[str]:
     noise = ledger.noise
     size = "" if noise.sigma is None else f"{domain.score_text(noise.sigma)} {domain.unit}, "
     lines = [f"sigma, the standard deviation between seeds: {size}{noise.source}"]
-    drift = ledger.speed_sigma()
-    if drift is not None:
-        lines.append(f"speed of one and the same code: standard deviation {drift:.1%}")
     if noise.sigma is not None and any(wants_simpler(change.run.description) for change in changes):
         given = domain.score_text(ledger.given_away())
         lines.append(f"given away for less code: {given} of at most {domain.score_text(2 * noise.sigma)} (two sigma)")
@@ -257,7 +254,7 @@ def machine_text(ledger: Ledger) -> str:
         parts.append(f"{len(nodes):,} nodes")
     if known := [run for run in measured if run.busy_others is not None]:
         median = statistics.median(run.busy_others for run in known)
-        weak = f"over {BUSY:.0%} in {sum(map(is_busy, known)):,} of {len(known):,}"
+        weak = f"over {BUSY:.0%} in {sum(run.is_busy for run in known):,} of {len(known):,}"
         parts.append(f"others used {median:.0%} of the processors in the median run, {weak}")
     bare = sum(not run.is_isolated for run in measured)
     parts.append(f"{bare:,} of {len(measured):,} runs were not isolated" if bare else "every run was isolated")
@@ -309,7 +306,7 @@ def audit_text(ledger: Ledger, group: str) -> tuple[str, list[str]]:
     if set(by_role) == {"baseline", "champion"}:
         names = ("clean_score", "clean_test_score") if is_clean else ("score", "test_score")
         gains = [_gain(by_role, name, domain) for name in names]
-        error = before.error_of_means(*(len(runs) for runs in by_role.values()))
+        _, error = before.difference(*([run.score for run in runs] for runs in by_role.values()))
         error_text = "" if error is None else f" ± {domain.score_text(2 * error)}"
         texts = ["" if gain is None else f"{domain.score_text(gain)}{error_text}" for gain in gains]
         rows.append(["gain ± 2 standard errors", *texts, "", ""])
@@ -317,7 +314,7 @@ def audit_text(ledger: Ledger, group: str) -> tuple[str, list[str]]:
     else:
         stopped = "this audit was stopped before both had run"
         notes.append("no change was in the branch" if then.champion == then.baseline else stopped)
-    if busy := sum(is_busy(run) for runs in by_role.values() for run in runs):
+    if busy := sum(run.is_busy for runs in by_role.values() for run in runs):
         notes.append(f"others used over {BUSY:.0%} of the processors in {busy} of these runs: their scores are weak")
     if not is_clean:
         notes.append("not every run was scored in a clean process: the gain is of the runs' own scores")
@@ -398,14 +395,13 @@ def _doubts_of_belief(ledger: Ledger, runs: list[Run], role: str, before: Ledger
     """A belief that its commit's fresh scores do not bear out. `before` knows sigma."""
     commit = runs[0].commit
     believed = ledger.believed(commit)
-    error = before.error_of_means(len(ledger.believed_scores(commit)), len(runs))
-    if believed is None or error is None:
+    scores = [run.score for run in runs]
+    gain, error = before.difference(ledger.believed_scores(commit), scores)
+    if error is None or abs(gain) <= FAR_ERRORS * error:
         return []
-    fresh = statistics.fmean(run.score for run in runs)
-    if abs(fresh - believed) <= FAR_ERRORS * error:
-        return []
+    fresh = statistics.fmean(scores)
     text = ledger.domain.score_text
-    far = f"{abs(fresh - believed) / error:.1f} standard errors away: do not believe the ledger's score"
+    far = f"{abs(gain) / error:.1f} standard errors away: do not believe the ledger's score"
     return [f"{role}: believed {text(believed)}, its fresh runs give {text(fresh)}, {far}"]
 
 

@@ -69,9 +69,14 @@ def test_ablation_tells_what_each_change_carries_and_apply_takes_the_others_out(
     assert night.statuses() == ["keep"] * 9  # an ablation decides nothing
     assert words(night.loop("report", "--tag", "t").stdout.rpartition("next:")[2]) == said
 
-    done = night.loop("ablate", "--tag", "t", "--apply", timeout=100)
-    row = next(row for row in night.rows()[9:] if row[4].startswith("simplify"))
-    assert row[3:] == ["keep", "simplify: without the changes of runs 4, 6, 7"]
+    night.replace("loop.py", 'approve=""', 'approve="false"')
+    night.set_constant("harness/ablation.py", "APPLY_TRIES", "1")
+    for status, reason in (("discard", "not approved"), ("keep", "")):
+        night.loop("ablate", "--tag", "t", "--apply", timeout=100)
+        tried = [run for run in night.runs() if run.purpose == "experiment"][-1]
+        assert (tried.status, tried.reason) == (status, reason)
+        assert tried.description == "simplify: without the changes of runs 4, 6, 7"
+        night.git("checkout", "-q", "--", "loop.py", "harness")
     text = night.git("show", "autoresearch/t:train.py")
     assert [name for name in KNOBS if f"{name} = 0" in text] == ["IDLE_1", "IDLE_2", "HARMS"]
 

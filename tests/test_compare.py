@@ -34,7 +34,6 @@ peak memory, GB                2.0                   2.0       +0.0
 training loss at half       4.2000                3.9000    +0.3000
 training loss at the end    3.6000                3.3000    +0.3000
 0.010000 worse ± 0.043726 (2 standard errors): within the noise ({NOISE})
-speed -11.1%: more than the machine does by itself (standard deviation 1.0% of one code)
 others used 30% of the processors during this run: its score is weak \
 ('uv run loop.py try --again 4' measures it once more)"""
     assert verdict(small_ledger(), small_ledger()[4]) == expected
@@ -61,7 +60,6 @@ def edit(status: str, score: float, description: str = "x", **changes):
         (edit("keep", 1.685), "kept at first, and worse by all that is known now"),
         (edit("discard", 1.5, reason="f1 0.2 is low"), "discard because: f1 0.2 is low"),
         (edit("discard", 1.5, touched=("prepare.py",)), "as before: prepare.py"),
-        (again("keep", 1.68), "speed -7.4%: no more than the machine does by itself"),
         (again("keep", 1.9), "'uv run loop.py try --again 1' measures it"),
     ],
 )

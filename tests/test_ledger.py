@@ -71,7 +71,7 @@ def test_first_score_of_a_commit_that_ran_again_is_not_believed_but_the_baseline
     assert ledger_of(*NIGHT, audit).believed("base") == 1.0  # an audit stays apart from what the night believes
 
 
-def test_noise_is_pooled_over_repeats_and_unknown_where_nothing_is_known():
+def test_noise_is_pooled_over_repeats_of_quiet_runs_and_unknown_where_nothing_is_known():
     pairs = [run(1, "a", 1.0), run(2, "a", 1.2), run(3, "b", 2.0), run(4, "b", 2.0)]
     unknown = replace(PLAIN, assumed_sigma={})
     assert ledger_of(*pairs, domain=unknown).sigma == pytest.approx(math.sqrt(0.02 / 2))
@@ -79,6 +79,8 @@ def test_noise_is_pooled_over_repeats_and_unknown_where_nothing_is_known():
     nothing = ledger_of(pairs[0], domain=unknown).noise
     assert nothing.sigma is None and "nothing ran twice" in nothing.source
     assert ledger_of(pairs[0]).sigma == 0.01
+    busy = [replace(one, score=9.0 * one.score, number=one.number + 4, busy_others=0.5) for one in pairs]
+    assert ledger_of(*pairs, *busy).sigma == ledger_of(*pairs).sigma < ledger_of(*busy).sigma
     audits = [run(5, "c", 1.0, "measured", purpose="audit"), run(6, "c", 2.0, "measured", purpose="audit")]
     assert ledger_of(*audits, domain=unknown).sigma == pytest.approx(math.sqrt(0.5))  # an audit's repeats tell it too
 

@@ -62,7 +62,6 @@ def test_page_tells_everything_of_a_tag_and_reloads_itself_only_while_a_loop_run
         "What the model wrote: baseline, run 0001, val_bpb 1.720000",
         "NameError: name 'WARM' is not defined",
         "champion, run 0008 was not scored in a clean process",
-        "speed -11.1%: more than the machine",
         "machine: a CPU, others used 2% of the processors",
         "loss 4.0 | \nlog",
     ):

@@ -28,7 +28,6 @@ best score of a single run: 1.650000, run 0003, one of 2 runs of bbbbbbb, believ
 1  0003  bbbbbbbb  1.680000  0.050000    0.037868  significant    540    21,600  raise width to 384
 
 sigma, the standard deviation between seeds: 0.015460 bpb, {NOISE}
-speed of one and the same code: standard deviation 1.0%
 pace: 63.5 runs an hour, 0.62 at a time, 40 s each
 {COST}
 machine: a CPU, others used 2% of the processors in the median run, over 10% in 1 of 5, every run was isolated
