@@ -23,16 +23,15 @@ from pathlib import Path
 
 from harness.console import UserError, one_line
 from harness.edit import Edit, describe_edit
-from harness.files import open_regular, open_to_append, read_text, remove_folder, write_atomically
+from harness.files import open_regular, read_text, remove_folder, write_atomically
 from harness.knob_search import NOTHING_TO_TURN
-from harness.processes import Ending, run_child
+from harness.processes import LOG_LIMIT, Ending, run_child
 from harness.tag import Tag
 
 CHECK_SECONDS = 20  # that the check of the log-in may take
 QUIET_LIMIT = 600  # seconds without output after which a CLI that streams its work is ended
 DESCRIPTION_FILE = "experiment.txt"  # one line by the agent
 MAX_EDIT_BYTES = 4 * 2**20
-MAX_LOG_BYTES = 16 * 2**20  # that are read of an agent's log; what is kept of its output is less
 REASON_CHARS = 250  # of what a CLI said when it failed
 RUNS_COPIED = 100  # newest runs that an agent finds in its worktree
 RUN_FILES = ("run.log", "change.diff", "result.json")
@@ -450,7 +449,7 @@ class Worktree:
         except (OSError, UserError) as error:  # it updates itself, say, or the disk is full
             return NoProposal(f"the agent does not start: {error}", "failed")
         answer = self._read_answer()
-        self.was_cut_off = ending.problem.startswith(("timeout", "no output", "killed"))
+        self.was_cut_off = ending.problem.startswith(("timeout", "no output", "over", "killed"))
         if agent.has_model:
             self.cost = answer.cost
         return self._look(agent, champion, start, ending, answer)
@@ -481,13 +480,13 @@ class Worktree:
 
     def _read_answer(self) -> Answer:
         """What the agent said. Where that is JSON, its last words stand at the end of its log in plain text too."""
-        said = read_text(self.log, first=MAX_LOG_BYTES)
+        said = read_text(self.log)
         for path in sorted(self._answers.glob("*.json")):
             with contextlib.suppress(ValueError, RecursionError):
-                said += "\n" + json.dumps(json.loads(read_text(path, first=MAX_LOG_BYTES)))
+                said += "\n" + json.dumps(json.loads(read_text(path, first=LOG_LIMIT)))
         answer = read_answer(said)
         if answer.said:
-            with contextlib.suppress(OSError), open_to_append(self.log) as file:
+            with contextlib.suppress(OSError), open(self.log, "a", errors="replace") as file:
                 file.write(f"\n--- Its last words:\n\n{answer.said}\n")
         return answer
 

@@ -37,22 +37,6 @@ def read_tail(path: Path, lines: int, width: int = 300) -> str:
     return "\n".join(line[:width] for line in re.split(r"[\r\n]+", text)[-lines:])
 
 
-def new_file(path: Path, buffering: int = -1):
-    """Open a new file to write bytes, in place of whatever stands there: opening a pipe would hang."""
-    with contextlib.suppress(FileNotFoundError):
-        if path.is_dir() and not path.is_symlink():
-            remove_folder(path)
-        else:
-            path.unlink()
-    return open(path, "xb", buffering=buffering)
-
-
-def open_to_append(path: Path):
-    """Open a file to append text, made where it is missing. OSError for a pipe that nobody reads."""
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
-    return os.fdopen(os.open(path, flags, 0o666), "a", errors="replace")
-
-
 def write_atomically(path: Path, content: str | bytes, has_other_writers: bool = False) -> None:
     """Put a text or bytes into a file so that a reader, or a power cut, meets the old one or the new one whole.
 
@@ -60,7 +44,8 @@ def write_atomically(path: Path, content: str | bytes, has_other_writers: bool =
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}" if has_other_writers else f".{path.name}")
     try:
-        with new_file(temporary) as file:
+        temporary.unlink(missing_ok=True)  # a killed writer's
+        with open(temporary, "xb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())

@@ -2,7 +2,8 @@
 
 A coding agent's tools, and what a training run starts, may move to sessions of their own, where killing the process
 group does not reach them. But they keep their environment. So every child carries a mark, and `sweep` ends whatever
-carries it. A child whose loop is killed dies with it (PR_SET_PDEATHSIG, by util-linux's setpriv, where that is there).
+carries it. A child whose loop is killed dies with it (PR_SET_PDEATHSIG, by util-linux's setpriv; without that, as on
+macOS, it goes on to its own end).
 """
 
 import contextlib
@@ -18,20 +19,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.files import new_file, open_regular
+from harness.files import open_regular
 
 MARK = "AUTORESEARCH_MARK"  # the variable that holds a child's mark
 POLL_SECONDS = 0.1  # between looks at a child
 KILL_GRACE = 2  # seconds from TERM to KILL
-LOG_CAP = 8 * 2**20  # bytes kept of a log's head
-TAIL_CAP = 256 * 2**10  # bytes kept of what follows
+LOG_LIMIT = 16 * 2**20  # bytes of output: more of it ends a child
 
 
 @dataclass(frozen=True)
 class Ending:
     """How a child ended."""
 
-    problem: str  # "" after exit code 0; "exit code 1", "killed by SIGSEGV", "timeout after 360 s", "stopped"
+    problem: str  # "" after exit code 0; "exit code 1", "killed by SIGSEGV", "timeout after 360 s", "stopped", ...
     seconds: float  # that it ran
 
 
@@ -49,39 +49,46 @@ def run_child(
     watch: Callable[[], None] = lambda: None,
 ) -> Ending:
     """Run a command in a session of its own until it ends, `limit` seconds pass, it says nothing for `quiet_limit`
-    seconds, or the event `stop` is set.
+    seconds or more than LOG_LIMIT bytes, or the event `stop` is set.
 
-    Its output goes to the file `log`, its head and its tail where it is long. `watch` is called ten times a second. No
-    process that the child started is left. Raises OSError if the command does not start.
+    Its output goes to the file `log`. `watch` is called ten times a second. No process that the child started is left.
+    Raises OSError if the command does not start.
     """
-    begin = time.monotonic()
-    file = new_file(log, buffering=0)
-    with open_regular(stdin) if stdin else open(os.devnull) as source:
+    begin = heard_at = time.monotonic()
+    too_long = f"over {LOG_LIMIT // 2**20} MiB of output"
+    log.unlink(missing_ok=True)  # a new file: what still writes to the old one meets nobody
+    with open_regular(stdin) if stdin else open(os.devnull) as source, open(log, "ab") as output:
         process = subprocess.Popen(
             [*_die_with_parent(), *command],
             cwd=cwd,
             env=env | {MARK: mark, "PWD": str(cwd)},  # opencode takes its folder from PWD
             stdin=source,
-            stdout=subprocess.PIPE,
+            stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    output = _Output(process.stdout, file)
-    problem = ""
-    while not problem and not _ends_within(process, POLL_SECONDS):
+        problem = ""
+        said = 0
+        while not problem and not _ends_within(process, POLL_SECONDS):
+            watch()
+            now = time.monotonic()
+            before, said = said, os.fstat(output.fileno()).st_size
+            heard_at = now if said != before else heard_at
+            if stop.is_set():
+                problem = "stopped"
+            elif now - begin > limit:
+                problem = f"timeout after {now - begin:.0f} s"
+            elif said > LOG_LIMIT:
+                problem = too_long
+            elif quiet_limit is not None and now - heard_at > quiet_limit:
+                problem = f"no output for {quiet_limit:.0f} s"
+        _end_group(process)
         watch()
-        now = time.monotonic()
-        if stop.is_set():
-            problem = "stopped"
-        elif now - begin > limit:
-            problem = f"timeout after {now - begin:.0f} s"
-        elif quiet_limit is not None and now - max(begin, output.heard_at) > quiet_limit:
-            problem = f"no output for {quiet_limit:.0f} s"
-    _end_group(process)
-    watch()
-    seconds = time.monotonic() - begin
-    sweep(mark)
-    output.close()
+        seconds = time.monotonic() - begin
+        sweep(mark)
+        if os.fstat(output.fileno()).st_size > LOG_LIMIT:
+            output.truncate(LOG_LIMIT)
+            problem = problem or too_long
     return Ending(problem or _problem_of(process.returncode), seconds)
 
 
@@ -114,35 +121,6 @@ def _end_group(process: subprocess.Popen) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, number)
         _ends_within(process, KILL_GRACE)
-
-
-class _Output:
-    """Copies a child's output to a log: its first LOG_CAP bytes as they come, of the rest the last TAIL_CAP."""
-
-    def __init__(self, stream, file):
-        self.heard_at = 0.0  # time.monotonic() of the newest output
-        self._thread = threading.Thread(target=self._copy, args=(stream, file), daemon=True)
-        self._thread.start()
-
-    def _copy(self, stream, file) -> None:
-        written = 0
-        rest = b""
-        with file:
-            while chunk := stream.read1(65536):
-                self.heard_at = time.monotonic()
-                with contextlib.suppress(OSError):  # not even a full disk may stop the child's pipe
-                    if written < LOG_CAP:
-                        written += file.write(chunk)
-                    else:
-                        rest = (rest + chunk)[-TAIL_CAP:]
-            with contextlib.suppress(OSError):
-                if len(rest) == TAIL_CAP:
-                    file.write(b"\n[... cut ...]\n")
-                file.write(rest)
-
-    def close(self) -> None:
-        """Wait for the end of the output; a process that no sweep could end may hold it open."""
-        self._thread.join(KILL_GRACE)
 
 
 def find_processes(file: str, pattern: bytes) -> set[int]:
