@@ -8,9 +8,12 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import math
 import os
+import re
 import secrets
+import shlex
 import shutil
 import signal
 import subprocess
@@ -115,21 +118,17 @@ def read_options(args: argparse.Namespace, domain: Domain) -> Options:
         if value is not None and not value.strip():
             raise UserError(f"--{name} {value!r}: give a shell command", 2)
     chosen = {entry.name: getattr(args, entry.name) for entry in dataclasses.fields(Options)}
-    return Options(**chosen | {"ray": choose_ray(args)})
+    check_ray(args.ray)
+    return Options(**chosen)
 
 
-def choose_ray(args: argparse.Namespace) -> str | None:
-    """The address of --ray, "" for Ray on this machine, None for no Ray. Raises UserError where Ray is missing."""
-    ray = args.ray
-    if ray is None and args.workers > 1:
-        ray = ""
-    if ray == "off":
-        return None
-    if ray is not None:
-        from harness.ray_runner import check_ray
-
-        check_ray(args.workers, ray)
-    return ray
+def check_ray(address: str | None) -> None:
+    """Raises UserError where Ray is asked for and not installed, or the address is none."""
+    if address is not None and not re.fullmatch(r"\S+:\d+", address):
+        raise UserError(f"--ray {address!r}: give HOST:PORT of a cluster; without --ray runs are made here", 2)
+    if address is not None and importlib.util.find_spec("ray") is None:
+        command = f"uv run --extra ray loop.py {shlex.join(sys.argv[1:])}"
+        raise UserError(f"--ray {address} needs Ray, which is not installed: '{command}'", 2)
 
 
 # try
@@ -346,7 +345,7 @@ def command_audit(domain: Domain, checkout: Path, ratchet: type, args: argparse.
         raise UserError(f"--replicates {args.replicates}: audit needs at least 1", 2)
     with tag.locked():
         if not tag.ledger.baseline:
-            raise UserError("there are no rows to audit: 'uv run loop.py --agent random' starts a run")
+            raise UserError("there are no rows to audit: 'uv run loop.py --agent random' starts a run", 2)
         group = one_session(tag, ratchet, lambda loop: replicates.audit(loop, args.replicates))
     text, doubts = report.audit_text(tag.ledger, group)
     print(text)
@@ -359,7 +358,8 @@ def command_ablate(domain: Domain, checkout: Path, ratchet: type, args: argparse
     for name in ("replicates", "workers"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: give 1 or more", 2)
-    options = Options(workers=args.workers, ray=choose_ray(args))
+    check_ray(args.ray)
+    options = Options(workers=args.workers, ray=args.ray)
     tag = open_tag(checkout, domain, args.tag)
     with tag.locked():
         if not tag.ledger.baseline:
@@ -435,8 +435,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     run.add_argument("--max-experiments", type=int, default=math.inf, metavar="N", help="stop after N (default: never)")
     run.add_argument("--hours", type=float, default=math.inf, metavar="H", help="stop after H hours (default: never)")
     timeout = Options.agent_timeout
-    run.add_argument("--agent-timeout", type=float, default=timeout, metavar="S", help="seconds for one proposal")
-    usd_help = "ask for nothing more once this session's agents have cost X (of restarts each counts its own)"
+    timeout_help = f"seconds for one proposal (default {timeout:g})"
+    run.add_argument("--agent-timeout", type=float, default=timeout, metavar="S", help=timeout_help)
+    usd_help = "ask no agent any more once this session's calls have cost X dollars (a restart counts from 0)"
     run.add_argument("--max-usd", type=float, default=math.inf, metavar="X", help=usd_help)
     patience_help = "stop after N experiments of this session without a keep"
     run.add_argument("--patience", type=int, default=math.inf, metavar="N", help=patience_help)
@@ -449,7 +450,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     run.add_argument("--approve", metavar="CMD", help=approve_help)
     confirm_help = "run a gain again on up to N fresh seeds, candidate and champion, and keep what that confirms"
     run.add_argument("--confirm", type=int, default=0, metavar="N", help=confirm_help)
-    ahead_help = "workers that propose while others train (default: one for each device on CUDA, else 0)"
+    ahead_help = "agents beyond --workers, which propose while others train (default on CUDA: as many, else 0)"
     run.add_argument("--ahead", type=int, metavar="N", help=ahead_help)
 
     trying = commands.add_parser("try", help="one experiment on the edit now in the editable file")
@@ -458,11 +459,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     what.add_argument("--again", type=int, metavar="RUN", help="an earlier run's commit once more, on a fresh seed")
     what.add_argument("--base", action="store_true", help="the champion once more, on a fresh seed")
 
-    status = commands.add_parser("status", help="where the run stands, one screen")
+    status = commands.add_parser("status", help="where the night stands, one screen")
     status.add_argument("--wait", action="store_true", help="wait for the verdict of the experiment that runs now")
 
     reading = commands.add_parser("report", help="what was kept, what it gained, progress.png, report.html")
-    reading.add_argument("ledger", nargs="?", metavar="LEDGER", help="another ledger than this run's")
+    reading.add_argument("ledger", nargs="?", metavar="LEDGER", help="another ledger than this tag's")
 
     audit = commands.add_parser("audit", help="baseline and champion again: fresh seeds, held-out split, clean process")
     audit.add_argument("--replicates", type=int, default=3, metavar="N", help="seeds each (default 3)")
@@ -472,17 +473,17 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     apply_help = "then take out what does not carry, if that loses at most one sigma"
     ablate.add_argument("--apply", action="store_true", help=apply_help)
 
-    ray_help = "a Ray cluster to run them on (default: Ray on this machine; off: without Ray)"
+    ray_help = "a Ray cluster to run them on, HOST:PORT (default: this machine)"
     for command in (run, ablate):
         command.add_argument("--workers", type=int, default=1, metavar="N", help="runs at a time (default 1)")
         command.add_argument("--ray", metavar="ADDRESS", help=ray_help)
 
     check = commands.add_parser("check", help="is everything there that a night needs? It makes one run")
-    check.add_argument("--agent", metavar="NAME", help="look for this agent and its log-in too")
-    check.add_argument("--agent-cmd", metavar="CMD")
+    check.add_argument("--agent", metavar="NAME", help="look for this agent too, and its log-in where that is quick")
+    check.add_argument("--agent-cmd", metavar="CMD", help="look for this command's program too")
 
     for command in (run, status, reading, audit, ablate):
-        command.add_argument("--tag", help="name of the run (default: the current branch's, else today's date)")
+        command.add_argument("--tag", help="name of the night (default: the current branch's, else today's date)")
     is_named = bool(argv) and argv[0] in (*commands.choices, "-h", "--help")
     is_word = bool(argv) and not argv[0].startswith("-")
     if is_word and not is_named:

@@ -26,7 +26,7 @@ SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH|_PAT$", re.IGNORECA
 RUN_VARIABLES = (  # the loop sets these anew for each child: what its own environment says of them is not handed on
     "AUTORESEARCH_RESULT", "AUTORESEARCH_AUDIT", "AUTORESEARCH_SEED", "AUTORESEARCH_MARK",
 )  # fmt: skip
-EXTRA_PACKAGES = {  # what the extras ray and tpe bring may come and go: a tag takes up --workers or --agent tpe later
+EXTRA_PACKAGES = {  # what the extras ray and tpe bring may come and go: a tag takes up --ray or --agent tpe later
     "alembic", "attrs", "colorlog", "jsonschema", "jsonschema-specifications", "mako", "msgpack", "optuna", "protobuf",
     "ray", "referencing", "rpds-py", "sqlalchemy",
 }  # fmt: skip
@@ -64,7 +64,8 @@ def describe(domain: Domain, place: Path, variables: dict[str, str], is_isolated
         raise UserError(f"the evaluator said nothing of itself in {DESCRIBE_SECONDS} s") from error
     if child.returncode:
         lines = child.stderr.strip().splitlines() or ["the evaluator cannot describe itself"]
-        raise UserError(one_line(lines[-1].removeprefix("error: "), 500), 2 if child.returncode == 2 else 1)
+        reason = re.sub(r"^(error|[\w.]*UserError): ", "", lines[-1])
+        raise UserError(one_line(reason, 500), 2 if child.returncode == 2 else 1)
     try:
         return read_description(json.loads(child.stdout.splitlines()[-1]))
     except (ValueError, IndexError) as error:

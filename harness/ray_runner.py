@@ -6,12 +6,9 @@ used.
 """
 
 import contextlib
-import importlib.util
 import os
 import platform
 import queue
-import secrets
-import shlex
 import shutil
 import signal
 import socket
@@ -28,11 +25,11 @@ from harness.console import UserError, one_line, say
 from harness.domain import Description, Domain
 from harness.files import open_regular, remove_folder
 from harness.ledger import Run
-from harness.processes import LOG_CAP, TAIL_CAP
+from harness.processes import LOG_LIMIT
 from harness.runner import MAX_RECORD_BYTES, Job, MachineFault, Place, Runner, Stopped, measure, unpack
 
 FILES = {  # of a run's folder on the node, and the bytes of each that come back
-    "run.log": LOG_CAP + TAIL_CAP + 4096,
+    "run.log": LOG_LIMIT,
     "result.json": MAX_RECORD_BYTES,
     "score.log": 2**20,
 }
@@ -44,29 +41,14 @@ STOP_SECONDS = 6  # for a run to end that is stopped
 CONNECT_SECONDS = 2  # for a port to answer
 CONNECT_TRIES = 3
 MAX_JOB_BYTES = 256 * 2**20  # a job carries the commit's files
-OBJECT_STORE_BYTES = 100 * 2**20  # for long logs that come back
-RAY_ENVIRONMENT = {  # in the loop's environment, and in that of the processes of a Ray on this machine
+RAY_ENVIRONMENT = {  # of the loop
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else Ray makes an environment anew for every worker
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_memory_monitor_refresh_ms": "0",  # the run that fills the memory is the one to end, not Ray's worker
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # what Ray would print on the loop's standard output
     # A job goes straight to its actor, not through the node's object store: Ray ends a process whose store is gone.
     "RAY_max_direct_call_object_size": str(MAX_JOB_BYTES),
     "RAY_task_rpc_inlined_bytes_limit": str(MAX_JOB_BYTES),
 }
-LOCAL_RAY_ENVIRONMENT = {
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # off, as on those, Ray listens on the loopback only
-    "RAY_AUTH_MODE": "token",
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "10",  # what a killed loop leaves of Ray ends after that
-}
-
-
-def check_ray(workers: int, address: str) -> None:
-    """Raises UserError where Ray is not installed."""
-    if importlib.util.find_spec("ray") is None:
-        flag = f"--ray {address}" if address else f"--workers {workers}"
-        command = f"uv run --extra ray loop.py {shlex.join(sys.argv[1:])}"
-        raise UserError(f"{flag} needs Ray, which is not installed: '{command}'", 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -83,7 +65,6 @@ class Terms:
     python: str  # the loop's: in the domain's commands it stands for the node's
     versions: dict[str, str]
     threads: str | None  # OMP_NUM_THREADS, which Ray sets to 1
-    home: Path | None  # the tag's folder, where Ray is the loop's own, on its machine
 
 
 @dataclass(frozen=True)
@@ -126,9 +107,8 @@ class Actor:
         self.terms = terms
         self.gpus = ray.get_gpu_ids()
         # The next run on this device of this node ends what an earlier one hid: nobody else could tell whose it is.
-        self.mark = terms.mark if terms.home else f"{terms.mark}:{node_id}"
-        self.folder = terms.home / "scratch" if terms.home else _own_folder()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.mark = f"{terms.mark}:{node_id}"
+        self.folder = _own_folder()
         os.environ.pop("OMP_NUM_THREADS", None)
         if terms.threads is not None:
             os.environ["OMP_NUM_THREADS"] = terms.threads
@@ -175,7 +155,7 @@ class Actor:
         place = Place(
             output=folder,
             scratch=folder / "scratch",
-            compile_cache=(self.terms.home or self.folder) / "compiled",
+            compile_cache=self.folder / "compiled",
             mark=self.mark,
             device=self._device(self.facts),
         )
@@ -246,15 +226,14 @@ class Seat:
 
 
 class RayRunner(Runner):
-    """The devices of a cluster. Made and closed in the main thread: a Ray on this machine ends with the thread that
-    started it."""
+    """The devices of a cluster."""
 
     def __init__(self, tag, facts: Description, workers: int, address: str, stop: threading.Event):
         super().__init__(stop)
         self._tag = tag
-        self._where = address or "this machine"
-        self._folder = Path(tempfile.mkdtemp(prefix="ar-", dir="/tmp"))  # a path of Ray's sockets has 107 characters
-        self._ray = self._start_ray(facts, address)
+        self._address = address
+        self._folder = tag.home / "scratch" / "ray"  # a killed loop's is removed at the next start
+        self._ray = self._join_cluster()
         nodes = self._alive_nodes()
         context = self._ray.get_runtime_context()
         host, port = context.gcs_address.rsplit(":", 1)
@@ -273,7 +252,6 @@ class RayRunner(Runner):
             python=sys.executable,
             versions=installed_versions(),
             threads=os.environ.get("OMP_NUM_THREADS"),
-            home=None if address else tag.home,
         )
         share = {"num_gpus": 1, "num_cpus": 0}
         if facts.device != "cuda":  # a whole node like this one: two runs on one would end each other
@@ -282,50 +260,33 @@ class RayRunner(Runner):
             share = {"num_cpus": own or max(cpus.values(), default=0) or 1}
         self._actor = self._ray.remote(max_restarts=-1, max_task_retries=0, **share)(Actor)
         gpus = sum(int(node["Resources"].get("GPU", 0)) for node in nodes)
-        say(f"Ray on {self._where}: nodes {len(nodes)}, GPUs {gpus}")
+        say(f"Ray on {address}: nodes {len(nodes)}, GPUs {gpus}")
         for number in range(workers):
             self._unseated.put((Seat(number), ""))
         self._thread = threading.Thread(target=self._tend, daemon=True)
         self._thread.start()
 
-    def _start_ray(self, facts: Description, address: str):
-        """Start Ray on this machine, or join the cluster at an address; the module. UserError if that fails."""
-        for name, value in (RAY_ENVIRONMENT | ({} if address else LOCAL_RAY_ENVIRONMENT)).items():
+    def _join_cluster(self):
+        """Ray's module, connected. UserError if that fails."""
+        for name, value in RAY_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         # A working folder that holds nothing else: Ray would put the checkout on the workers' path.
         package = Path(__file__).parent
         shutil.copytree(package, self._folder / "code" / package.name, ignore=shutil.ignore_patterns("__pycache__"))
-        options = {
-            "runtime_env": {"working_dir": str(self._folder / "code")},
-            "log_to_driver": False,
-            "configure_logging": False,
-        }
-        if not address:
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray leaves one in the home
-            if facts.device == "cuda":
-                os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(facts.devices)  # Ray would count those that are full too
-            options |= {
-                "include_dashboard": False,
-                "num_cpus": 1,
-                "num_gpus": len(facts.devices) if facts.device == "cuda" else 0,
-                "object_store_memory": OBJECT_STORE_BYTES,
-                "_temp_dir": str(self._folder),
-            }
+        working_dir = {"working_dir": str(self._folder / "code")}
         import ray
 
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            host, _, port = address.rpartition(":")
-            if address and not _answers(host, port):
+            host, _, port = self._address.rpartition(":")
+            if not _answers(host, port):
                 raise ConnectionError("nobody answers there")
-            ray.init(address=address or "local", **options)
+            ray.init(self._address, runtime_env=working_dir, log_to_driver=False, configure_logging=False)
         except Exception as error:  # Ray raises all kinds
             shutil.rmtree(self._folder, ignore_errors=True)
             reason = one_line((str(error).strip().splitlines() or [type(error).__name__])[0], 300)
-            if not address:
-                raise UserError(f"Ray does not start on this machine: {reason}") from error
-            remedy = f"'ray start --address={address}' makes this machine one of its nodes"
-            raise UserError(f"no Ray cluster at {address}: {reason}; {remedy}") from error
+            remedy = f"'ray start --address={self._address}' makes this machine one of its nodes"
+            raise UserError(f"no Ray cluster at {self._address}: {reason}; {remedy}") from error
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)  # Ray took SIGTERM
@@ -384,7 +345,7 @@ class RayRunner(Runner):
     def close(self) -> None:
         self._closing.set()
         self._thread.join(STOP_SECONDS)  # a cluster that is gone may hold it
-        self._ray.shutdown()  # ends the actors, and Ray where it was started here
+        self._ray.shutdown()  # ends the actors
         shutil.rmtree(self._folder, ignore_errors=True)
 
     # Actors and nodes: a thread of its own
@@ -472,7 +433,7 @@ class RayRunner(Runner):
         raise self._gone()
 
     def _gone(self) -> UserError:
-        return UserError(f"Ray on {self._where} is gone: the same command goes on once it is back")
+        return UserError(f"Ray on {self._address} is gone: the same command goes on once it is back")
 
 
 def _port_of(nodes: list[dict], node_id: str) -> tuple[str, int]:

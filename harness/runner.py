@@ -522,12 +522,15 @@ class Runner:
 
 
 class LocalRunner(Runner):
-    """The devices of this machine."""
+    """The devices of this machine. What a worker holds is only the right to run: after a fault it gets another device,
+    if one is idle."""
 
     def __init__(self, tag, facts: Description, workers: int, stop: threading.Event):
         super().__init__(stop)
         self._tag = tag
+        self._idle: queue.Queue = queue.Queue()
         for device in list(facts.devices)[:workers]:
+            self._idle.put(device)
             self.add_device(device)
         if len(self.devices) < workers:
             found = len(self.devices)
@@ -540,6 +543,9 @@ class LocalRunner(Runner):
             scratch=tag.home / "scratch",
             compile_cache=tag.compile_cache,
             mark=tag.mark,
-            device=device,
+            device=self._idle.get(),
         )
-        return measure(job, place, self.stop)
+        try:
+            return measure(job, place, self.stop)
+        finally:
+            self._idle.put(place.device)

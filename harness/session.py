@@ -41,7 +41,7 @@ class Options:
     """What a person chose for a session, by flags; the defaults are those of `try` and `audit`."""
 
     workers: int = 1
-    ray: str | None = None  # address of a Ray cluster; "": on this machine; None: without Ray
+    ray: str | None = None  # address of a Ray cluster; None: this machine
     ahead: int | None = None  # workers more than devices, which propose meanwhile; None: as many on CUDA, else 0
     confirm: int = 0
     max_experiments: float = math.inf
@@ -97,7 +97,7 @@ def _begin_branch(tag: Tag, edits_checkout: bool) -> None:
         changed = [name for name in changed if name != tag.domain.editable]
     if changed:
         remedy = "commit them or run 'git stash', then start again"
-        raise UserError(f"{listed(changed)} has uncommitted changes: {remedy}")
+        raise UserError(f"{listed(changed)} has uncommitted changes: {remedy}", 2)
     tip = repository.commit_of(f"refs/heads/{tag.branch}")
     if tip and tip != head:
         raise UserError(f"branch {tag.branch} exists, at {tip[:7]}: check it out, or choose another --tag", 2)

@@ -229,8 +229,6 @@ class Checkout:
 
     def popen(self, *args: str, **env: str) -> subprocess.Popen:
         """Start a command in a session of its own, with nothing to read; `hear` and `ended` read what it prints."""
-        if "--workers" in args and "--ray" not in args:
-            args = (*args, "--ray", "off")  # threads: Ray takes seconds to start
         options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         options |= {"cwd": self.path, "env": self.env | env, "start_new_session": True}
         process = subprocess.Popen([sys.executable, str(self.path / "loop.py"), *args], **options)
@@ -260,10 +258,10 @@ class Checkout:
         """Ids of the living processes in whose environment an entry begins so; who draws the page has another one."""
         return sorted(find_processes("environ", rb"(^|\0)" + re.escape(entry.encode()) + rb"(?![^\0]*:page\0)"))
 
-    def orphans(self, entry: str = "") -> list[str]:
-        """Command lines of the living processes that carry this checkout's mark, or have this entry."""
+    def orphans(self) -> list[str]:
+        """Command lines of the living processes that carry this checkout's mark."""
         found = []
-        for pid in self.processes(entry or f"AUTORESEARCH_MARK={self.path}"):
+        for pid in self.processes(f"AUTORESEARCH_MARK={self.path}"):
             with contextlib.suppress(OSError):
                 found.append(Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " "))
         return found

@@ -39,7 +39,7 @@ def command(checkout, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("extra", "args", "told"), [
-    ("ray", ["--agent", "random", "--workers", "4"], "--workers 4 needs Ray, which is not installed"),
+    ("ray", ["--agent", "random", "--ray", "head:6379"], "--ray head:6379 needs Ray, which is not installed"),
     ("tpe", ["--agent", "tpe"], "tpe is not installed"),
 ])  # fmt: skip
 def test_missing_extra_is_refused_with_the_command_that_brings_it(command, monkeypatch, extra, args, told):

@@ -366,7 +366,7 @@ def test_lock_file_that_uv_rewrote_behind_a_mirror_stops_nothing_and_stays(check
 
 def test_first_start_wants_a_clean_checkout_and_a_free_branch(checkout: Checkout):
     checkout.set_knob(DEPTH=7)
-    (error,) = errors(checkout.loop(*BASELINE, code=1))
+    (error,) = errors(checkout.loop(*BASELINE, code=2))
     assert "train.py has uncommitted changes: commit them or run 'git stash'" in error
     checkout.git("checkout", "-q", "-b", "autoresearch/t")
     checkout.commit("elsewhere")

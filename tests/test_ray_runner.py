@@ -1,5 +1,5 @@
-"""loop.py on Ray of this machine and on clusters of fake nodes with fake GPUs, which lose workers and nodes, and go
-away. Loop, Ray and processes are the real ones; evaluator and training are stand-ins.
+"""loop.py on clusters of fake nodes with fake GPUs, which lose workers and nodes, and go away. Loop, Ray and processes
+are the real ones; evaluator and training are stand-ins.
 
     uv run pytest tests/test_ray_runner.py -m "slow or not slow"
 """
@@ -58,7 +58,7 @@ class Field:
         return self.cluster.add_node(num_gpus=gpus, num_cpus=1, env_vars=env, include_dashboard=False)
 
     def loop(self, address: str, tag: str = "t", **variables: str) -> subprocess.Popen:
-        """Two workers without end on the cluster there, "": on a Ray of the loop's own."""
+        """Two workers without end on the cluster there."""
         agent = self.checkout.agent('knob("DEPTH", 4 + count() / 1000)')
         options = ("--tag", tag, "--agent-cmd", agent, "--workers", "2", "--ahead", "0", "--ray", address)
         return self.checkout.popen(*options, **variables)
@@ -90,7 +90,7 @@ def test_node_whose_scores_would_not_compare_is_told_why_and_what_to_do(field: F
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(field.checkout.cache))
     facts = machine.describe(DOMAIN, field.checkout.path, machine.variables_for_training("fake"))
     versions = ray_runner.installed_versions()
-    terms = ray_runner.Terms(facts, DOMAIN, "mark", sys.executable, versions, None, None)
+    terms = ray_runner.Terms(facts, DOMAIN, "mark", sys.executable, versions, None)
     older = replace(terms, versions=versions | {"pytest": "1.0"})
     for asking, changes, told in (
         (terms, {}, ""),
@@ -190,25 +190,3 @@ def test_loop_on_a_cluster_outlives_what_it_loses(field: Field, monkeypatch):
     assert not field.of_ray()
     told = f"error: no Ray cluster at {address}: nobody answers there; 'ray start --address={address}'"
     assert errors(ended(field.loop(address, "u"), 1, LONG))[0].startswith(told)
-
-
-@pytest.mark.slow
-def test_ray_of_this_machine_is_the_loops_alone(field: Field):
-    checkout = field.checkout
-    checkout.env["RAY_gcs_rpc_server_reconnect_timeout_s"] = "2"  # what a killed loop leaves of Ray ends after that
-    loop = field.loop("")
-    hear(loop, "Ray on this machine: nodes 1, GPUs 2", LONG)
-    wait_for(checkout.runs, LONG)
-    checkout.hold.touch()
-    pids = wait_for(lambda: len(field.training()) == 2 and field.training(), LONG)
-    listening = subprocess.run(["ss", "-ltnpH"], capture_output=True, text=True, check=True).stdout.splitlines()
-    ours = [line.split()[3] for line in listening for pid in field.of_ray() if f"pid={pid}," in line]
-    assert ours and all("127.0.0.1" in address for address in ours), ours
-    assert b"RAY_AUTH" not in Path(f"/proc/{pids[0]}/environ").read_bytes()
-    (folder,) = {found[0] for command in checkout.orphans(field.entry) if (found := re.search(r"/tmp/ar-\w+", command))}
-    loop.kill()
-    out, err = loop.communicate()
-    assert out == "" and not re.search("WARNING|ERROR|raylet", err)  # Ray is not heard
-    wait_for(lambda: not field.training(), LONG)
-    wait_for(lambda: not field.of_ray(), LONG)  # what the killed loop left of Ray
-    shutil.rmtree(folder)

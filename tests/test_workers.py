@@ -1,5 +1,6 @@
 """Many workers on one ratchet: whatever the order in which results arrive, no gain is lost and none is assumed."""
 
+import fcntl
 import signal
 
 from conftest import BASELINE, Checkout, ended, hear, wait_for
@@ -55,6 +56,15 @@ def test_four_workers_fill_four_devices_and_stop_as_one(checkout: Checkout):
     process.send_signal(signal.SIGTERM)
     ended(process)
     assert checkout.orphans() == [] and checkout.statuses() == ["keep"]
+
+
+def test_run_that_meets_another_ones_device_is_made_on_a_free_one(checkout: Checkout):
+    (checkout.cache / "devices").write_text("2")
+    with open(checkout.cache / "cpu0.lock", "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        agent = checkout.agent('knob("DEPTH", 4 + count())')
+        done = checkout.loop("--tag", "t", "--agent-cmd", agent, "--workers", "2", "--max-experiments", "2")
+    assert "waiting: another run holds the device" in done.stderr and len(checkout.rows()) >= 3
 
 
 def test_workers_beyond_the_devices_propose_ahead_and_rest_alone_where_their_agent_fails(checkout: Checkout):
