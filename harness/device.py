@@ -11,10 +11,12 @@ import time
 
 PROCESS_STARTED = time.perf_counter()
 # At a barrier libgomp's threads spin before they sleep, and with its default number of spins they are slow where cores
-# are shared. Segments that can grow leave fewer holes in a GPU's memory when batches of different sizes have come and
-# gone.
+# are shared.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+# Segments that can grow leave fewer holes in a GPU's memory when batches of different sizes have come and gone. On WSL
+# drivers before R615 fail at the first one (pytorch/pytorch#192330).
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ and "microsoft" not in os.uname().release.lower():
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 import contextlib
 import gc
 import hashlib
@@ -153,7 +155,7 @@ def load_flash_attention() -> tuple[str, Callable]:
 
     cache = Path(os.environ.get("KERNELS_CACHE") or HF_HUB_CACHE)
     snapshots = cache.glob(f"kernels--{FLASH_REPO.replace('/', '--')}/snapshots/*")
-    for snapshot in sorted(snapshots, key=lambda path: path.stat().st_mtime, reverse=True):
+    for snapshot in sorted(snapshots, key=lambda path: path.stat().st_mtime):  # the oldest: a later one changes no tag
         try:
             kernel = get_local_kernel(snapshot)
             break
@@ -245,7 +247,10 @@ def prepare_compiler(folder: Path, device: torch.device) -> None:
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(16, device=device))
     except Exception as error:
-        remedy = "set COMPILE = False in train.py, or TRITON_PTXAS_PATH to the ptxas of a CUDA toolkit for this GPU"
+        remedy = (
+            "install gcc and Python's headers (apt install gcc python3-dev), set TRITON_PTXAS_PATH to the ptxas of a "
+            "CUDA toolkit for this GPU, or COMPILE = False in train.py"
+        )
         problem = f"torch.compile builds no kernel for this {device.type}"
         raise DeviceError(f"{problem}: {remedy} ({one_line(error)})") from error
 
@@ -274,7 +279,7 @@ def fit_device_batch(trial: Callable[[int], None], total_rows: int, upper_bound:
             trial(rows)
             return rows
         except RuntimeError as error:  # CUDA's is a class of its own, of MPS and CPU only the words tell
-            if not re.search("out of memory|allocate memory", str(error)):
+            if not re.search("out of memory|allocate memory|STATUS_ALLOC_FAILED", str(error)):
                 raise
             if rows == 1:
                 raise DeviceError(f"one row runs out of memory: make the model smaller ({one_line(error)})") from error
@@ -390,7 +395,7 @@ def warm_up(
             again = model(x)
             (logits[:4] - again[:4]).abs()  # the evaluator compares two results, a few rows at a time
 
-    note = fit_note(kind) if device.type == "cuda" and compiled else None
+    note = fit_note(f"{kind}, at most {upper_bound} rows") if device.type == "cuda" and compiled else None
     if note is not None:
         with contextlib.suppress(OSError, ValueError):  # no such run yet, or a damaged file
             upper_bound = min(upper_bound, int(note.read_text()))
@@ -420,7 +425,7 @@ PEAK_TFLOPS = {  # dense bf16, by a word in the device's name; the first match c
 def peak_flops(device_name: str) -> float:
     """FLOP/s, 0.0 where the table has none."""
     for word, tflops in PEAK_TFLOPS.items():
-        if re.search(rf"\b{word}\b", device_name):
+        if re.search(rf"\b{word}\b(?! (Laptop|D\b|Ti\b|NVL))", device_name):
             return 1e12 * tflops
     return 0.0
 

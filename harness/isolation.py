@@ -96,6 +96,7 @@ def _python_folders() -> list[Path]:
 
 def _hub_folders() -> list[Path]:
     """What was fetched from a hub before, attention kernels say."""
-    hub = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", "~/.cache/huggingface"), "hub")
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    hub = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or Path(home, "hub")
     places = [hub, os.environ.get("KERNELS_CACHE") or hub]
     return [Path(place).expanduser().absolute() for place in dict.fromkeys(places)]

@@ -127,7 +127,7 @@ def test_second_run_on_a_device_waits_says_so_and_is_not_charged_for_it(evaluato
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_pinned_slots_survive_a_slow_device(evaluator):
+def test_pinned_batches_survive_a_slow_device(evaluator):
     """A busy GPU must not see a batch overwritten while its copy waits."""
     loader = evaluator.make_dataloader(evaluator.Tokenizer.from_directory(), 64, 32, "train", device="cuda")
     plain = evaluator._open_split("train", 32)

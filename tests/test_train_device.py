@@ -89,7 +89,7 @@ def load_stand_in(snapshot):
     return SimpleNamespace(flash_attn_func=flash_attn_func)
 
 
-def test_kernel_is_fetched_once_and_a_run_takes_the_newest_that_loads_and_names_its_revision(
+def test_kernel_is_fetched_once_and_a_run_takes_the_oldest_that_loads_and_names_its_revision(
     monkeypatch, tmp_path, capsys
 ):
     """On a GPU that the kernel is built for, with an empty local cache of kernels."""
@@ -116,10 +116,10 @@ def test_kernel_is_fetched_once_and_a_run_takes_the_newest_that_loads_and_names_
         device.fetch_attention_kernel()
     assert asked == [("kernels-community/flash-attn3", 1)] * 2
     assert capsys.readouterr().err == "note: no attention kernel was fetched (OSError: no network)\n"
-    add_snapshot("fedcba9876newer", age=5)
-    add_snapshot("damaged", age=1)
+    add_snapshot("fedcba9876newer", age=5)  # another project's: it must not change the runs of a tag
+    add_snapshot("damaged", age=99)
     name, backend = device.load_flash_attention()
-    assert name == "flash-attention-3@fedcba9"
+    assert name == "flash-attention-3@0123456"
     assert capsys.readouterr().err.endswith("damaged: ImportError: for another torch\n")
     device.probe_attention(backend, 64, 20, 48, CPU)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (12, 0))
@@ -127,13 +127,13 @@ def test_kernel_is_fetched_once_and_a_run_takes_the_newest_that_loads_and_names_
         device.load_flash_attention()
 
 
-def test_compiler_that_builds_no_kernel_is_one_error_line_with_both_remedies(monkeypatch, tmp_path):
+def test_compiler_that_builds_no_kernel_is_one_error_line_with_its_remedies(monkeypatch, tmp_path):
     def compile_nothing(function):
         raise RuntimeError("PTXASError: ptxas fatal\n: Value 'sm_121a' is not defined")
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(torch, "compile", compile_nothing)
-    remedies = r"set COMPILE = False in train\.py, or TRITON_PTXAS_PATH to .* \(RuntimeError: PTXASError:"
+    remedies = r"install gcc and .*, set TRITON_PTXAS_PATH .*, or COMPILE = False in train\.py \(RuntimeError: PTXAS"
     with pytest.raises(DeviceError, match="torch.compile builds no kernel for this cuda: " + remedies):
         device.prepare_compiler(tmp_path, CUDA)
 

@@ -112,7 +112,7 @@ def test_log_has_whole_lines_a_few_seconds_apart_and_the_last_one(clock, monkeyp
 @pytest.fixture(scope="session")
 def smoke_env(tmp_path_factory):
     """Environment with the smoke profile prepared in a cache of its own."""
-    set_by_train = ("AUTORESEARCH_", "GOMP_SPINCOUNT", "PYTORCH_ALLOC_CONF")  # when another test imported it
+    set_by_train = ("AUTORESEARCH_", "GOMP_SPINCOUNT", "PYTORCH_")  # when another test imported it
     env = {name: value for name, value in os.environ.items() if not name.startswith(set_by_train)}
     env |= {"AUTORESEARCH_CACHE": str(tmp_path_factory.mktemp("cache")), "AUTORESEARCH_PROFILE": "smoke"}
     env |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
