@@ -20,7 +20,7 @@ from harness.replicates import fresh_seed
 from harness.repository import WHOLE_DIFF
 
 CHAMPION = "champion"  # a side; the others are `without 7`, or `before 7` and `with 7`, by the number of a change's run
-APPLY_TRIES = 4  # candidates of --apply, each with one change more than the last
+APPLY_TRIES = 4  # candidates of --apply, each with half of the last one's removals
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ def ablation_text(tag, group: str) -> str:
 
 def apply(ratchet, replicates: int) -> None:
     """Take out every change that does not carry, and keep that as a simplification if it loses at most one sigma on
-    fresh seeds; else put the one back that contributed most, and try again."""
+    fresh seeds; else put the half back that contributed most, and try again."""
     tag = ratchet.tag
     found = read_contributions(tag.ledger, group_of(tag.champion))
     idle = [one for one in found if one.word in ("within noise", "harms")]
@@ -248,7 +248,7 @@ def apply(ratchet, replicates: int) -> None:
         edit = Edit(source, tag.champion, description, pairs=replicates)
         if ratchet.experiment(edit).status == "keep":
             return
-        idle = [one for one in idle if one is not taken[-1]]  # the largest of those that were taken out
+        idle = [one for one in idle if one not in taken[len(taken) // 2 :]]
 
 
 def without_all(tag, idle: list[Contribution]) -> tuple[bytes, list[Contribution]]:
