@@ -2,12 +2,16 @@
 
 import itertools
 import signal
+from types import SimpleNamespace
 
 import pytest
 from conftest import Checkout, hear
 
+from harness import ablation
 from harness.ablation import Contribution, order_runs, take_back, without_all
-from harness.ledger import Run
+from harness.edit import Edit
+from harness.ledger import Ledger, Run
+from loop import Ratchet
 
 SIGMA = 0.01
 TRAIN = '''
@@ -118,6 +122,25 @@ def test_change_that_made_the_code_shorter_is_taken_out_only_where_it_harms(tag)
     for gain, is_taken in ((0.0, False), (-9.0, True)):
         change = Contribution(Run(2, tag.champion, base=longer), False, gain, 1.0)
         assert without_all(tag, [change])[1] == [change] * is_taken
+
+
+def test_removal_that_is_refused_is_tried_again_without_the_half_that_contributed_most(tag, monkeypatch):
+    idle = [Contribution(Run(number, "c"), False, number / 100, 1.0) for number in (9, 4, 2, 6)]
+    monkeypatch.setattr(ablation, "read_contributions", lambda ledger, group: idle)
+    monkeypatch.setattr(ablation, "without_all", lambda tag, idle: (b"", idle))
+    tried = []
+    refuse = lambda edit: tried.append(edit.description.rpartition("run")[2]) or Run(1, "c", status="discard")  # noqa: E731
+    ablation.apply(SimpleNamespace(tag=tag, experiment=refuse), 1)
+    assert tried == ["s 2, 4, 6, 9", "s 2, 4", " 2"]
+
+
+def test_removal_may_be_as_long_as_what_it_replaces_where_another_simplification_may_not(tag):
+    base = tag.champion
+    tag.ledger = Ledger(tag.domain, [Run(1, base, purpose="baseline", status="keep", score=1.0)])
+    runs = [Run(2, "c", base, score=1.0), Run(3, base, score=1.0), Run(4, "c", score=1.0)]
+    for pairs, status in ((1, "keep"), (0, "discard")):
+        edit = Edit(tag.source(base), base, "simplify: x", pairs=pairs)
+        assert Ratchet(tag, None, None).decide(runs, edit)[0] == status
 
 
 def test_champion_runs_in_alternation_and_more_often_than_each_other():
