@@ -80,6 +80,7 @@ def test_ablation_tells_what_each_change_carries_and_apply_takes_the_others_out(
         tried = [run for run in night.runs() if run.purpose == "experiment"][-1]
         assert (tried.status, tried.reason) == (status, reason)
         assert tried.description == "simplify: without the changes of runs 4, 6, 7"
+        assert len({run.seed for run in night.runs() if run.group == f"confirm {tried.number}"}) == 3
         night.git("checkout", "-q", "--", "loop.py", "harness")
     text = night.git("show", "autoresearch/t:train.py")
     assert [name for name in KNOBS if f"{name} = 0" in text] == ["IDLE_1", "IDLE_2", "HARMS"]
