@@ -138,6 +138,7 @@ def test_silent_slow_or_stopped_agent_is_ended_and_only_a_whole_edit_counts(lab,
     assert lab.propose(lab.agent(EDIT + silent, streams=True)).source == EDITED
     assert lab.propose(lab.agent(silent, streams=True)).reason == "the agent ended with no output for 1 s: thinking"
     assert lab.propose(lab.agent("time.sleep(1.2)\n" + EDIT)).source == EDITED  # a CLI that prints at its end
+    assert lab.propose(lab.agent("for _ in 'abcd': time.sleep(0.5); print(1, flush=1)\n" + EDIT, streams=True)).source
     answer = lab.propose("time.sleep(600)", limit=0.5)
     assert answer.kind == "failed" and re.fullmatch("the agent ended with timeout after . s", answer.reason)
     assert lab.propose(Agent("/nonexistent/agent")).kind == "failed"
