@@ -66,7 +66,7 @@ def test_ablation_tells_what_each_change_carries_and_apply_takes_the_others_out(
     assert "ablation of 8 changes: 33 runs, 9 of the champion, about" in done.stderr
     said = words(done.stdout)
     assert {name for name, word in said.items() if word == "carries"} == {*KNOBS} - {"IDLE_1", "IDLE_2", "HARMS"}
-    assert said["HARMS"] == "harms" and said["IDLE_1"] == said["IDLE_2"] == "within noise"
+    assert said["HARMS"] == "harms" and said["IDLE_1"] == said["IDLE_2"] == "within noise" and "+1 -1" in done.stdout
     assert "if none of these 8 had an effect, at least one would still be said to carry in about 17%" in done.stdout
     before = len(night.runs())
     assert words(night.loop("ablate", "--tag", "t").stdout) == said and len(night.runs()) == before
