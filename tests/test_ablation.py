@@ -61,6 +61,7 @@ def words(output: str) -> dict[str, str]:
     return {row[-1]: row[3] for row in cells}
 
 
+@pytest.mark.slow
 def test_ablation_tells_what_each_change_carries_and_apply_takes_the_others_out(night: Checkout):
     done = night.loop("ablate", "--tag", "t", timeout=200)
     assert "ablation of 8 changes: 33 runs, 9 of the champion, about" in done.stderr
@@ -78,14 +79,14 @@ def test_ablation_tells_what_each_change_carries_and_apply_takes_the_others_out(
     for status, reason in (("discard", "not approved"), ("keep", "")):
         night.loop("ablate", "--tag", "t", "--apply", timeout=100)
         tried = [run for run in night.runs() if run.purpose == "experiment"][-1]
-        assert (tried.status, tried.reason) == (status, reason)
-        assert tried.description == "simplify: without the changes of runs 4, 6, 7"
+        assert (tried.status, tried.reason) == (status, reason) and tried.description.endswith("of runs 4, 6, 7")
         assert len({run.seed for run in night.runs() if run.group == f"confirm {tried.number}"}) == 3
         night.git("checkout", "-q", "--", "loop.py", "harness")
     text = night.git("show", "autoresearch/t:train.py")
     assert [name for name in KNOBS if f"{name} = 0" in text] == ["IDLE_1", "IDLE_2", "HARMS"]
 
 
+@pytest.mark.slow
 def test_stopped_and_killed_ablation_goes_on_and_what_crashes_is_measured_beside_its_base(night: Checkout):
     """Workers share it. The champion without IDLE_1, the change of run 4, crashes."""
     (night.cache / "crash").touch()
@@ -139,9 +140,8 @@ def test_removal_may_be_as_long_as_what_it_replaces_where_another_simplification
     base = tag.champion
     tag.ledger = Ledger(tag.domain, [Run(1, base, purpose="baseline", status="keep", score=1.0)])
     runs = [Run(2, "c", base, score=1.0), Run(3, base, score=1.0), Run(4, "c", score=1.0)]
-    for pairs, status in ((1, "keep"), (0, "discard")):
-        edit = Edit(tag.source(base), base, "simplify: x", pairs=pairs)
-        assert Ratchet(tag, None, None).decide(runs, edit)[0] == status
+    edits = [Edit(tag.source(base), base, "simplify: x", pairs=pairs) for pairs in (1, 0)]
+    assert [Ratchet(tag, None, None).decide(runs, edit)[0] for edit in edits] == ["keep", "discard"]
 
 
 def test_champion_runs_in_alternation_and_more_often_than_each_other():

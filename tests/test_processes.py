@@ -85,7 +85,7 @@ def test_sweep_spares_processes_of_another_mark(child):
     assert os.getpid() not in find_processes("cmdline", b"")  # a loop that an agent started may carry a mark
     sweep(child.mark)
     try:
-        assert [process.wait(5) for process in ours] == [-signal.SIGTERM] * 3
+        assert all(process.wait(5) in (-signal.SIGTERM, -signal.SIGKILL) for process in ours)  # on a busy machine
         assert [process.poll() for process in others] == [None, None]
     finally:
         for process in others:

@@ -52,6 +52,7 @@ class Rich(nn.Module):
             return 15 * torch.tanh(x @ self.toy.wte.weight.T / 15)
 
 
+@pytest.mark.slow
 def test_network_scores_the_same_in_a_process_without_the_candidate(tiny, evaluator, tmp_path):
     model = Wrapped(lambda logits, idx: logits, Rich()).train()
     model._orig_mod = model.model  # as torch.compile wraps a model, without its cost
