@@ -17,7 +17,6 @@ from harness.console import UserError, duration, one_line, say
 from harness.edit import Edit, compile_problem, fingerprint, syntax_size
 from harness.ledger import Ledger, Run
 from harness.replicates import fresh_seed
-from harness.repository import WHOLE_DIFF
 
 CHAMPION = "champion"  # a side; the others are `without 7`, or `before 7` and `with 7`, by the number of a change's run
 APPLY_TRIES = 4  # candidates of --apply, each with half of the last one's removals
@@ -205,10 +204,8 @@ def ablation_text(tag, group: str) -> str:
         gain = "" if one.gain is None else f"{one.gain:+.{domain.score_digits}f}"
         error = "" if one.standard_error is None else domain.score_text(2 * one.standard_error)
         word = f"{one.word}, beside its base" if one.is_beside_base else one.word
-        options = (*WHOLE_DIFF, "--text", "--numstat")
-        numbers = tag.repository("diff", *options, one.run.base, one.run.commit, default="\t\t").split("\t")
-        description = one_line(one.run.description, 80)
-        rows.append([f"run {one.run.number:04d}", gain, error, word, f"+{numbers[0]} -{numbers[1]}", description])
+        lines = tag.repository.count_lines(one.run.base, one.run.commit)
+        rows.append([f"run {one.run.number:04d}", gain, error, word, lines, one_line(one.run.description, 80)])
     text = align(rows, right=(1, 2, 4))
     total = sum(one.gain for one in found if one.gain is not None)
     champions = [run.score for run in ledger.runs if run.group == f"{group}/{CHAMPION}" and run.score is not None]

@@ -113,7 +113,7 @@ def choose_agent(name: str | None, command: str | None) -> Agent:
     if not _is_installed(agent):
         remedy = agent.install
         if agent.package:
-            remedy = f"'uv run --extra {name} loop.py {shlex.join(sys.argv[1:])}'"
+            remedy = with_extra(name)
         raise UserError(f"{name} is not installed: {remedy} (installed here: {installed})", 2)
     # What claude itself asks before it lets root skip permissions.
     is_sandbox = os.environ.get("IS_SANDBOX") == "1" or "CLAUDE_CODE_BUBBLEWRAP" in os.environ
@@ -122,6 +122,11 @@ def choose_agent(name: str | None, command: str | None) -> Agent:
         raise UserError(f"claude does not skip permissions as root: {remedy}", 2)
     _check_log_in(name)
     return agent
+
+
+def with_extra(name: str) -> str:
+    """The command line of now, with an optional extra installed."""
+    return f"'uv run --extra {name} loop.py {shlex.join(sys.argv[1:])}'"
 
 
 def _agent_of_command(command: str) -> Agent:

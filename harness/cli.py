@@ -13,7 +13,6 @@ import math
 import os
 import re
 import secrets
-import shlex
 import shutil
 import signal
 import subprocess
@@ -24,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from harness import ablation, isolation, machine, page, replicates, report
-from harness.agents import AGENTS, choose_agent
+from harness.agents import AGENTS, choose_agent, with_extra
 from harness.compare import verdict
 from harness.console import ERROR_CHARS, Interrupts, StopNow, UserError, one_line, say
 from harness.domain import Domain
@@ -124,11 +123,12 @@ def read_options(args: argparse.Namespace, domain: Domain) -> Options:
 
 def check_ray(address: str | None) -> None:
     """Raises UserError where Ray is asked for and not installed, or the address is none."""
-    if address is not None and not re.fullmatch(r"\S+:\d+", address):
+    if address is None:
+        return
+    if not re.fullmatch(r"\S+:\d+", address):
         raise UserError(f"--ray {address!r}: give HOST:PORT of a cluster; without --ray runs are made here", 2)
-    if address is not None and importlib.util.find_spec("ray") is None:
-        command = f"uv run --extra ray loop.py {shlex.join(sys.argv[1:])}"
-        raise UserError(f"--ray {address} needs Ray, which is not installed: '{command}'", 2)
+    if importlib.util.find_spec("ray") is None:
+        raise UserError(f"--ray {address} needs Ray, which is not installed: {with_extra('ray')}", 2)
 
 
 # try

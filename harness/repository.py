@@ -135,6 +135,11 @@ class Repository:
     def diff(self, old: str, new: str) -> bytes:
         return self("diff", *WHOLE_DIFF, "--text", old, new, raw=True)
 
+    def count_lines(self, old: str, new: str) -> str:
+        """`+3 -1`: the lines of one changed file that were added and removed."""
+        added, removed, _ = self("diff", *WHOLE_DIFF, "--text", "--numstat", old, new, default="\t\t").split("\t")
+        return f"+{added} -{removed}"
+
     def changed_files(self, place: Path, commit: str) -> list[str]:
         """Tracked files of a checkout that differ from a commit, those that are left alone aside."""
         names = set(self("diff", "--name-only", "--no-renames", "-z", commit, "--", cwd=place).split("\0"))

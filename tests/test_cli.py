@@ -82,6 +82,7 @@ def test_tag_is_a_branch_name_and_defaults_to_the_current_branchs_else_to_today(
 
 RUN = ["--agent-cmd", "true"]
 NO_SENSE = [
+    (["--max-experiments", "many"], "argument --max-experiments: invalid int value: 'many'"),
     (["--ray", "head", *RUN], "--ray 'head': give HOST:PORT of a cluster; without --ray runs are made here"),
     (["--workers", "0", *RUN], "--workers 0: give 1 or more"),
     (["try"], "one of the arguments description --again --base is required"),

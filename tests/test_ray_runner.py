@@ -36,7 +36,6 @@ class Field:
     def __init__(self, checkout: Checkout):
         self.checkout = checkout
         self.cluster = None
-        self.entry = f"AUTORESEARCH_CACHE={checkout.cache.parent}/"  # of the environment of all that is this field's
         (checkout.cache / "kind").write_text("cuda")
         (checkout.cache / "manifest.json").write_text("{}")
         hide = "subprocess.Popen(['sleep', '1000'], start_new_session=True)"  # only the mark tells whose it is
@@ -70,7 +69,7 @@ class Field:
 
     def of_ray(self) -> list[int]:
         """Ids of whatever runs with this field's caches: Ray's processes and the loop."""
-        return self.checkout.processes(self.entry)
+        return self.checkout.processes(f"AUTORESEARCH_CACHE={self.checkout.cache.parent}/")
 
     def end(self) -> None:
         if self.cluster:

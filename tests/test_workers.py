@@ -59,7 +59,6 @@ def test_four_workers_fill_four_devices_and_stop_as_one(checkout: Checkout):
 
 
 def test_run_that_meets_another_ones_device_is_made_on_a_free_one(checkout: Checkout):
-    (checkout.cache / "devices").write_text("2")
     with open(checkout.cache / "cpu0.lock", "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         agent = checkout.agent('knob("DEPTH", 4 + count())')
